@@ -1,0 +1,71 @@
+"""QWen-1 for transformers 5: the importable form of this model repository.
+
+`import qwen1` registers the classes with transformers' Auto classes, so checkpoints of model type "qwen" load without
+`trust_remote_code=True`, and makes `save_pretrained` write the .py files beside the weights.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from .cache_qwen import QWenInt8Cache
+from .configuration_qwen import QWenConfig
+from .modeling_qwen import (
+    FlashSelfAttention,
+    QWenAttention,
+    QWenBlock,
+    QWenForSequenceClassification,
+    QWenLMHeadModel,
+    QWenMLP,
+    QWenModel,
+    QWenPreTrainedModel,
+    RMSNorm,
+    RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from .qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+from .tokenization_qwen import QWenTokenizer, QWenTokenizerFast
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashSelfAttention",
+    "QWenAttention",
+    "QWenBlock",
+    "QWenConfig",
+    "QWenForSequenceClassification",
+    "QWenInt8Cache",
+    "QWenLMHeadModel",
+    "QWenMLP",
+    "QWenModel",
+    "QWenPreTrainedModel",
+    "QWenTokenizer",
+    "QWenTokenizerFast",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "apply_rotary_pos_emb",
+    "decode_tokens",
+    "get_stop_words_ids",
+    "make_context",
+]
+
+# `register` makes the Auto classes load these classes; `register_for_auto_class` makes saving copy their files along.
+AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
+QWenConfig.register_for_auto_class("AutoConfig")
+for auto_class, model_class in (
+    (AutoModel, QWenModel),
+    (AutoModelForCausalLM, QWenLMHeadModel),
+    (AutoModelForSequenceClassification, QWenForSequenceClassification),
+):
+    auto_class.register(QWenConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+AutoTokenizer.register(
+    QWenConfig, slow_tokenizer_class=QWenTokenizer, fast_tokenizer_class=QWenTokenizerFast, exist_ok=True
+)
+for tokenizer_class in (QWenTokenizer, QWenTokenizerFast):
+    tokenizer_class.register_for_auto_class("AutoTokenizer")
+del auto_class, model_class, tokenizer_class

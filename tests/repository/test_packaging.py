@@ -1,0 +1,192 @@
+"""The repository as a package: metadata, registration with the Auto classes, and rules for files pushed to the Hub."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwen1
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(ROOT.glob("*.py"))
+HUB_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def by_name(path: Path) -> str:
+    return path.name
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in listed.stdout.decode().split("\0") if name)
+    return [path for path in paths if path.is_file()]
+
+
+def classes_defined_in(module: str) -> set[str]:
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def auto_map_references() -> list[tuple[str, str, str]]:
+    references = []
+    for name in HUB_FILES:
+        if name.endswith(".json"):
+            for auto_class, target in json.loads((ROOT / name).read_text()).get("auto_map", {}).items():
+                targets = target if isinstance(target, list) else [target]
+                references += [(name, auto_class, reference) for reference in targets if reference is not None]
+    return references
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_exported_names_exist_and_are_sorted():
+    assert [name for name in qwen1.__all__ if not hasattr(qwen1, name)] == []
+    assert qwen1.__all__ == sorted(set(qwen1.__all__))
+
+
+def test_version_of_the_distribution_is_the_package_version():
+    assert importlib.metadata.version("qwen1") == qwen1.__version__
+
+
+def test_installed_package_is_this_tree():
+    """Otherwise coverage and every other test would look at stale copies."""
+    assert Path(qwen1.__file__).resolve() == ROOT / "__init__.py"
+
+
+def test_console_script_points_to_a_callable():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="qwen1-chat")
+    assert callable(script.load())
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_hub_files_are_in_the_package(name):
+    assert (Path(qwen1.__file__).parent / name).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.json")), ids=by_name)
+def test_json_parses_without_duplicate_keys(path):
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        assert len(keys) == len(set(keys)), f"duplicate keys in {path.name}: {keys}"
+        return dict(pairs)
+
+    assert isinstance(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique), dict)
+
+
+def test_auto_maps_name_every_auto_class():
+    names = {auto_class for _, auto_class, _ in auto_map_references()}
+    assert names >= {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoTokenizer",
+    }
+
+
+def test_auto_maps_name_existing_classes():
+    for file, auto_class, reference in auto_map_references():
+        module, _, class_name = reference.partition(".")
+        assert class_name in classes_defined_in(module), f"{file}: {auto_class} -> {reference}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_sibling_imports_are_written_as_transformers_expects(path):
+    """transformers copies siblings that a regular expression finds in `from .x import y`; it misses all other forms."""
+    siblings = {module.stem for module in MODULES}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.partition(".")[0] for alias in node.names}
+            assert not roots & (siblings | {"qwen1"}), f"{path.name}:{node.lineno} imports a sibling absolutely"
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.partition(".")[0] not in siblings | {"qwen1"}, f"{path.name}:{node.lineno}"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and node.module in siblings, f"{path.name}:{node.lineno}"
+
+
+def test_import_registers_auto_classes_without_remote_code():
+    printed = run_python(
+        """
+import qwen1
+import transformers
+config = qwen1.QWenConfig()
+assert type(transformers.AutoConfig.for_model("qwen")) is qwen1.QWenConfig
+for auto, own in (
+    ("AutoModel", "QWenModel"),
+    ("AutoModelForCausalLM", "QWenLMHeadModel"),
+    ("AutoModelForSequenceClassification", "QWenForSequenceClassification"),
+):
+    assert getattr(transformers, auto)._model_mapping[qwen1.QWenConfig] is getattr(qwen1, own), auto
+    assert getattr(qwen1, own)._auto_class == auto
+assert qwen1.QWenConfig._auto_class == "AutoConfig"
+for own in (qwen1.QWenTokenizer, qwen1.QWenTokenizerFast):
+    assert own._auto_class == "AutoTokenizer"
+print("registered")
+"""
+    )
+    assert printed.strip() == "registered"
+
+
+def test_saving_after_a_direct_import_copies_the_code(tmp_path):
+    qwen1.QWenConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "configuration_qwen.py").read_bytes() == (ROOT / "configuration_qwen.py").read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"] == (
+        "configuration_qwen.QWenConfig"
+    )
+
+
+def test_import_loads_nothing_heavy_of_its_own():
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizer
+heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "torch._dynamo", "torch._inductor"}
+before = heavy & set(sys.modules)
+import qwen1
+print(sorted((heavy & set(sys.modules)) - before))
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_no_machine_paths_or_index_addresses():
+    """A folder of one machine, an address of a package index, or a credential-bearing URL works nowhere else."""
+    folders = "|".join(("work", "farm", "tmp", "root", "home", "Users"))
+    local = re.compile(
+        rf"(?<![\w.)\]}}/:-])/(?:{folders})/"
+        r"|file:///|--(?:extra-)?index-url|--find-links|://[^\s/@]+:[^\s/@]+@"
+    )
+    found = []
+    for path in tracked_files():
+        is_data = "tests" in path.relative_to(ROOT).parts and path.suffix not in {".py", ".md"}
+        if path == Path(__file__).resolve() or is_data:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if match := local.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert found == []
+
+
+def test_constraints_are_exact_public_versions():
+    """A local suffix such as +cpu, a URL or a range would not resolve, or not to the tested version, elsewhere."""
+    pin = re.compile(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    bad = [line for line in lines if not line.startswith("#") and not pin.fullmatch(line)]
+    assert bad == []
+
+
+def test_ci_finds_the_test_command_in_the_readme():
+    commands = re.findall(
+        r"^python3 -m venv \.venv && .*\.venv/bin/pytest(?: .*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(commands) == 1
+    assert "-c constraints.txt" in commands[0]
