@@ -1,0 +1,1083 @@
+"""Tokenizers of QWen-1: `QWenTokenizer` (tiktoken) and `QWenTokenizerFast` (tokenizers), with identical ids.
+
+Both are built from one file, `qwen.tiktoken`, whose lines are `base64(token bytes) rank`. The special tokens follow the
+last rank: `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, `<|extra_0|>` ... `<|extra_204|>`. An optional second file,
+`qwen_extra.tiktoken` (see `extend_vocabulary.py`), adds tokens after the special ones.
+
+How text becomes ids, in both classes:
+1. lone surrogates become U+FFFD and surrogate pairs one character (as tiktoken does);
+2. the text is split at the special tokens that are allowed;
+3. each piece between them is normalised to NFC on its own, so that a combining character right after `<|im_end|>`
+   cannot compose with its ">" and destroy the control token;
+4. each piece is split by `PAT_STR` and byte-pair encoded.
+
+Text encoded with `allowed_special=set()` never gives a control token; `apply_chat_template` treats every string that
+the caller passes in that way.
+"""
+
+import base64
+import binascii
+import functools
+import itertools
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import tiktoken
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as TokenizersBackend
+from transformers.utils import get_json_schema, logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+logger = logging.get_logger(__name__)
+
+VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
+EXTRA_VOCAB_FILES_NAMES = {"extra_vocab_file": "qwen_extra.tiktoken"}
+
+PAT_STR = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ENDOFTEXT = "<|endoftext|>"
+IMSTART = "<|im_start|>"
+IMEND = "<|im_end|>"
+EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))
+SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *EXTRAS)
+
+# The text of chat_template.jinja. It is repeated here because folders in the 2023 layout have no such file, and because
+# transformers copies nothing but .py files along with remote code.
+CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content is iterable %}
+        {%- for part in content %}
+            {%- if part is string %}
+                {{- part }}
+            {%- elif part.type == 'text' %}
+                {{- part.text }}
+            {%- else %}
+                {{- raise_exception('This model reads text only; got a content part of type ' ~ part.type) }}
+            {%- endif %}
+        {%- endfor %}
+    {%- elif content is defined and content is not none %}
+        {{- content }}
+    {%- endif %}
+{%- endmacro %}
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\n' ~ cut ~ 'You are a helpful assistant.' ~ cut ~ '<|im_end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('Unknown role ' ~ message.role ~ '; use system, user, assistant or tool') }}
+    {%- elif message.role == 'system' and not loop.first %}
+        {{- raise_exception('Only the first message can have the role system') }}
+    {%- elif message.role != 'system' %}
+        {{- '\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' ~ message.role ~ '\n' ~ cut }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- text(message.content) ~ cut ~ '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- text(message.content) ~ cut ~ '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\n<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+# White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n. tiktoken's regex engine
+# keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
+# and 1,000,000 entries.
+LONG_BLANK = re.compile("[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+
+# Places in caller's text where a special token could begin ("<|", or "<" at the end, where other text may follow) or go
+# on (at the start, after a "<" or "<|name" of the template).
+UNSAFE_POSITION = re.compile(r"\A\s*(?=[|>])|<(?=\||\s*\Z)")
+
+NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
+
+
+# --- vocabulary files ---
+
+
+def require_file(path: str | os.PathLike | None) -> str | os.PathLike:
+    """Return `path`, or raise FileNotFoundError if there is no such file; None is a folder without `qwen.tiktoken`."""
+    if path is not None and os.path.isfile(path):
+        return path
+    missing = VOCAB_FILES_NAMES["vocab_file"] if path is None else os.fspath(path)
+    raise FileNotFoundError(
+        f"Vocabulary file {missing!r} does not exist. Download {VOCAB_FILES_NAMES['vocab_file']} from the model's "
+        "repository into the folder that you load, or pass the right path as `vocab_file` (or `extra_vocab_file`)."
+    )
+
+
+def load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
+    """Read a tiktoken file and return token bytes -> id, in the order of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not `base64 id`, or repeats a token or an id. The message names file, line and value.
+    """
+    return _read_vocabulary(path)[0]
+
+
+def _read_vocabulary(path: str | os.PathLike) -> tuple[dict[bytes, int], dict[int, int]]:
+    """`load_ranks`, and the line number of each id."""
+    require_file(path)
+    ranks: dict[bytes, int] = {}
+    line_of_id: dict[int, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{os.fspath(path)}, line {number}"
+            token, rank = _parse_vocabulary_line(line, where)
+            if token in ranks:
+                raise ValueError(f"{where}: token {token!r} is already on line {line_of_id[ranks[token]]}")
+            if rank in line_of_id:
+                raise ValueError(f"{where}: id {rank} is already on line {line_of_id[rank]}")
+            ranks[token] = rank
+            line_of_id[rank] = number
+    return ranks, line_of_id
+
+
+def _parse_vocabulary_line(line: bytes, where: str) -> tuple[bytes, int]:
+    """Split one line of a tiktoken file into token bytes and id; `where` begins the message of any ValueError."""
+    parts = line.split()
+    if len(parts) != 2:
+        raise ValueError(
+            f"{where}: expected 'base64 id', got {line.strip()[:80]!r}; the file may be truncated, download it again"
+        )
+    try:
+        token = base64.b64decode(parts[0], validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{where}: {parts[0][:80]!r} is not base64 ({error})") from error
+    if not token:
+        raise ValueError(f"{where}: the token {parts[0]!r} is empty")
+    if not parts[1].isdigit():
+        raise ValueError(f"{where}: {parts[1][:80]!r} is not an id; expected a whole number that is not negative")
+    return token, int(parts[1])
+
+
+def load_base_ranks(path: str | os.PathLike) -> dict[bytes, int]:
+    """Read the base vocabulary: like `load_ranks`, but the ids must be 0 ... n - 1 and hold every single byte.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_ranks`; also for a missing id or byte.
+    """
+    ranks, line_of_id = _read_vocabulary(path)
+    for expected, rank in enumerate(sorted(line_of_id)):
+        if rank != expected:
+            raise ValueError(
+                f"{os.fspath(path)}, line {line_of_id[rank]}: id {rank} leaves a gap, no line has id {expected}; "
+                "the file is damaged, download it again"
+            )
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{os.fspath(path)}, after line {max(line_of_id.values(), default=0)}: no token for the single byte "
+            f"{missing[0]} ({len(missing)} of 256 are missing); the file may be truncated, download it again"
+        )
+    return ranks
+
+
+def merge_extra_ranks(
+    ranks: Mapping[bytes, int], extra: Mapping[bytes, int], special_tokens: Mapping[str, int], source: str
+) -> dict[bytes, int]:
+    """Return `ranks` with the tokens of an extra vocabulary added.
+
+    A token that the vocabulary has already is skipped with a warning, so its id stays unused.
+
+    Raises:
+        ValueError: an id belongs to another token. The message names `source`, the token and the id.
+    """
+    merged = dict(ranks)
+    used = {rank: token for token, rank in ranks.items()} | {i: token.encode() for token, i in special_tokens.items()}
+    for token, rank in extra.items():
+        if token in ranks:
+            logger.warning(f"{source}: token {token!r} has id {ranks[token]} already; skipping its new id {rank}")
+        elif rank in used:
+            raise ValueError(
+                f"{source}: id {rank} of token {token!r} belongs to {used[rank]!r}; "
+                f"new ids begin at {max(special_tokens.values()) + 1}"
+            )
+        else:
+            merged[token] = rank
+    return merged
+
+
+def load_vocabulary(
+    vocab_file: str | os.PathLike | None, extra_vocab_file: str | os.PathLike | None = None
+) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Read the vocabulary files and return (mergeable ranks, ids of the special tokens).
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_base_ranks` and `merge_extra_ranks`.
+    """
+    ranks = load_base_ranks(require_file(vocab_file))
+    special_tokens = {token: i for i, token in enumerate(SPECIAL_TOKENS, start=len(ranks))}
+    if extra_vocab_file is not None:
+        ranks = merge_extra_ranks(ranks, load_ranks(extra_vocab_file), special_tokens, os.fspath(extra_vocab_file))
+    return ranks, special_tokens
+
+
+# --- the `tokenizers` backend ---
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_alphabet() -> tuple[dict[int, int], dict[int, int]]:
+    """The byte-level alphabet of GPT-2 as tables for `str.translate`: byte -> code point, and back.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: byte for byte in printable} | {byte: 0x100 + i for i, byte in enumerate(others)}
+    return table, {code: byte for byte, code in table.items()}
+
+
+def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Tokenizer:
+    """Build the `tokenizers.Tokenizer` that gives the ids of tiktoken with these tokens.
+
+    The special tokens are part of the BPE vocabulary as well, otherwise `tokenizers` would number them from the size of
+    that vocabulary and collide with extra tokens. No piece of text is ever one of them: `PAT_STR` cuts them in three.
+    """
+    table, _ = _byte_alphabet()
+    names = {token: token.decode("latin-1").translate(table) for token in ranks}
+    vocab = {name: ranks[token] for token, name in names.items()} | dict(special_tokens)
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        # tiktoken joins any two neighbours that make a token, so every way to cut the token is a merge.
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        known = sorted(
+            (ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks
+        )
+        merges.extend((names[left], names[right]) for _, _, left, right in known)
+    backend = Tokenizer(BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
+    backend.normalizer = NFC
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PAT_STR), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([_special_added_token(token) for token in special_tokens])
+    return backend
+
+
+def _special_added_token(token: str) -> AddedToken:
+    return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+# --- pieces of text ---
+
+
+def repair_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates by U+FFFD; neither can be written as UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+@functools.lru_cache(maxsize=64)
+def _split_pattern(literals: frozenset[str]) -> re.Pattern[str]:
+    """A pattern whose `split` gives text, literal, text, ..., text; it matches nothing if there are no literals."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)") + ")")
+
+
+def split_long_blanks(text: str) -> Iterator[tuple[str, bool]]:
+    r"""Cut long runs of white space out of NFC text, at places where `PAT_STR` cuts too.
+
+    Yields (part, is_run). A part that is a run is one piece of the pattern; the others are to be split by the pattern,
+    and together the pieces are those of the whole text. A run B without line breaks is looked at only if none follows
+    it (else `\s*[\r\n]+` takes it, which needs no stack). What comes before B ends at a piece boundary, as no
+    alternative goes on from a non-space or line break into B. Of B, `\s+(?!\S)` takes everything at the end of the
+    text, and all but the last character before a non-space: that character may belong to the next word.
+    """
+    start = 0
+    for run in LONG_BLANK.finditer(text):
+        if text[run.end() : run.end() + 1] in ("\r", "\n"):
+            continue
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        yield text[start : run.start()], False
+        yield text[run.start() : end], True
+        start = end
+    yield text[start:], False
+
+
+# --- text for chat templates ---
+
+
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """Rebuild a template argument out of plain types, with `function` applied to each string, keys included.
+
+    Objects that are neither data nor containers are replaced by their text, as rendering them would do.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, function): _map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_strings(item, function) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _map_strings(getattr(value, field.name), function) for field in fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return _map_strings(value.model_dump(), function)
+    return function(str(value))
+
+
+def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
+    """Private-use characters that are in none of the texts.
+
+    Raises:
+        ValueError: the texts hold (almost) all 137,000 of them.
+    """
+    used = set().union(*texts)
+    private = itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    found = list(itertools.islice((chr(code) for code in private if chr(code) not in used), count))
+    if len(found) < count:
+        raise ValueError(
+            "The messages use every private-use character of Unicode; remove some to apply a chat template."
+        )
+    return found
+
+
+def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
+    return any(start < span_end and span_start < end for span_start, span_end in spans)
+
+
+# --- the tokenizers ---
+
+
+class QWenTokenizerMixin(PreTrainedTokenizerBase):
+    """What the two tokenizers share: special tokens, the `allowed_special` interface, decoding, saving, chat.
+
+    Subclasses set `special_tokens` before they call `PreTrainedTokenizerBase.__init__`, and implement
+    `_encode_ordinary_batch`.
+    """
+
+    # `tokenizer_file` is for the fast class; that it is named lets both load from the path of a single vocabulary file.
+    vocab_files_names = {**VOCAB_FILES_NAMES, **EXTRA_VOCAB_FILES_NAMES, "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    mergeable_ranks: Any  # dict[bytes, int]: token bytes -> id, extra vocabulary included
+    special_tokens: dict[str, int]
+    errors: str
+
+    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts in which no special token is to be seen; lone surrogates are repaired already."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for transformers' constructor: the defaults of this model where nothing is given."""
+        # Files written by other tokenizers name a backend here, and `AutoTokenizer` reads `use_fast`; neither is ours.
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("backend", "use_fast")}
+        for key, default in (("eos_token", ENDOFTEXT), ("pad_token", ENDOFTEXT), ("chat_template", CHAT_TEMPLATE)):
+            if kwargs.get(key) is None:
+                kwargs[key] = default
+        return kwargs
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Check that there are files for the constructor to read.
+
+        `from_pretrained` calls this before the constructor, whose OSErrors it replaces by one that says nothing.
+        """
+        extra = kwargs.get("extra_vocab_file")
+        if extra is not None or not (issubclass(cls, TokenizersBackend) and kwargs.get("tokenizer_file") is not None):
+            require_file(kwargs.get("vocab_file"))
+        if extra is not None:
+            require_file(extra)
+        return kwargs
+
+    # Vocabulary
+
+    @property
+    def eod_id(self) -> int:
+        """Id of `<|endoftext|>`."""
+        return self.special_tokens[ENDOFTEXT]
+
+    @property
+    def im_start_id(self) -> int:
+        """Id of `<|im_start|>`."""
+        return self.special_tokens[IMSTART]
+
+    @property
+    def im_end_id(self) -> int:
+        """Id of `<|im_end|>`."""
+        return self.special_tokens[IMEND]
+
+    @functools.cached_property
+    def _n_vocab(self) -> int:
+        return max(*self.mergeable_ranks.values(), *self.special_tokens.values()) + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id plus one: special tokens and extra vocabulary included."""
+        return self._n_vocab
+
+    def __len__(self) -> int:
+        return self._n_vocab
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """`eos_token` and the like, then all special tokens of this model by id."""
+        return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @functools.cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        """Id -> bytes that the token stands for; special tokens stand for their text."""
+        ordinary = {i: token for token, i in self.mergeable_ranks.items()}
+        return ordinary | {i: token.encode() for token, i in self.special_tokens.items()}
+
+    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
+        """Accept the special tokens that exist (so 0 are added) and refuse all others.
+
+        Raises:
+            ValueError: a token is not one of `special_tokens`.
+        """
+        for token in new_tokens:
+            if str(token) and str(token) not in self.special_tokens:
+                raise ValueError(
+                    f"Token {str(token)!r} cannot be added. Use one of the {len(EXTRAS)} spare control tokens "
+                    f"({EXTRAS[0]} ... {EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result "
+                    "with `extra_vocab_file`."
+                )
+        return 0
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
+
+        Raises:
+            ValueError: `save_directory` is not a directory.
+        """
+        if not os.path.isdir(save_directory):
+            raise ValueError(f"Cannot save the vocabulary: {save_directory!r} is not a directory")
+        ranks = sorted(self.mergeable_ranks.items(), key=lambda item: item[1])
+        files = {
+            VOCAB_FILES_NAMES["vocab_file"]: [item for item in ranks if item[1] < self.eod_id],
+            EXTRA_VOCAB_FILES_NAMES["extra_vocab_file"]: [item for item in ranks if item[1] > self.eod_id],
+        }
+        paths = []
+        for name, items in files.items():
+            if items:
+                paths.append(os.path.join(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name))
+                with open(paths[-1], "wb") as file:
+                    file.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in items)
+        return tuple(paths)
+
+    # Text to ids
+
+    def _resolve_allowed(
+        self, allowed_special: str | Collection[str], split_special_tokens: bool | None
+    ) -> frozenset[str]:
+        """The special tokens to recognise. transformers' `split_special_tokens=True` means none."""
+        if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
+            return frozenset()
+        if isinstance(allowed_special, str):
+            if allowed_special != "all":
+                raise ValueError(f'`allowed_special` must be "all" or a set of special tokens, got {allowed_special!r}')
+            return frozenset(self.special_tokens)
+        return frozenset(self.special_tokens).intersection(allowed_special)
+
+    def _check_disallowed(
+        self, texts: Iterable[str], allowed: frozenset[str], disallowed_special: str | Collection[str]
+    ) -> None:
+        """Raise ValueError if a text holds a disallowed special token ("all": all that are not allowed)."""
+        if isinstance(disallowed_special, str):
+            if disallowed_special != "all":
+                raise ValueError(
+                    f'`disallowed_special` must be "all" or a collection of special tokens, got {disallowed_special!r}'
+                )
+            disallowed_special = frozenset(self.special_tokens) - allowed
+        if not disallowed_special:
+            return
+        pattern = _split_pattern(frozenset(disallowed_special))
+        for text in texts:
+            if match := pattern.search(text):
+                raise ValueError(
+                    f"The text holds the disallowed special token {match.group()!r}. To encode it as a special token, "
+                    f"pass allowed_special={{{match.group()!r}, ...}}; to encode it as ordinary text, pass "
+                    "disallowed_special=()."
+                )
+
+    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
+        split = _split_pattern(allowed).split
+        parts = [split(repair_surrogates(text)) for text in texts]  # text, special, text, ..., text
+        ordinary = iter(self._encode_ordinary_batch([part for line in parts for part in line[::2]]))
+        return [
+            [i for n, part in enumerate(line) for i in ([self.special_tokens[part]] if n % 2 else next(ordinary))]
+            for line in parts
+        ]
+
+    def tokenize(  # type: ignore[override]
+        self,
+        text: str,
+        allowed_special: str | Collection[str] = "all",
+        disallowed_special: str | Collection[str] = (),
+        *,
+        pair: str | None = None,
+        split_special_tokens: bool | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Split text into tokens: bytes (slow) or byte-level strings (fast), and str for special tokens.
+
+        Args:
+            allowed_special: "all", or the special tokens to recognise; the others are ordinary text.
+            disallowed_special: (), "all", or special tokens whose presence raises ValueError.
+            pair: a second text, whose tokens follow.
+        """
+        allowed = self._resolve_allowed(allowed_special, split_special_tokens)
+        texts = [text] if pair is None else [text, pair]
+        self._check_disallowed(texts, allowed, disallowed_special)
+        ids = list(itertools.chain.from_iterable(self._encode_texts(texts, allowed)))
+        return list(self.convert_ids_to_tokens(ids))
+
+    def _encode_to_ids(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        is_split_into_words: bool = False,
+        allowed_special: str | Collection[str] = "all",
+        disallowed_special: str | Collection[str] = (),
+        split_special_tokens: bool | None = None,
+        **options: Any,
+    ) -> BatchEncoding:
+        """`__call__` by way of id lists; all texts of a batch are encoded in parallel. Options: `_from_ids`."""
+        batched = isinstance(text, (list, tuple)) and (
+            bool(text) and isinstance(text[0], (list, tuple)) if is_split_into_words else not _is_ids(text)
+        )
+        examples = _pair_examples(text, text_pair, is_split_into_words) if batched else [(text, text_pair)]
+        allowed = self._resolve_allowed(allowed_special, split_special_tokens)
+        # Each sequence is a list of ids, one text, or the words of a text, which are encoded one by one.
+        texts = [word for example in examples for sequence in example for word in _texts_of(sequence)]
+        self._check_disallowed(texts, allowed, disallowed_special)
+        encoded = iter(self._encode_texts(texts, allowed))
+
+        def ids_of(sequence: Any) -> list[int] | None:
+            if sequence is None or _is_ids(sequence):
+                return None if sequence is None else list(sequence)
+            return list(itertools.chain.from_iterable(next(encoded) for _ in _texts_of(sequence)))
+
+        return self._from_ids([(ids_of(first) or [], ids_of(second)) for first, second in examples], batched, **options)
+
+    def _from_ids(
+        self,
+        sequences: list[tuple[list[int], list[int] | None]],
+        batched: bool,
+        return_tensors: Any = None,
+        return_offsets_mapping: bool = False,
+        **options: Any,
+    ) -> BatchEncoding:
+        """Truncate, pad and pack id lists (each with an optional second one) as transformers' slow tokenizers do.
+
+        Raises:
+            ValueError: offsets are asked for.
+        """
+        if return_offsets_mapping:
+            raise ValueError(
+                "`return_offsets_mapping` needs QWenTokenizerFast, called on text with the default `allowed_special`"
+            )
+        options["truncation"] = options.pop("truncation_strategy", False)
+        padding = options.pop("padding_strategy", False)
+        options["add_special_tokens"] = False  # this model adds none
+        # transformers' slow and fast classes share these steps, but keep them in the slow class.
+        tokenizer: Any = self
+        prepare = functools.partial(PreTrainedTokenizer.prepare_for_model, tokenizer)
+        if not batched:
+            return prepare(
+                *sequences[0], padding=padding, return_tensors=return_tensors, prepend_batch_axis=True, **options
+            )
+        pad_options = {
+            key: options.pop(key, None) for key in ("pad_to_multiple_of", "padding_side", "return_attention_mask")
+        }
+        columns: dict[str, list[Any]] = {"input_ids": []}
+        for first, second in sequences:
+            for key, value in prepare(first, second, return_attention_mask=False, **options).items():
+                columns.setdefault(key, []).append(value)
+        if return_tensors:  # ragged, so these cannot become tensors
+            columns.pop("overflowing_tokens", None)
+            columns.pop("num_truncated_tokens", None)
+        padded = self.pad(columns, padding=padding, max_length=options.get("max_length"), **pad_options)
+        return BatchEncoding(dict(padded), tensor_type=return_tensors)
+
+    # Ids to text
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Join the bytes of the tokens and decode them as UTF-8.
+
+        Args:
+            clean_up_tokenization_spaces: ignored, as it would damage the text of a byte-level vocabulary.
+            errors: "replace", "ignore" or "strict": what to do with bytes that are not UTF-8; `self.errors` by default.
+                An id that no token has counts as such a byte (the model has more rows than there are tokens).
+
+        Raises:
+            ValueError: with "strict", for invalid bytes or an id that no token has.
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        errors = errors or self.errors
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        known = self._token_bytes
+        if errors == "strict" and (unknown := [i for i in ids if i not in known]):
+            raise ValueError(f"No token has the id {unknown[0]}; ids go from 0 to {len(self) - 1}")
+        return b"".join([known.get(i, b"\xff") for i in ids if i not in skipped]).decode("utf-8", errors)
+
+    # Chat
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        padding: Any = False,
+        truncation: Any = False,
+        max_length: int | None = None,
+        return_tensors: Any = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render messages with a chat template; arguments and results are those of transformers' method.
+
+        Text that the caller passes (messages, tools, documents, other template arguments; values and keys) can never
+        become a control token: only special tokens that the template itself writes are encoded as such. With the
+        shipped template, contents are also encoded apart from what surrounds them, which gives the tokens of
+        `make_context`. A template that takes strings apart and glues control tokens together out of them is beyond
+        this protection.
+
+        Raises:
+            ValueError: for combinations of arguments that transformers refuses too.
+        """
+        kwargs.pop("sanitize_control_tokens", None)  # an option of newer transformers; here it is always on
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            raise ValueError(
+                "`continue_final_message` cannot be used with `add_generation_prompt` or `return_assistant_tokens_mask`"
+            )
+        batched, conversations = _conversations(conversation)
+        caller = {"conversations": conversations, "tools": tools, "documents": documents, **kwargs}
+        rendered, spans, mask, edge = self._render(
+            self.get_chat_template(chat_template, tools),
+            caller,
+            tokenize,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+        )
+        if not tokenize:
+            texts = [text.replace(mask, "") for text in rendered]
+            return texts if batched else texts[0]
+        encoded = [self._encode_rendered(text, span, mask, edge) for text, span in zip(rendered, spans, strict=True)]
+        options = self._chat_options(padding, truncation, max_length, tokenizer_kwargs)
+        out = self._from_ids(
+            [(ids, None) for ids, _ in encoded], batched or bool(return_tensors), return_tensors=None, **options
+        )
+        if return_assistant_tokens_mask:
+            self._add_assistant_masks(out, [flags for _, flags in encoded], options)
+        out.convert_to_tensors(return_tensors)
+        return out if return_dict else out["input_ids"]
+
+    def _render(
+        self, template: str, caller: dict[str, Any], with_edges: bool, **options: Any
+    ) -> tuple[list[str], list[list[tuple[int, int]]], str, str]:
+        """Render conversations with the caller's strings masked.
+
+        Args:
+            template: a Jinja template.
+            caller: all that the caller passes to it: conversations, tools, documents and other variables.
+            with_edges: whether to let the template mark the edges of contents, by its variable `edge`.
+            **options: other arguments of `render_jinja_template`.
+
+        Returns:
+            (texts, character ranges of each that the assistant wrote, mask, edge). `mask` is the character put into
+            the caller's strings, `edge` the one that marks edges.
+        """
+        tools = caller["tools"]
+        caller = {**caller, "tools": tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]}
+        strings = [template]
+        _map_strings(caller, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
+        mask, edge = _unused_characters(strings, 2)
+        masked = _map_strings(caller, lambda text: UNSAFE_POSITION.sub(lambda match: match.group() + mask, text))
+        variables = {"edge": edge if with_edges else "", **self.special_tokens_map, **masked}
+        result: Any = render_jinja_template(chat_template=template, **variables, **options)
+        texts, spans = result
+        return texts, spans or [[] for _ in texts], mask, edge
+
+    def _chat_options(
+        self, padding: Any, truncation: Any, max_length: int | None, tokenizer_kwargs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Options for `_from_ids` out of those of `apply_chat_template`."""
+        options = dict(tokenizer_kwargs or {})
+        padding_strategy, truncation_strategy, max_length, options = self._get_padding_truncation_strategies(
+            padding=padding, truncation=truncation, max_length=max_length, **options
+        )
+        options.pop("add_special_tokens", None)
+        return options | {
+            "padding_strategy": padding_strategy.value,
+            "truncation_strategy": truncation_strategy.value,
+            "max_length": max_length,
+            "pad_to_multiple_of": (tokenizer_kwargs or {}).get("pad_to_multiple_of"),
+        }
+
+    def _encode_rendered(
+        self, rendered: str, spans: Collection[tuple[int, int]], mask: str, edge: str
+    ) -> tuple[list[int], list[int]]:
+        """Encode a rendered chat.
+
+        Args:
+            rendered: the chat, in which `edge` marks where to cut and `mask` breaks special tokens in callers' text.
+            spans: character ranges of `rendered` that the assistant wrote.
+
+        Returns:
+            (ids, flags): a flag is 1 if the assistant wrote any of the token.
+        """
+        parts = _split_pattern(frozenset(self.special_tokens) | {edge}).split(rendered)  # text, mark, text, ..., text
+        ordinary = self._encode_texts([part.replace(mask, "") for part in parts[::2]], frozenset())
+        ids: list[int] = []
+        flags: list[int] = []
+        position = 0
+        for n, part in enumerate(parts):
+            if n % 2 == 0:
+                inner = [(start - position, end - position) for start, end in spans]
+                ids += ordinary[n // 2]
+                flags += self._flag_tokens(ordinary[n // 2], part, inner, mask)
+            elif part != edge:
+                ids.append(self.special_tokens[part])
+                flags.append(int(_overlaps(position, position + len(part), spans)))
+            position += len(part)
+        return ids, flags
+
+    def _flag_tokens(self, ids: list[int], part: str, spans: Collection[tuple[int, int]], mask: str) -> list[int]:
+        """1 for each token of `part` that overlaps a character range in `spans`."""
+
+        def byte_offset(character: int) -> int:
+            return len(NFC.normalize_str(repair_surrogates(part[: max(character, 0)].replace(mask, ""))).encode())
+
+        inside = [span for span in spans if _overlaps(0, len(part), [span])]
+        byte_spans = [(byte_offset(start), byte_offset(end)) for start, end in inside]
+        ends = list(itertools.accumulate((len(self._token_bytes[i]) for i in ids), initial=0))
+        return [int(_overlaps(start, end, byte_spans)) for start, end in itertools.pairwise(ends)]
+
+    def _add_assistant_masks(self, out: BatchEncoding, flags: list[list[int]], options: dict[str, Any]) -> None:
+        """Set `out["assistant_masks"]`, cut and padded (with 0) like `out["input_ids"]`."""
+        batched = len(out["input_ids"]) > 0 and isinstance(out["input_ids"][0], list)
+        limit = options["max_length"] if options["truncation_strategy"] != "do_not_truncate" else None
+        masks = []
+        for row, length in zip(flags, map(len, out["input_ids"] if batched else [out["input_ids"]]), strict=True):
+            if limit is not None and len(row) > limit:
+                row = row[len(row) - limit :] if self.truncation_side == "left" else row[:limit]
+            padding = [0] * (length - len(row))
+            masks.append(
+                padding + row if (options.get("padding_side") or self.padding_side) == "left" else row + padding
+            )
+        out["assistant_masks"] = masks if batched else masks[0]
+
+
+def _is_ids(sequence: Any) -> bool:
+    """Whether this is a list of ids rather than text."""
+    return isinstance(sequence, (list, tuple)) and bool(sequence) and isinstance(sequence[0], int)
+
+
+def _texts_of(sequence: Any) -> list[str]:
+    """The texts to encode for a sequence: none for None or ids, itself for text, the words for a list of words.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if sequence is None or _is_ids(sequence):
+        return []
+    if isinstance(sequence, str):
+        return [sequence]
+    if isinstance(sequence, (list, tuple)) and all(isinstance(word, str) for word in sequence):
+        return list(sequence)
+    raise ValueError(f"Text input must be a str, a list of words or a list of ids, got {type(sequence).__name__}")
+
+
+def _pair_examples(text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple[Any, Any]]:
+    """The (first, second) sequences of a batch.
+
+    Raises:
+        ValueError: `text_pair` has another length than `text`.
+    """
+    if text_pair is not None:
+        if isinstance(text_pair, str) or len(text_pair) != len(text):
+            raise ValueError(f"`text_pair` must be a batch of {len(text)} texts, like `text`")
+        return list(zip(text, text_pair, strict=True))
+    kinds = tuple if is_split_into_words else (list, tuple)
+    is_pair = [isinstance(item, kinds) and len(item) == 2 and not _is_ids(item) for item in text]
+    return [tuple(item) if pair else (item, None) for item, pair in zip(text, is_pair, strict=True)]
+
+
+def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
+    """(whether it is a batch, list of conversations), without the keys whose value is None.
+
+    Raises:
+        ValueError: a conversation is empty.
+    """
+    items = getattr(conversation, "messages", conversation)
+    batched = len(items) > 0 and (isinstance(items[0], (list, tuple)) or hasattr(items[0], "messages"))
+    conversations = [list(getattr(chat, "messages", chat)) for chat in (items if batched else [items])]
+    if not all(conversations):
+        raise ValueError("Cannot apply the chat template to an empty conversation; provide at least one message.")
+    # OpenAI-style messages have `content: None` beside tool calls; templates expect the key to be absent.
+    return batched, [
+        [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in chat]
+        for chat in conversations
+    ]
+
+
+class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
+    """The tokenizer on top of tiktoken, with the interface published in December 2023.
+
+    Tokens are bytes, and str for special tokens. `decoder` maps ids to tokens.
+
+    Args:
+        vocab_file: path of `qwen.tiktoken`.
+        errors: what `decode` does with bytes that are not UTF-8: "replace", "ignore" or "strict".
+        extra_vocab_file: path of a file of additional tokens, made by `extend_vocabulary.py`.
+        **kwargs: as for transformers' tokenizers.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_vocabulary`; also for added tokens that this vocabulary lacks.
+    """
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None,
+        errors: str = "replace",
+        extra_vocab_file: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
+        self.mergeable_ranks, self.special_tokens = load_vocabulary(vocab_file, extra_vocab_file)
+        self.errors = errors
+        tokens: dict[int, bytes | str] = {i: token for token, i in self.mergeable_ranks.items()}
+        self.decoder = tokens | {i: token for token, i in self.special_tokens.items()}
+        self._bpe = tiktoken.Encoding(
+            "qwen",
+            pat_str=PAT_STR,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=self.special_tokens,
+        )
+        self._added_tokens_decoder = {i: _special_added_token(token) for token, i in self.special_tokens.items()}
+        self._add_tokens(kwargs.pop("added_tokens_decoder", {}).values())
+        kwargs.pop("tokenizer_file", None)  # read by the fast class only
+        super().__init__(errors=errors, special_tokens_pattern="none", **self._with_defaults(kwargs))
+
+    @functools.cached_property
+    def _whole_piece_bpe(self) -> tiktoken.Encoding:
+        """Encodes any text as one piece. Needed for very long runs of white space only, so built when first used."""
+        return tiktoken.Encoding(
+            "qwen_piece", pat_str=r"[\s\S]+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
+        )
+
+    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
+        parts = [list(split_long_blanks(text if text.isascii() else NFC.normalize_str(text))) for text in texts]
+        flat = [part for line in parts for part, is_run in line if not is_run]
+        # Threads cost more than they save on a single text.
+        encoded = iter(
+            self._bpe.encode_ordinary_batch(flat)
+            if len(flat) > 1 and sum(map(len, flat)) > 10000
+            else map(self._bpe.encode_ordinary, flat)
+        )
+        return [
+            [
+                i
+                for part, is_run in line
+                for i in (self._whole_piece_bpe.encode_ordinary(part) if is_run else next(encoded))
+            ]
+            for line in parts
+        ]
+
+    def _encode_plus(  # type: ignore[override]
+        self, text: Any, text_pair: Any = None, **kwargs: Any
+    ) -> BatchEncoding:
+        kwargs.pop("add_special_tokens", None)
+        return self._encode_to_ids(text, text_pair, **kwargs)
+
+    def get_vocab(self) -> dict[Any, int]:
+        """Token -> id: bytes for ordinary tokens, str for special ones."""
+        return self.mergeable_ranks | self.special_tokens
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Id of a token (bytes, or str), or the ids of a list of tokens; None for what is no token.
+
+        A str that is not a special token stands for its UTF-8 bytes.
+        """
+        if tokens is None or isinstance(tokens, (str, bytes)):
+            return None if tokens is None else self._convert_token_to_id(tokens)
+        return [self._convert_token_to_id(token) for token in tokens]
+
+    def _convert_token_to_id(self, token: str | bytes) -> int | None:
+        if isinstance(token, str):
+            if token in self.special_tokens:
+                return self.special_tokens[token]
+            token = token.encode("utf-8", "replace")
+        return self.mergeable_ranks.get(token)
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        if index not in self.decoder:
+            raise ValueError(f"No token has the id {index}; ids go from 0 to {len(self) - 1}")
+        return self.decoder[index]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str | bytes]) -> str:
+        """Join tokens and decode their bytes as UTF-8, with `self.errors` for invalid bytes."""
+        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
+        return joined.decode("utf-8", self.errors)
+
+
+class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
+    """The tokenizer on top of the `tokenizers` library, built from the same file, with the same ids.
+
+    Tokens are byte-level strings ("Ġhello" for b" hello"). Building from `qwen.tiktoken` takes about a second, loading
+    from `tokenizer.json` (which `save_pretrained` writes) half of that. `tokenizer.json` is not read when there is an
+    extra vocabulary, which may be newer.
+
+    Args:
+        vocab_file: path of `qwen.tiktoken`; may be None if `tokenizer_file` or `tokenizer_object` is given.
+        errors, extra_vocab_file: as for `QWenTokenizer`.
+        **kwargs: as for transformers' fast tokenizers; `tokenizer_file` is the path of a `tokenizer.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_vocabulary`; also for added tokens that this vocabulary lacks.
+    """
+
+    slow_tokenizer_class = QWenTokenizer  # type: ignore[assignment]
+    _tokenizer: Any
+
+    # transformers keeps these two steps in its slow class; `_from_ids` uses them here too.
+    truncate_sequences = PreTrainedTokenizer.truncate_sequences
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None = None,
+        errors: str = "replace",
+        extra_vocab_file: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
+        self.errors = errors
+        tokenizer_file = kwargs.pop("tokenizer_file", None)
+        if kwargs.get("tokenizer_object") is None:
+            if tokenizer_file is not None and extra_vocab_file is None:
+                self._tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+            else:
+                self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
+        backend = kwargs.get("tokenizer_object") or self._tokenizer
+        self.special_tokens = {
+            token.content: i for i, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
+        }
+        self._add_tokens(kwargs.get("added_tokens_decoder", {}).values())
+        super().__init__(errors=errors, **self._with_defaults(kwargs))
+        # `pad` advises against using it with fast tokenizers; chats and restricted special tokens come as ids.
+        self.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers'; `use_fast=False` or `backend="tiktoken"` gives a `QWenTokenizer`.
+
+        `AutoTokenizer` of transformers 5 drops `use_fast` before it calls this method, but passes `backend` on.
+        """
+        if kwargs.pop("use_fast", None) is not False and kwargs.pop("backend", None) != "tiktoken":
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        if cls._auto_class is not None:  # so that saving copies this file, as for the fast class
+            QWenTokenizer.register_for_auto_class(cls._auto_class)
+        kwargs.pop("backend", None)
+        return QWenTokenizer.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+    @functools.cached_property
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """Token bytes -> id, read back from the backend; extra vocabulary included."""
+        _, table = _byte_alphabet()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+        ranks = {
+            token.translate(table).encode("latin-1"): i
+            for token, i in vocab.items()
+            if token not in self.special_tokens
+        }
+        return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
+        # The backend's switch for special tokens is shared by all threads, so its steps are called one by one instead.
+        normalizer, pre_tokenizer, model = (
+            self._tokenizer.normalizer,
+            self._tokenizer.pre_tokenizer,
+            self._tokenizer.model,
+        )
+        return [
+            [
+                token.id
+                for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
+                for token in model.tokenize(piece)
+            ]
+            for text in texts
+        ]
+
+    def _encode_plus(  # type: ignore[override]
+        self,
+        text: Any,
+        text_pair: Any = None,
+        *,
+        allowed_special: str | Collection[str] = "all",
+        disallowed_special: str | Collection[str] = (),
+        split_special_tokens: bool | None = None,
+        add_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        allowed = self._resolve_allowed(allowed_special, split_special_tokens)
+        if len(allowed) < len(self.special_tokens) or disallowed_special:
+            return self._encode_to_ids(
+                text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
+            )
+        text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
+        return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Write `tokenizer.json`, and the files that `QWenTokenizer` reads."""
+        names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+
+
+def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
+    """Apply `function` to each string of nested lists and tuples, which are kept as they are."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_texts(item, function) for item in value)
+    return function(value) if isinstance(value, str) else value
