@@ -1,0 +1,185 @@
+"""QWenConfig: defaults, both published spellings, round trips, errors."""
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+
+from qwen1 import QWenConfig
+from qwen1.configuration_qwen import AUTO_MAP
+
+DOCUMENTED_DEFAULTS = {
+    "vocab_size": 151851,
+    "n_embd": 4096,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_inner": None,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "scale_attn_weights": True,
+    "use_cache": True,
+    "eos_token_id": 151643,
+    "apply_residual_connection_post_layernorm": False,
+    "bf16": False,
+    "fp16": False,
+    "fp32": False,
+    "kv_channels": 128,
+    "rotary_pct": 1.0,
+    "rotary_emb_base": 10000,
+    "use_dynamic_ntk": False,
+    "use_logn_attn": False,
+    "use_flash_attn": True,
+    "ffn_hidden_size": 22016,
+    "no_bias": True,
+    "tie_word_embeddings": False,
+}
+SPELLINGS = [
+    ("hidden_size", "n_embd", 64),
+    ("num_attention_heads", "n_head", 8),
+    ("num_hidden_layers", "n_layer", 3),
+    ("max_position_embeddings", "n_positions", 77),
+    ("intermediate_size", "ffn_hidden_size", 100),
+    ("attn_dropout_prob", "attn_pdrop", 0.25),
+    ("emb_dropout_prob", "embd_pdrop", 0.5),
+    ("rms_norm_eps", "layer_norm_epsilon", 0.01),
+    ("rope_theta", "rotary_emb_base", 1000000),
+    ("head_dim", "kv_channels", 64),
+]
+
+
+def published_configs(golden):
+    files = [*golden.glob("published_configs/*.config.json"), *golden.glob("model/*/config.json")]
+    return {file: json.loads(file.read_text()) for file in sorted(files)}
+
+
+def test_constructor_is_the_documented_one():
+    parameters = list(inspect.signature(QWenConfig.__init__).parameters.values())[1:]
+    documented = {p.name: p.default for p in parameters[: len(DOCUMENTED_DEFAULTS)]}
+    assert list(documented.items()) == list(DOCUMENTED_DEFAULTS.items())
+    config = QWenConfig()
+    assert {name: getattr(config, name) for name in DOCUMENTED_DEFAULTS} == DOCUMENTED_DEFAULTS
+
+
+def test_positional_arguments_keep_their_order():
+    config = QWenConfig(320, 64, 2, 4, None, 0.1, 0.2)
+    assert (config.vocab_size, config.n_embd, config.n_layer, config.n_head) == (320, 64, 2, 4)
+    assert (config.embd_pdrop, config.attn_pdrop) == (0.1, 0.2)
+
+
+def test_class_attributes_are_the_documented_ones():
+    assert QWenConfig.model_type == "qwen"
+    assert QWenConfig.keys_to_ignore_at_inference == ["past_key_values"]
+    assert QWenConfig.attribute_map == {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "num_hidden_layers": "n_layer",
+    }
+
+
+def test_published_files_survive_two_round_trips(golden, tmp_path):
+    files = published_configs(golden)
+    assert len(files) == 11
+    for file, published in files.items():
+        first = QWenConfig.from_dict(dict(published))
+        first.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        ours = {"auto_map", "transformers_version"}
+        lost = {key: value for key, value in published.items() if key not in ours and written.get(key, "lost") != value}
+        assert not lost, file
+        again = QWenConfig.from_pretrained(tmp_path)
+        assert again.to_dict() == first.to_dict(), file
+
+
+@pytest.mark.parametrize(("alias", "name", "value"), SPELLINGS)
+def test_both_spellings_are_read_set_and_written(alias, name, value):
+    config = QWenConfig(**{alias: value})
+    assert getattr(config, name) == getattr(config, alias) == value
+    assert config.to_dict()[alias] == config.to_dict()[name] == value
+    changed = QWenConfig()
+    setattr(changed, alias, value)
+    assert getattr(changed, name) == value
+
+
+@pytest.mark.parametrize(("alias", "name", "value"), SPELLINGS)
+def test_contradicting_spellings_are_an_error(alias, name, value):
+    with pytest.raises(ValueError, match=rf"{name}=.*{alias}=") as error:
+        QWenConfig(**{name: value, alias: value * 2})
+    assert repr(value) in str(error.value) and repr(value * 2) in str(error.value)
+    assert getattr(QWenConfig(**{name: value, alias: value}), name) == value
+
+
+def test_null_alias_means_not_given():
+    assert QWenConfig(intermediate_size=None).ffn_hidden_size == 22016
+
+
+def test_unknown_and_null_keys_are_kept(tmp_path):
+    config = QWenConfig(onnx_safe=None, bias_dropout_fusion=True, my_key={"a": [1, 2]})
+    config.save_pretrained(tmp_path)
+    again = QWenConfig.from_pretrained(tmp_path)
+    assert (again.onnx_safe, again.bias_dropout_fusion, again.my_key) == (None, True, {"a": [1, 2]})
+
+
+def test_auto_map_names_every_class_and_keeps_foreign_entries():
+    config = QWenConfig(auto_map={"AutoModelForDecision": "other.Model", "AutoModel": "old.Model"})
+    assert config.to_dict()["auto_map"] == {"AutoModelForDecision": "other.Model", **AUTO_MAP}
+
+
+def test_heads_default_to_no_groups():
+    assert QWenConfig(n_head=16).num_key_value_heads == 16
+    assert QWenConfig(n_head=16, num_key_value_heads=4).num_key_value_heads == 4
+
+
+def test_seq_length_has_a_default():
+    assert QWenConfig().seq_length == 2048
+
+
+def test_embedding_rows_follow_the_padded_vocabulary():
+    assert QWenConfig(vocab_size=300).embedding_rows == 300
+    assert QWenConfig(vocab_size=300, padded_vocab_size=320).embedding_rows == 320
+    assert QWenConfig(vocab_size=330, padded_vocab_size=320).embedding_rows == 330
+
+
+def test_copies_and_pickles():
+    config = QWenConfig(n_layer=3, my_key=1)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), QWenConfig(**config.to_dict())):
+        assert other.n_layer == 3 and other.my_key == 1
+        assert other.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_embd": 100, "n_head": 3}, ["n_embd=100", "n_head=3"]),
+        ({"n_head": 32, "num_key_value_heads": 5}, ["n_head=32", "num_key_value_heads=5"]),
+        ({"rotary_pct": 0.0}, ["rotary_pct=0.0"]),
+        ({"rotary_pct": 1.5}, ["rotary_pct=1.5"]),
+        ({"rotary_pct": 0.01}, ["kv_channels=128", "rotary_pct=0.01"]),
+        ({"kv_channels": 2, "use_dynamic_ntk": True}, ["kv_channels=2", "4 or more"]),
+        ({"vocab_size": -1}, ["vocab_size=-1"]),
+        ({"n_layer": 0}, ["n_layer=0"]),
+        ({"n_head": 2.0}, ["n_head=2.0"]),
+        ({"kv_channels": True}, ["kv_channels=True"]),
+        ({"ffn_hidden_size": 101}, ["ffn_hidden_size=101"]),
+        ({"intermediate_size": -2}, ["ffn_hidden_size=-2"]),
+        ({"padded_vocab_size": 0}, ["padded_vocab_size=0"]),
+        ({"seq_length": -5}, ["seq_length=-5"]),
+        ({"seq_length": 1, "use_logn_attn": True}, ["seq_length=1"]),
+        ({"attn_pdrop": 1.0}, ["attn_pdrop=1.0"]),
+        ({"emb_dropout_prob": -0.1}, ["embd_pdrop=-0.1"]),
+        ({"layer_norm_epsilon": 0}, ["layer_norm_epsilon=0"]),
+        ({"rotary_emb_base": -1}, ["rotary_emb_base=-1"]),
+        ({"initializer_range": -1}, ["initializer_range=-1"]),
+        ({"use_flash_attn": "yes"}, ["use_flash_attn='yes'"]),
+        ({"bf16": True, "fp16": True}, ["bf16=True", "fp16=True"]),
+        ({"fp32": True, "fp16": True}, ["fp32=True", "fp16=True"]),
+    ],
+)
+def test_impossible_values_are_named(changes, named):
+    with pytest.raises(ValueError) as error:
+        QWenConfig(**changes)
+    assert all(part in str(error.value) for part in named), str(error.value)

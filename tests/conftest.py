@@ -1,0 +1,129 @@
+"""Fixtures that several folders share: golden data, vocabularies, tiny models."""
+
+import base64
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several at a time
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizer  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top level, which is what is pushed to the Hub."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden):
+    """Load a golden checkpoint: (case, **from_pretrained arguments) -> model in eval mode."""
+
+    def load(case: str, cls=QWenLMHeadModel, **kwargs):
+        kwargs.setdefault("attn_implementation", "eager")
+        return cls.from_pretrained(golden / "model" / case, **kwargs).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_tensors(golden):
+    """Load golden tensors: (case, file stem) -> dict of tensors."""
+    return lambda case, name="expected": load_file(golden / "model" / case / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def published_vocabulary() -> Path:
+    """The published qwen.tiktoken, which is too large to commit."""
+    path = Path(os.environ.get("QWEN_TIKTOKEN", ROOT.parent / "shared" / "data" / "qwen.tiktoken"))
+    if not path.is_file():
+        pytest.skip(f"the published vocabulary is not at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_vocabulary(tmp_path_factory) -> Path:
+    """A vocabulary of the 256 single bytes, so that every text encodes; special tokens begin at 256."""
+    path = tmp_path_factory.mktemp("vocabulary") / "qwen.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_vocabulary) -> QWenTokenizer:
+    return QWenTokenizer(str(byte_vocabulary))
+
+
+@pytest.fixture
+def tiny_config():
+    """Make a small configuration, with NTK and LogN from 32 tokens on unless told otherwise."""
+
+    def make(**changes) -> QWenConfig:
+        values = dict(
+            vocab_size=464,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            kv_channels=16,
+            ffn_hidden_size=192,
+            seq_length=32,
+            n_positions=2048,
+            use_dynamic_ntk=True,
+            use_logn_attn=True,
+            use_flash_attn=False,
+            eos_token_id=256,
+        )
+        return QWenConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """Make a small model with random weights, in eval mode: (attention implementation, **configuration)."""
+
+    def make(attn_implementation: str = "eager", cls=QWenLMHeadModel, seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        config = tiny_config(initializer_range=0.2, **changes)
+        config._attn_implementation = attn_implementation
+        return cls(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path, repository, tiny_model, byte_vocabulary):
+    """A folder as on the Hub: our code, a tiny random chat checkpoint and the byte vocabulary."""
+    folder = tmp_path / "checkpoint"
+    model = tiny_model()
+    settings = {"chat_format": "chatml", "max_window_size": 6144, "max_new_tokens": 16, "pad_token_id": 256}
+    model.generation_config.update(**settings, allow_custom_entries=True)
+    model.save_pretrained(folder)
+    shutil.copy(byte_vocabulary, folder)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(repository / name, folder)
+    for code in repository.glob("*_qwen*.py"):
+        shutil.copy(code, folder)
+    shutil.copy(repository / "qwen_generation_utils.py", folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen"
+    return folder
