@@ -1,0 +1,214 @@
+"""What a generation keeps between steps: int8 keys and values, and the NTK alpha of each sequence.
+
+Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+INT8_BACKEND = "qwen_int8"
+"""Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
+
+_QMIN, _QMAX = 0, 255
+
+
+def quantize_chunk(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantise the keys or values of one appended chunk with one scale and one zero point per head.
+
+    Args:
+        states: (B, K, T, D), floating point.
+
+    Returns:
+        codes (B, K, T, D) uint8; scale and zero point, (B, K, T, 1) float32 each, constant along T.
+
+    Source: the published int8 cache (2023-12); `golden/model/dec_cache_int8`.
+    """
+    states = states.float()
+    low, high = states.amin(dim=(-2, -1), keepdim=True), states.amax(dim=(-2, -1), keepdim=True)
+    # A constant chunk has no range: any positive scale gives its value back through the zero point.
+    scale = ((high - low) / (_QMAX - _QMIN)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(high > low, scale, torch.ones_like(scale))
+    zero = _QMIN - low / scale
+    # Truncated, not rounded: that is what the published checkpoints were served with.
+    codes = (states / scale + zero).clamp(_QMIN, _QMAX).to(torch.uint8)
+    length = states.shape[-2]
+    return codes, scale.expand(-1, -1, length, -1), zero.expand(-1, -1, length, -1)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `quantize_chunk` up to its rounding: scale * (codes - zero), (B, K, S, D) in `dtype`."""
+    return (scale * (codes - zero)).to(dtype)
+
+
+class QWenInt8Layer(DynamicLayer):
+    """Keys and values of one layer as uint8 codes, with a scale and a zero point per head and appended chunk.
+
+    The chunk that is being appended is attended in its quantised form too, as in the published code, so a text gives
+    the same logits whether it is read from the cache or has just been written.
+    """
+
+    _STORED = ("keys", "values", "key_scale", "key_zero", "value_scale", "value_zero")
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scale: torch.Tensor
+    key_zero: torch.Tensor
+    value_scale: torch.Tensor
+    value_zero: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty storage on the device of the first chunk; attention gets its dtype back."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for states, data, scale, zero in (
+            (key_states, "keys", "key_scale", "key_zero"),
+            (value_states, "values", "value_scale", "value_zero"),
+        ):
+            rows, heads, _, size = states.shape
+            setattr(self, data, torch.empty((rows, heads, 0, size), dtype=torch.uint8, device=self.device))
+            for name in (scale, zero):
+                setattr(self, name, torch.empty((rows, heads, 0, 1), dtype=torch.float32, device=self.device))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one chunk, (B, K, T, D) each, and return all keys and values, (B, K, S + T, D), dequantised."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        chunk = (*quantize_chunk(key_states), *quantize_chunk(value_states))
+        for name, part in zip(
+            ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero"), chunk, strict=True
+        ):
+            setattr(self, name, torch.cat([getattr(self, name), part], dim=-2))
+        return (
+            dequantize(self.keys, self.key_scale, self.key_zero, self.dtype),
+            dequantize(self.values, self.value_scale, self.value_zero, self.dtype),
+        )
+
+    def _replace_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            for name in self._STORED:
+                setattr(self, name, change(getattr(self, name)))
+
+    def offload(self) -> None:
+        """Move the stored tensors to the CPU."""
+        self._replace_each(lambda stored: stored.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the stored tensors back to the layer's device."""
+        self._replace_each(lambda stored: stored.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._replace_each(lambda stored: stored[..., :0, :])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens; the number is negative or zero, as in transformers.
+
+        Raises:
+            ValueError: a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) is not supported: pass a negative number of tokens to remove.")
+        if tokens_to_remove < 0:
+            self._replace_each(lambda stored: stored[..., :tokens_to_remove, :])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearrange the rows for beam search, (B,) indices."""
+        self._replace_each(lambda stored: stored.index_select(0, beam_idx.to(stored.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._replace_each(lambda stored: stored.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that `indices` names."""
+        self._replace_each(lambda stored: stored[indices, ...])
+
+
+class QWenInt8Cache(Cache):
+    """Key/value cache in int8, about half the size of a half-precision one; the default of a model whose
+    configuration has `use_cache_quantization=True`, and usable with any model by name.
+
+    Args:
+        config: configuration of the model, for its number of layers; without one, layers are added as they come.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
+        if config is None:
+            super().__init__(layer_class_to_replicate=QWenInt8Layer)
+        else:
+            super().__init__(layers=[QWenInt8Layer() for _ in range(config.num_hidden_layers)])
+
+
+@dataclass
+class NTKState:
+    """The alpha that each sequence of one cache was prefilled with.
+
+    Keys are stored rotated, so alpha is fixed with the first of them and stays until the cache is empty again.
+
+    Attributes:
+        alpha: (B, 1) float32.
+        planned: set ahead by `generate`, which knows the whole prompt before its first chunk is read.
+    """
+
+    alpha: torch.Tensor
+    planned: bool = False
+
+
+def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:
+    """Fix the alpha of the sequences in a cache, (B, 1).
+
+    Args:
+        planned: the cache is empty and its first tokens, which come next, are only a part of the prompt.
+    """
+    state = NTKState(alpha=alpha, planned=planned)
+    cache.qwen_ntk = state  # type: ignore[attr-defined]
+    if cache.is_compileable and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(state.alpha)  # as the keys and values of a static cache are
+    return state
+
+
+def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Alpha of this call for the sequences in `cache`: the one they hold, else a new one, which they hold from now on.
+
+    Args:
+        cache: any transformers cache, before the keys of this call are added to it.
+        rows: batch size B of this call.
+        choose: gives what the tokens of this call alone ask for, (B, 1) or (1, 1); called only where it is needed.
+
+    Returns:
+        (B, 1) float32.
+
+    Raises:
+        ValueError: the rows of the batch are no multiple of the rows that the cache was prefilled with.
+    """
+    state: NTKState | None = getattr(cache, "qwen_ntk", None)
+    if state is None:
+        state = set_ntk_alpha(cache, choose())
+    elif state.planned:
+        state.planned = False
+    elif isinstance(length := cache.get_seq_length(), torch.Tensor):
+        # A static cache counts on the device. Written in place, so that a captured CUDA graph finds it again.
+        chosen = choose()
+        state.alpha.copy_(torch.where(length.to(chosen.device) > 0, state.alpha, chosen))
+    elif length == 0:
+        state.alpha = choose()
+    return _match_rows(state.alpha, rows)
+
+
+def _match_rows(alpha: torch.Tensor, rows: int) -> torch.Tensor:
+    held = alpha.shape[0]
+    if held == rows:
+        return alpha
+    if rows % held == 0:  # the cache was repeated for several continuations of each prompt
+        return alpha.repeat_interleave(rows // held, dim=0)
+    raise ValueError(
+        f"The cache holds the NTK alpha of {held} sequences, the batch has {rows}. Rows of a cache can be repeated, "
+        "but not picked, while use_dynamic_ntk is on: prefill the chosen sequences again."
+    )
