@@ -1,0 +1,880 @@
+"""The QWen (Qwen-1) model: norm, rotary embedding with NTK and LogN, attention, MLP, block, model and heads.
+
+Shapes: B batch, T query length, S key length, H heads, K key/value heads, D head size, R rotated channels of a head,
+E width of the residual stream, V rows of the vocabulary.
+
+Source: `qwen-7b.md` for names, signatures and arithmetic; `golden/model` for the numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_qwen import QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
+from .configuration_qwen import QWenConfig
+from .qwen_generation_utils import QWenGenerationMixin
+
+logger = logging.get_logger(__name__)
+
+FLASH_IMPLEMENTATION = "qwen_varlen"
+"""Name of `FlashSelfAttention` in transformers' registry, which claims every name with "flash" for its own kernels."""
+
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
+_NTK_BANDS = 32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32 and rounded to the input's dtype before the weight.
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim), same dtype."""
+        return self._norm(x.float()).type_as(x) * self.weight
+
+    def extra_repr(self) -> str:
+        """Size and epsilon, for `print(model)`."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """Stretch of the rotary base for prompts of the given lengths, float32 of the same shape.
+
+    alpha = max(2 ** (ceil(log2(length / seq_length)) + 1) - 1, 1), counted in whole numbers so that a length exactly
+    at a power of two can't fall on the wrong side. With seq_length 2048: 2048 -> 1, 2049 -> 3, 4096 -> 3, 4097 -> 7.
+
+    Source: `what-users-hit.md`, "Long context, exactly".
+    """
+    bands = seq_length * 2 ** torch.arange(_NTK_BANDS, device=lengths.device)
+    exceeded = (lengths[..., None] > bands).sum(-1)
+    return 2.0 ** (exceeded + 1).float() - 1.0
+
+
+def prompt_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Length of the text that each token was prefilled with, (B, T) -> (B, T), from its position alone.
+
+    Positions that count up by one form one text; left padding and documents packed into one row start new ones. A
+    text that starts behind position 0 continues tokens that were read earlier: its prompt is what came before.
+    """
+    restarts = position_ids.diff(dim=-1) != 1
+    text = nn.functional.pad(restarts.cumsum(-1), (1, 0))  # (B, T) index of the text within its row
+    first = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amin", include_self=False)
+    last = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amax", include_self=False)
+    first, last = first.gather(-1, text), last.gather(-1, text)
+    return torch.where(first == 0, last + 1, first)
+
+
+def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """LogN factor of queries, (B, T) -> (B, T, 1, 1) float32: max(1, log(position + 1) / log(seq_length))."""
+    counted = (position_ids + 1).clamp(min=seq_length).float()
+    return (counted.log() / math.log(seq_length))[..., None, None]
+
+
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """True positions of the last `length` tokens under a padding mask, (B, S) -> (B, length); padding gets 0."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -length:]
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary angles; stateless, so that requests in flight at once never see each other.
+
+    Args:
+        dim: number of rotated channels R, even.
+        base: base of the frequencies.
+    """
+
+    def __init__(self, dim: int, base: float = 10000):
+        super().__init__()
+        self.dim = dim
+        self.base = base
+
+    def forward(
+        self, max_seq_len: int, offset: int = 0, ntk_alpha: float = 1.0, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Angles of the positions `offset` … `offset + max_seq_len - 1`, (1, max_seq_len, 1, R) float32."""
+        positions = torch.arange(offset, offset + max_seq_len, device=device)[None]
+        return self.angles(positions, torch.full((1, 1), float(ntk_alpha), device=device))
+
+    def angles(self, position_ids: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
+        """Angles at any positions, (B, T) with alpha (B, T), (B, 1) or None for 1 -> (B, T, 1, R) float32."""
+        exponents = torch.arange(0, self.dim, 2, device=position_ids.device).float() / self.dim
+        if alpha is None:
+            inv_freq = 1.0 / self.base**exponents
+        else:
+            inv_freq = 1.0 / self._stretched_base(alpha)[..., None] ** exponents
+        freqs = position_ids[..., None].float() * inv_freq  # (B, T, R / 2)
+        return torch.cat((freqs, freqs), dim=-1)[:, :, None, :]
+
+    def _stretched_base(self, alpha: torch.Tensor) -> torch.Tensor:
+        # The documents compute this in Python floats; only Apple's devices have no float64.
+        exact = torch.float32 if alpha.device.type == "mps" else torch.float64
+        return (self.base * alpha.to(exact) ** (self.dim / (self.dim - 2))).float()
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the first R channels of each head in float32 and round back.
+
+    Args:
+        t: queries or keys, (B, T, H, D).
+        freqs: angles, (B or 1, T, 1, R), or their cosine and sine.
+    """
+    cos, sin = (freqs.cos(), freqs.sin()) if isinstance(freqs, torch.Tensor) else freqs
+    rotated, passed = t[..., : cos.shape[-1]].float(), t[..., cos.shape[-1] :].float()
+    rotated = rotated * cos + _rotate_half(rotated) * sin
+    return torch.cat((rotated, passed), dim=-1).type_as(t)
+
+
+def repeat_kv(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """Give each query head its key/value head, (B, K, S, D) -> (B, K * groups, S, D)."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def allowed_pairs(
+    attention_mask: torch.Tensor | None, query_length: int, key_length: int, device: torch.device
+) -> torch.Tensor:
+    """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens.
+
+    A mask with a row per query already says which keys are visible (a static cache has empty slots at its end), and a
+    single query sees every key, so the diagonal is only drawn where it is missing.
+    """
+    complete = attention_mask is not None and attention_mask.shape[-2] == query_length
+    allowed = torch.ones((query_length, key_length), dtype=torch.bool, device=device)
+    if query_length > 1 and not complete:
+        allowed = allowed.tril(key_length - query_length)
+    return allowed[None, None]
+
+
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Set the scores of invisible keys, (B, H, T, S), to the least finite number, so a row without any stays finite."""
+    least = torch.finfo(scores.dtype).min
+    allowed = allowed_pairs(attention_mask, scores.shape[-2], scores.shape[-1], scores.device)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        allowed = allowed & attention_mask
+    elif attention_mask is not None:
+        scores = (scores + attention_mask).clamp(min=least)
+    return torch.where(allowed, scores, least)
+
+
+def eager_attention_forward(
+    module: QWenAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The documented attention behind the interface of transformers' registry.
+
+    Args:
+        module: owner of `_attn`; scale and dropout are its own.
+        query: (B, H, T, D); key and value: (B, K, S, D).
+        attention_mask: (B, 1, T or 1, S), additive or bool, or None.
+
+    Returns:
+        output (B, T, H, D) and probabilities (B, H, T, S).
+    """
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    if module.config.softmax_in_fp32:
+        attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
+        return attn_output.transpose(1, 2), attn_weights
+    return module._attn(query, key, value, attention_mask)
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """Attention over texts laid end to end: flash-attn's kernel where it is installed, torch's own otherwise.
+
+    Args:
+        q: (sum of query lengths, H, D); k, v: (sum of key lengths, K, D), float16 or bfloat16 on CUDA.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each text starts.
+        max_seqlen_q, max_seqlen_k: longest text.
+        causal: the queries are the last tokens of their text and see nothing behind them.
+
+    Raises:
+        ValueError: tensors that no kernel takes, or dropout without flash-attn.
+        ImportError: neither kernel is installed.
+    """
+    if not q.is_cuda or q.dtype not in _HALF_PRECISION:
+        raise ValueError(
+            f"Flash attention needs float16 or bfloat16 on a CUDA device, got {q.dtype} on {q.device}. Move or load "
+            "the model so, or choose attn_implementation='sdpa'."
+        )
+    if is_flash_attn_2_available():
+        from flash_attn import flash_attn_varlen_func
+
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale=softmax_scale, causal=causal)
+    if dropout_p:
+        raise ValueError(f"attn_pdrop={dropout_p} needs flash-attn: install it, or train with attn_pdrop=0 or 'sdpa'.")
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise ImportError("FlashSelfAttention needs flash-attn >= 2.1 or torch >= 2.13: install either.") from error
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=softmax_scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return cast(torch.Tensor, output)  # a pair only where more is asked for
+
+
+class FlashSelfAttention(nn.Module):
+    """Scaled dot product attention through a variable-length flash kernel.
+
+    The documented code drops causality whenever query and key lengths differ, which lets several tokens on a cache see
+    their future; here `causal` always holds, with the queries as the last tokens of the keys.
+
+    Args:
+        causal: a query sees no key behind it.
+        softmax_scale: factor of the scores; None means 1 / sqrt(D).
+        attention_dropout: dropout probability of the attention weights, while training only.
+    """
+
+    def __init__(self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0):
+        super().__init__()
+        self.causal = causal
+        self.softmax_scale = softmax_scale
+        self.dropout_p = attention_dropout
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend q (B, T, H, D) to k, v (B, S, K, D) -> (B, T, H, D).
+
+        Args:
+            attention_mask: (B, S), true or 1 for real keys; outputs of padded queries are zero.
+            cu_seqlens: (N + 1,) int32, starts of the documents packed into a single row; excludes a mask.
+
+        Raises:
+            ValueError: as `varlen_attention`.
+        """
+        if attention_mask is not None:
+            return self._attend_padded(q, k, v, attention_mask.bool())
+        if cu_seqlens is None:
+            starts_q, starts_k = (_starts(x.new_full(x.shape[:1], x.shape[1], dtype=torch.int32)) for x in (q, k))
+            longest_q, longest_k = q.shape[1], k.shape[1]
+        else:
+            starts_q = starts_k = cu_seqlens
+            longest_q = longest_k = int(cu_seqlens.diff().max())
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+        return self._run_kernel(flat_q, flat_k, flat_v, starts_q, starts_k, longest_q, longest_k).view_as(q)
+
+    def _attend_padded(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept_k: torch.Tensor) -> torch.Tensor:
+        kept_q = kept_k[:, k.shape[1] - q.shape[1] :]
+        starts_q, starts_k = _starts(kept_q.sum(-1)), _starts(kept_k.sum(-1))
+        output = torch.zeros_like(q)
+        output[kept_q] = self._run_kernel(q[kept_q], k[kept_k], v[kept_k], starts_q, starts_k, q.shape[1], k.shape[1])
+        return output
+
+    def _run_kernel(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts_q: torch.Tensor,
+        starts_k: torch.Tensor,
+        longest_q: int,
+        longest_k: int,
+    ) -> torch.Tensor:
+        return varlen_attention(
+            q,
+            k,
+            v,
+            starts_q,
+            starts_k,
+            longest_q,
+            longest_k,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+        )
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each of the texts laid end to end starts, (B,) -> (B + 1,) int32."""
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def packed_starts(position_ids: torch.Tensor | None, query_length: int, key_length: int) -> torch.Tensor | None:
+    """Starts of the documents packed into one row, (N + 1,) int32, or None where there is just one."""
+    if position_ids is None or position_ids.shape[0] != 1 or query_length != key_length:
+        return None
+    first = (position_ids[0] == 0).nonzero().flatten()
+    if len(first) < 2:
+        return None
+    return nn.functional.pad(first, (0, 1), value=query_length).to(torch.int32)
+
+
+def flash_self_attention_forward(
+    module: QWenAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`FlashSelfAttention` behind the interface of transformers' registry; arguments as `eager_attention_forward`.
+
+    Args:
+        attention_mask: (B, tokens seen so far), 1 for real tokens, or None; shorter than S with a static cache.
+        position_ids: (B, T), to tell packed documents apart.
+        cu_seq_lens_q: their starts, where a data collator has already counted them.
+    """
+    q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+    if attention_mask is not None:
+        k, v = k[:, : attention_mask.shape[-1]], v[:, : attention_mask.shape[-1]]
+        return module.core_attention_flash(q, k, v, attention_mask), None
+    starts = cu_seq_lens_q if cu_seq_lens_q is not None else packed_starts(position_ids, q.shape[1], k.shape[1])
+    return module.core_attention_flash(q, k, v, cu_seqlens=starts), None
+
+
+def padding_mask(
+    batch_size: int, *, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask that variable-length kernels take: (B, tokens seen so far), or None where each slot holds a token.
+
+    Transformers' own flash mask is not used: before 5.23 it also drops the one that marks a static cache's slots.
+    """
+    if attention_mask is None or (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
+        return None
+    return attention_mask[:, -kv_length:]
+
+
+AttentionInterface.register(FLASH_IMPLEMENTATION, flash_self_attention_forward)
+AttentionMaskInterface.register(FLASH_IMPLEMENTATION, padding_mask)
+
+
+class QWenAttention(nn.Module):
+    """Causal self-attention with rotary positions.
+
+    Args:
+        config: shape and switches.
+        layer_number: index of the layer in a cache, from 0; None means 0.
+    """
+
+    def __init__(self, config: QWenConfig, layer_number: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = 0 if layer_number is None else layer_number
+        self.hidden_size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = config.kv_channels
+        self.projection_size = self.num_heads * self.head_dim
+        self.kv_projection_size = self.num_key_value_heads * self.head_dim
+        self.is_causal = True
+        self.scale_attn_weights = config.scale_attn_weights
+        self.scaling = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+
+        self.c_attn = nn.Linear(self.hidden_size, self.projection_size + 2 * self.kv_projection_size)
+        self.c_proj = nn.Linear(self.projection_size, self.hidden_size, bias=not config.no_bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.core_attention_flash = FlashSelfAttention(
+            causal=True, softmax_scale=self.scaling, attention_dropout=config.attn_pdrop
+        )
+
+    def _attn(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention in the dtype of its inputs.
+
+        Args:
+            query: (B, H, T, D); key and value: (B, H, S, D), the queries being the last T of the S tokens.
+            attention_mask: (B, 1, T or 1, S), additive or bool.
+            head_mask: broadcast onto the probabilities.
+
+        Returns:
+            output (B, T, H, D) and probabilities (B, H, T, S).
+        """
+        attn_weights = torch.matmul(query, key.transpose(-1, -2))
+        if self.scale_attn_weights:
+            attn_weights = attn_weights / value.size(-1) ** 0.5
+        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
+        return torch.matmul(attn_weights, value).transpose(1, 2), attn_weights
+
+    def _upcast_and_reordered_attn(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_attn`, with scores and softmax in float32; the output stays (B, H, T, D), as documented."""
+        batch, heads, query_length, size = query.shape
+        key_length = key.shape[-2]
+        scale = 1.0 / size**0.5 if self.scale_attn_weights else 1.0
+        with torch.autocast(query.device.type, enabled=False):
+            attn_weights = torch.baddbmm(
+                query.new_empty((batch * heads, query_length, key_length), dtype=torch.float32),
+                query.reshape(-1, query_length, size).float(),
+                key.transpose(-1, -2).reshape(-1, size, key_length).float(),
+                beta=0,
+                alpha=scale,
+            ).view(batch, heads, query_length, key_length)
+        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
+        return torch.matmul(attn_weights, value), attn_weights
+
+    def _drop_heads(self, attn_weights: torch.Tensor, head_mask: torch.Tensor | None) -> torch.Tensor:
+        attn_weights = self.attn_dropout(attn_weights)
+        return attn_weights if head_mask is None else attn_weights * head_mask
+
+    def _split_heads(self, tensor: torch.Tensor, num_heads: int, attn_head_size: int) -> torch.Tensor:
+        """(..., num_heads * attn_head_size) -> (..., num_heads, attn_head_size)."""
+        return tensor.view(*tensor.shape[:-1], num_heads, attn_head_size)
+
+    def _merge_heads(self, tensor: torch.Tensor, num_heads: int, attn_head_size: int) -> torch.Tensor:
+        """(..., num_heads, attn_head_size) -> (..., num_heads * attn_head_size)."""
+        return tensor.contiguous().view(*tensor.shape[:-2], num_heads * attn_head_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, E) -> (B, T, E) and, under eager, the probabilities (B, H, T, S).
+
+        Args:
+            position_embeddings: cosine and sine (B or 1, T, 1, R), LogN factor (B or 1, T, 1, 1) or None.
+            attention_mask: in the form that the attention implementation takes.
+            past_key_values: cache that this call's keys and values are added to.
+        """
+        query, key, value = self.c_attn(hidden_states).split(
+            (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
+        )
+        query = self._split_heads(query, self.num_heads, self.head_dim)
+        key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
+        value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
+
+        cos, sin, logn = position_embeddings
+        query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
+        if logn is not None:
+            query = query * logn.type_as(query)
+
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H | K, T, D)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
+
+
+class QWenMLP(nn.Module):
+    """SwiGLU: `w2` is the gate, `w1` the up projection, each half of `ffn_hidden_size` wide."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        width, bias = config.ffn_hidden_size // 2, not config.no_bias
+        self.w1 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """One layer: attention and MLP, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_number=layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+        self.apply_residual_connection_post_layernorm = config.apply_residual_connection_post_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, T, E) -> (B, T, E); keyword arguments as `QWenAttention.forward`."""
+        normed = self.ln_1(hidden_states)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        hidden_states = residual + self.attn(normed, **kwargs)[0]
+
+        normed = self.ln_2(hidden_states)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        return residual + self.mlp(normed)
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of every QWen class."""
+
+    config: QWenConfig
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _input_embed_layer = "wte"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.Linear):
+            # Each layer adds twice to the residual stream, so its variance would grow with depth (GPT-2's scheme).
+            depth = 2 * self.config.n_layer if getattr(module, "is_residual_projection", False) else 1
+            init.normal_(module.weight, mean=0.0, std=std / math.sqrt(depth))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in transformers, with the published flags, in the configuration or as arguments.
+
+        `bf16`, `fp16` or `fp32` choose the dtype, `use_flash_attn` the attention implementation. An explicit `dtype`
+        or `attn_implementation` wins.
+
+        - `use_flash_attn=False`, float32 or no CUDA device: transformers' default, `sdpa`.
+        - `"auto"`: `flash_attention_2` where flash-attn is installed, else `sdpa`.
+        - `True`: `flash_attention_2` where flash-attn is installed, else `qwen_varlen`; a warning where neither runs.
+        - `softmax_in_fp32=True`: `eager`, the only implementation with that switch.
+
+        Raises:
+            ValueError: two of the precision flags contradict each other.
+        """
+        flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+            for name, value in flags.items():
+                setattr(config, name, value)
+            effective, flags = config, {}
+        else:
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            effective = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **flags)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if dtype is None and (precision := effective.precision_flag()) is not None:
+            dtype = kwargs["dtype"] = _DTYPES[precision]
+        if kwargs.get("attn_implementation") is None and effective._attn_implementation is None:
+            kwargs["attn_implementation"] = _attention_for(effective, dtype)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **flags, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the padded vocabulary, where the configuration counts one, follows."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.padded_vocab_size is not None:
+            self.config.padded_vocab_size = embeddings.num_embeddings
+        return embeddings
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LOAD_FLAGS = (*_DTYPES, "use_flash_attn", "softmax_in_fp32")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _attention_for(config: QWenConfig, dtype: torch.dtype | str | None) -> str | None:
+    """Attention implementation that the flags of the configuration ask for, None for transformers' default."""
+    if config.softmax_in_fp32:
+        return "eager"
+    if not config.use_flash_attn:
+        return None
+    if dtype in (None, "auto"):
+        dtype = config.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if dtype in _HALF_PRECISION and torch.cuda.is_available():
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+        if config.use_flash_attn is True:
+            return FLASH_IMPLEMENTATION
+    elif config.use_flash_attn is True:
+        logger.warning_once(
+            "use_flash_attn=True needs a CUDA device and half precision (bf16=True or fp16=True); the dtype is "
+            f"{dtype} here, so attention runs as 'sdpa'."
+        )
+    return None
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The stack of blocks without a head: token ids to hidden states."""
+
+    # What early releases stored beside the weights, and the head that this class leaves out.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.embedding_rows, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(QWenBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.rotary_emb = RotaryEmbedding(config.rotary_dim, base=config.rotary_emb_base)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        ntk_alpha: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last layer after the final norm, (B, T, E).
+
+        Args:
+            input_ids: (B, T); or `inputs_embeds`, (B, T, E).
+            attention_mask: (B, tokens in the cache + T), 0 for padding; or any mask that transformers has prepared.
+            position_ids: (B, T); derived from the mask where absent, so that left padding needs nothing else.
+            past_key_values: cache to continue; it also remembers the NTK alpha of each sequence.
+            use_cache: return a cache, a new one where none is given.
+            ntk_alpha: (B, 1), to use instead of the alpha that the length of the prompt asks for; kept by the cache.
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`; `output_attentions` without eager attention.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', not '{self.config._attn_implementation}', "
+                "which never forms the probabilities: call model.set_attn_implementation('eager')."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        attention_mask = self._mark_filled(attention_mask, past_key_values, inputs_embeds)
+        if position_ids is None:
+            position_ids = _infer_positions(attention_mask, past_key_values, inputs_embeds)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        alpha = self._resolve_alpha(inputs_embeds.shape[0], position_ids, past_key_values, ntk_alpha)
+        position_embeddings = self._position_embeddings(position_ids, alpha)
+        hidden_states = self.drop(inputs_embeds)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def new_cache(self) -> Cache:
+        """Empty cache of the kind that the configuration asks for: int8, or the growing one of transformers."""
+        return QWenInt8Cache(self.config) if self.config.use_cache_quantization else DynamicCache(config=self.config)
+
+    def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""
+        return ntk_alpha(prompt_lengths(position_ids), self.config.seq_length)
+
+    def _resolve_alpha(
+        self, rows: int, position_ids: torch.Tensor, cache: Cache | None, given: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if self.training or not self.config.use_dynamic_ntk:
+            return None
+        if given is not None:
+            if cache is not None:
+                set_ntk_alpha(cache, given)
+            return given
+        if cache is None:
+            return self.choose_alpha(position_ids)
+        return resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
+
+    def _position_embeddings(
+        self, position_ids: torch.Tensor, alpha: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        angles = self.rotary_emb.angles(position_ids, alpha)
+        use_logn = self.config.use_logn_attn and not self.training
+        logn = logn_scale(position_ids, self.config.seq_length) if use_logn else None
+        return angles.cos(), angles.sin(), logn
+
+    def _mark_filled(
+        self, attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A mask over the filled slots of a static cache, which flash kernels can't tell from the empty ones."""
+        if attention_mask is not None or cache is None or not cache.is_compileable:
+            return attention_mask
+        implementation = self.config._attn_implementation
+        if implementation != FLASH_IMPLEMENTATION and not is_flash_attention_requested(self.config):
+            return None
+        rows, length = inputs_embeds.shape[:2]
+        return inputs_embeds.new_ones((rows, int(cache.get_seq_length()) + length), dtype=torch.bool)
+
+
+def _infer_positions(
+    attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+) -> torch.Tensor:
+    """Positions of the tokens of this call, (B or 1, T), from the padding mask, else from the length of the cache."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return positions_from_mask(attention_mask, length)
+    past = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(length, device=inputs_embeds.device) + past)[None]
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
+    """QWen with a language model head, `generate` and the published `chat` interface."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.embedding_rows, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and the loss where there are labels; other arguments as `QWenModel.forward`.
+
+        Args:
+            labels: (B, T), shifted here; -100 is left out of the loss.
+            logits_to_keep: compute logits of the last so many tokens only, 0 for all; or indices, (N,).
+            kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTrainedModel):
+    """QWen that scores a whole text, at its last token; `config.num_labels` classes, or a regression."""
+
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = QWenModel._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: QWenConfig):
+        # The generic constructor would look the base model up in transformers' registry, where remote code is not.
+        QWenPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = QWenModel(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()

@@ -1,0 +1,214 @@
+"""FlashSelfAttention: its wiring on a CPU with a reference in the kernel's place, the kernel itself on a GPU."""
+
+import pytest
+import torch
+
+import qwen1.modeling_qwen as modeling
+from qwen1 import FlashSelfAttention
+from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, packed_starts, varlen_attention
+
+
+def reference_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout_p, softmax_scale, causal):
+    """Attention text by text; with causal, queries are the last tokens of their text."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    groups = q.shape[1] // k.shape[1]
+    output = torch.empty_like(q)
+    for index in range(len(starts_q) - 1):
+        queries = slice(starts_q[index], starts_q[index + 1])
+        keys = slice(starts_k[index], starts_k[index + 1])
+        key, value = (x[keys].repeat_interleave(groups, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[queries], key) * scale
+        if causal:
+            length, past = scores.shape[1], scores.shape[2] - scores.shape[1]
+            visible = torch.ones(length, length + past).tril(past).bool().to(scores.device)
+            scores = scores.masked_fill(~visible, -torch.inf)
+        output[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+    return output
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Put the reference in the kernel's place and record what it is called with."""
+    calls = []
+
+    def record(*arguments, **options):
+        names = ("q", "k", "v", "starts_q", "starts_k", "longest_q", "longest_k")
+        calls.append(dict(zip(names, arguments, strict=True)) | options)
+        return reference_kernel(*arguments, **options)
+
+    monkeypatch.setattr(modeling, "varlen_attention", record)
+    return calls
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return lambda rows, length, heads=4: torch.randn(rows, length, heads, 16, generator=generator)
+
+
+def test_lengths_scale_and_causality(kernel, tensors):
+    q, k, v = tensors(3, 2), tensors(3, 5), tensors(3, 5)
+    output = FlashSelfAttention(causal=True, softmax_scale=0.5, attention_dropout=0.3).eval()(q, k, v)
+    assert output.shape == (3, 2, 4, 16)
+    (call,) = kernel
+    assert call["q"].shape == (6, 4, 16) and call["k"].shape == call["v"].shape == (15, 4, 16)
+    assert call["starts_q"].tolist() == [0, 2, 4, 6] and call["starts_k"].tolist() == [0, 5, 10, 15]
+    assert call["starts_q"].dtype == call["starts_k"].dtype == torch.int32
+    assert (call["longest_q"], call["longest_k"]) == (2, 5)
+    assert (call["dropout_p"], call["softmax_scale"], call["causal"]) == (0.0, 0.5, True)
+    assert torch.equal(call["q"].view_as(q), q)
+
+
+def test_documented_defaults(kernel, tensors):
+    module = FlashSelfAttention()
+    assert (module.causal, module.softmax_scale, module.dropout_p) == (False, None, 0.0)
+    module(tensors(1, 3), tensors(1, 3), tensors(1, 3))
+    assert (kernel[0]["softmax_scale"], kernel[0]["causal"]) == (None, False)
+
+
+def test_dropout_only_while_training(kernel, tensors):
+    module, q = FlashSelfAttention(causal=True, attention_dropout=0.3), tensors(1, 3)
+    module.train()(q, q, q)
+    module.eval()(q, q, q)
+    module.train()(q, q, q)
+    assert [call["dropout_p"] for call in kernel] == [0.3, 0.0, 0.3]  # evaluation leaves no trace
+
+
+def test_several_tokens_on_a_cache_stay_causal(kernel, tensors):
+    q, k, v = tensors(2, 6), tensors(2, 6), tensors(2, 6)
+    module = FlashSelfAttention(causal=True).eval()
+    whole = module(q, k, v)
+    torch.testing.assert_close(module(q[:, 4:], k, v), whole[:, 4:])
+
+
+@pytest.mark.parametrize("real", [[[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]])
+def test_padding_is_taken_out(kernel, tensors, real):
+    mask = torch.tensor(real)
+    q, k, v = tensors(2, 5), tensors(2, 5, 2), tensors(2, 5, 2)
+    module = FlashSelfAttention(causal=True).eval()
+    output = module(q, k, v, mask)
+    assert kernel[0]["starts_q"].tolist() == kernel[0]["starts_k"].tolist() == [0, 3, 8]
+    for row in range(2):
+        kept = mask[row].bool()
+        alone = module(*(x[row : row + 1, kept] for x in (q, k, v)))
+        torch.testing.assert_close(output[row, kept], alone[0])
+        assert (output[row, ~kept] == 0).all()
+
+
+def test_padded_decoding_counts_each_row(kernel, tensors):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    FlashSelfAttention(causal=True).eval()(tensors(2, 1), tensors(2, 5), tensors(2, 5), mask)
+    assert kernel[0]["starts_q"].tolist() == [0, 1, 2]
+    assert kernel[0]["starts_k"].tolist() == [0, 3, 8]
+
+
+def test_packed_documents_do_not_see_each_other(kernel, tensors):
+    q, k, v = tensors(1, 7), tensors(1, 7), tensors(1, 7)
+    starts = packed_starts(torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), 7, 7)
+    assert starts.tolist() == [0, 3, 7] and starts.dtype == torch.int32
+    module = FlashSelfAttention(causal=True).eval()
+    output = module(q, k, v, cu_seqlens=starts)
+    assert (kernel[0]["longest_q"], kernel[0]["longest_k"]) == (4, 4)
+    for part in (slice(0, 3), slice(3, 7)):
+        torch.testing.assert_close(output[:, part], module(q[:, part], k[:, part], v[:, part]))
+
+
+@pytest.mark.parametrize(
+    ("positions", "query_length", "key_length"),
+    [([[0, 1, 2]], 3, 3), ([[5]], 1, 6), ([[0, 1], [0, 1]], 2, 2), (None, 2, 2)],
+)
+def test_what_is_not_packed(positions, query_length, key_length):
+    positions = None if positions is None else torch.tensor(positions)
+    assert packed_starts(positions, query_length, key_length) is None
+
+
+@pytest.fixture
+def flash_model(kernel, tiny_model):
+    """A model on our implementation and the same weights on eager."""
+    return tiny_model(FLASH_IMPLEMENTATION), tiny_model("eager")
+
+
+@torch.no_grad()
+def test_model_prefill_and_decoding(flash_model, kernel):
+    model, eager = flash_model
+    ids = torch.arange(1, 44)[None]
+    output, expected = model(ids[:, :40], use_cache=True), eager(ids[:, :40], use_cache=True)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+    more = model(ids[:, 40:], past_key_values=output.past_key_values).logits
+    torch.testing.assert_close(
+        more, eager(ids[:, 40:], past_key_values=expected.past_key_values).logits, atol=1e-4, rtol=0
+    )
+    assert all(call["causal"] and call["softmax_scale"] == 0.25 for call in kernel)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
+def test_model_generates_in_a_padded_batch(flash_model, settings):
+    model, eager = flash_model
+    ids = torch.arange(1, 81).view(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=256, **settings)
+    assert model.generate(ids, **settings).tolist() == eager.generate(ids, **settings).tolist()
+
+
+@torch.no_grad()
+def test_model_with_a_static_cache_and_no_mask(flash_model, tiny_config):
+    from transformers import StaticCache
+
+    model, eager = flash_model
+    ids = torch.arange(1, 43)[None]
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    logits = [model(part, past_key_values=cache).logits for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:])]
+    expected_cache = eager(ids[:, :40], use_cache=True)
+    expected = [expected_cache.logits]
+    for index in (40, 41):
+        step = eager(ids[:, index : index + 1], past_key_values=expected_cache.past_key_values)
+        expected.append(step.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), torch.cat(expected, dim=1), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_model_reads_packed_documents_apart(flash_model):
+    model, _ = flash_model
+    first, second = torch.arange(1, 11)[None], torch.arange(20, 40)[None]
+    positions = torch.cat([torch.arange(10), torch.arange(20)])[None]
+    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :10], model(first, use_cache=False).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(packed[:, 10:], model(second, use_cache=False).logits, atol=1e-4, rtol=0)
+    counted = model(
+        torch.cat([first, second], dim=1),
+        position_ids=positions,
+        use_cache=False,
+        cu_seq_lens_q=torch.tensor([0, 10, 30], dtype=torch.int32),
+    ).logits
+    torch.testing.assert_close(counted, packed)
+
+
+def test_no_kernel_for_a_cpu_or_float32(tensors):
+    q = tensors(1, 3)
+    with pytest.raises(ValueError, match=r"torch.float32 on cpu.*attn_implementation='sdpa'"):
+        FlashSelfAttention()(q, q, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernel_on_a_gpu(tensors, dtype, causal):
+    q, k, v = (tensors(2, length, heads).cuda().to(dtype) for length, heads in ((5, 4), (9, 2), (9, 2)))
+    mask = torch.ones(2, 9, device="cuda", dtype=torch.long)
+    mask[0, :4] = 0
+    module = FlashSelfAttention(causal=causal).eval()
+    output = module(q, k, v, mask)
+    kept_q, kept_k = mask[:, 4:].bool(), mask.bool()
+    starts = [torch.tensor(values, device="cuda", dtype=torch.int32) for values in ([0, 5, 10], [0, 5, 14])]
+    arguments = (q[kept_q].float(), k[kept_k].float(), v[kept_k].float(), *starts, 5, 9, 0.0, None, causal)
+    torch.testing.assert_close(output[kept_q].float(), reference_kernel(*arguments), atol=2e-2, rtol=0)
+
+
+@pytest.mark.gpu
+def test_dropout_without_flash_attn_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    q = torch.randn(4, 2, 16, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, 4], device="cuda", dtype=torch.int32)
+    with pytest.raises(ValueError, match="attn_pdrop=0.1"):
+        varlen_attention(q, q, q, starts, starts, 4, 4, 0.1, None, True)

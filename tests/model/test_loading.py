@@ -1,0 +1,216 @@
+"""from_pretrained and save_pretrained: flags, published formats, code along, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import qwen1.modeling_qwen as modeling
+from qwen1 import QWenConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenModel
+from qwen1.configuration_qwen import AUTO_MAP
+
+CODE = {
+    "cache_qwen.py",
+    "configuration_qwen.py",
+    "modeling_qwen.py",
+    "qwen_generation_utils.py",
+}
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """A golden checkpoint of 2023-12, whose configuration says nothing of precision."""
+    shutil.copytree(golden / "model" / "dec_ntk_logn", tmp_path / "checkpoint")
+    change(tmp_path / "checkpoint", fp32=False)
+    return tmp_path / "checkpoint"
+
+
+def change(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to have a CUDA device and flash-attn, or not."""
+
+    def pretend(cuda, flash_attn):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: flash_attn)
+
+    return pretend
+
+
+def load(folder, **kwargs):
+    return QWenLMHeadModel.from_pretrained(folder, **kwargs)
+
+
+def test_golden_folders_load_completely(golden):
+    for case in (golden / "model").iterdir():
+        _, report = load(case, output_loading_info=True)
+        assert not any(report.values()), (case.name, report)
+
+
+@pytest.mark.parametrize(
+    ("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_precision_flags(folder, flag, dtype):
+    assert load(folder, **{flag: True}).dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(folder, **{flag: True}).dtype == dtype
+    config = QWenConfig.from_pretrained(folder)
+    assert load(folder, config=config, **{flag: True}).dtype == dtype
+    assert not getattr(config, flag)  # the caller's own is left alone
+    change(folder, **{flag: True})
+    assert load(folder).dtype == dtype
+
+
+def test_an_explicit_dtype_wins(folder):
+    change(folder, bf16=True)
+    assert load(folder, dtype=torch.float16).dtype == torch.float16
+    assert load(folder, dtype="float32", bf16=True).dtype == torch.float32
+    assert load(folder, dtype="auto").dtype == torch.float32
+
+
+def test_contradicting_flags_are_an_error(folder):
+    with pytest.raises(ValueError, match="bf16=True and fp16=True"):
+        load(folder, bf16=True, fp16=True)
+    change(folder, fp32=True)
+    for load_it in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="bf16=True and fp32=True"):
+            load_it(folder, bf16=True)
+    assert load(folder, bf16=True, fp32=False).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("flag", "half", "cuda", "flash_attn", "chosen"),
+    [
+        (False, True, True, True, None),
+        (None, True, True, True, None),
+        ("auto", True, True, True, "flash_attention_2"),
+        ("auto", True, True, False, None),
+        ("auto", False, True, True, None),
+        ("auto", True, False, False, None),
+        (True, True, True, True, "flash_attention_2"),
+        (True, True, True, False, "qwen_varlen"),
+        (True, False, True, True, None),
+        (True, True, False, False, None),
+    ],
+)
+def test_use_flash_attn(machine, flag, half, cuda, flash_attn, chosen):
+    machine(cuda, flash_attn)
+    config = QWenConfig(use_flash_attn=flag)
+    dtype = torch.bfloat16 if half else torch.float32
+    assert modeling._attention_for(config, dtype) == chosen
+    assert modeling._attention_for(config, str(dtype).removeprefix("torch.")) == chosen
+    config.dtype = dtype
+    assert modeling._attention_for(config, None) == modeling._attention_for(config, "auto") == chosen
+
+
+def test_use_flash_attn_reaches_the_model(folder, machine):
+    machine(cuda=True, flash_attn=False)
+    assert load(folder, bf16=True, use_flash_attn=True).config._attn_implementation == "qwen_varlen"
+    assert load(folder, use_flash_attn=True).config._attn_implementation == "sdpa"
+    explicit = load(folder, bf16=True, use_flash_attn=True, attn_implementation="eager")
+    assert explicit.config._attn_implementation == "eager"
+    config = QWenConfig.from_pretrained(folder, attn_implementation="eager", use_flash_attn=True)
+    assert load(folder, config=config, bf16=True).config._attn_implementation == "eager"
+
+
+def test_use_flash_attn_in_vain_is_said_once(folder, machine, caplog):
+    machine(cuda=False, flash_attn=False)
+    modeling.logger.warning_once.cache_clear()
+    for _ in range(2):
+        load(folder, use_flash_attn=True, bf16=True)
+    assert len([r for r in caplog.records if "use_flash_attn=True needs a CUDA device" in r.message]) == 1
+
+
+def test_softmax_in_fp32_chooses_eager(folder, monkeypatch):
+    model = load(folder, softmax_in_fp32=True)
+    assert model.config._attn_implementation == "eager"
+    attention, called = model.transformer.h[0].attn, []
+    documented = attention._upcast_and_reordered_attn
+    monkeypatch.setattr(attention, "_upcast_and_reordered_attn", lambda *a: called.append(1) or documented(*a))
+    model(torch.arange(4)[None])
+    assert called
+
+
+def test_padded_vocabulary(tmp_path):
+    config = dict(n_embd=64, n_layer=1, n_head=4, kv_channels=16, ffn_hidden_size=96, use_flash_attn=False)
+    QWenLMHeadModel(QWenConfig(vocab_size=300, padded_vocab_size=320, **config)).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert (model.config.vocab_size, model.lm_head.weight.shape[0]) == (300, 320)
+    model.resize_token_embeddings(310)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).lm_head.weight.shape[0] == 310
+
+
+@pytest.mark.parametrize("cls", [QWenModel, QWenForSequenceClassification])
+def test_other_classes_load_the_language_model(folder, cls):
+    model, report = cls.from_pretrained(folder, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert set(report["missing_keys"]) == (set() if cls is QWenModel else {"score.weight"})
+    base = model if cls is QWenModel else model.transformer
+    assert torch.equal(base.wte.weight, load(folder).transformer.wte.weight)
+
+
+def test_leftovers_of_early_releases_are_ignored(folder):
+    state = load_file(folder / "model.safetensors")
+    state["transformer.h.0.attn.rotary_emb.inv_freq"] = torch.ones(8)
+    state["transformer.h.1.attn.bias"] = torch.ones(1, 1, 4, 4)
+    state["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    _, report = load(folder, output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_save_load_and_save_again(folder, tmp_path):
+    first = load(folder)
+    first.save_pretrained(tmp_path / "1", max_shard_size="100KB")
+    assert len(list((tmp_path / "1").glob("*.safetensors"))) > 1
+    second = load(tmp_path / "1")
+    second.save_pretrained(tmp_path / "2")
+    third = load(tmp_path / "2")
+    original = load_file(folder / "model.safetensors")
+    for model in (second, third):
+        assert model.state_dict().keys() == original.keys()
+        assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+        tensors = [*model.parameters(), *model.buffers()]
+        assert all(tensor.device.type != "meta" for tensor in tensors)
+    for saved in ("1", "2"):
+        assert CODE <= {file.name for file in (tmp_path / saved).iterdir()}
+        config = json.loads((tmp_path / saved / "config.json").read_text())
+        assert config["auto_map"] == AUTO_MAP
+        assert config["architectures"] == ["QWenLMHeadModel"]
+
+
+def test_tied_embeddings_are_stored_once(tiny_model, tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load(tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_nothing_computed_in_a_constructor_is_lost_on_meta(folder):
+    """A model loaded through the meta device gives the logits of one that was built in memory."""
+    loaded = load(folder, attn_implementation="eager").eval()
+    built = QWenLMHeadModel(QWenConfig.from_pretrained(folder, attn_implementation="eager")).eval()
+    built.load_state_dict(load_file(folder / "model.safetensors"))
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, built(ids).logits)
+
+
+@pytest.mark.slow
+def test_offloaded_to_disk(folder, tmp_path):
+    device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    device_map |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "transformer.drop": "cpu"}
+    model = load(folder, device_map={**device_map, "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, load(folder)(ids).logits)
