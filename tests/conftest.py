@@ -104,7 +104,7 @@ def tiny_model(tiny_config):
 
     def make(attn_implementation: str = "eager", cls=QWenLMHeadModel, seed: int = 0, **changes):
         torch.manual_seed(seed)
-        config = tiny_config(initializer_range=0.2, **changes)
+        config = tiny_config(**{"initializer_range": 0.2, **changes})
         config._attn_implementation = attn_implementation
         return cls(config).eval()
 

@@ -1,0 +1,90 @@
+"""What a user's script does with a downloaded folder, in a process of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+THREE_TURNS = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="auto", trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+
+response, history = model.chat(tokenizer, "你好", history=None)
+response, history = model.chat(tokenizer, "给我讲一个年轻人奋斗创业最终取得成功的故事。", history=history)
+response, history = model.chat(tokenizer, "给这个故事起一个标题", history=history)
+assert len(history) == 3 and history[-1] == ("给这个故事起一个标题", response) and response, history
+
+for text in model.chat_stream(tokenizer, "给这个故事起一个标题", history=history[:2]):
+    pass
+assert text == response, (text, response)
+print("done")
+"""
+
+GOLDEN = """
+import sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, expected = sys.argv[1], load_file(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+for name in expected:
+    if name.startswith("prefill_"):
+        prompt = expected[name.replace("prefill", "ids")][:, : expected[name].shape[1]]
+        with torch.no_grad():
+            torch.testing.assert_close(model(prompt).logits, expected[name], rtol=0, atol=5e-5)
+
+model.resize_token_embeddings(len(tokenizer))
+response, history = model.chat(tokenizer, "你好", history=None, do_sample=False, top_p=None, max_new_tokens=24)
+assert response and history == [("你好", response)], history
+stream = model.chat_stream(tokenizer, "你好", history=None, do_sample=False, top_p=None, max_new_tokens=24)
+assert list(stream)[-1] == response
+print("done")
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script in a process that knows neither this package nor the network: (source, *arguments)."""
+
+    def run(source, *arguments):
+        script = tmp_path / "script.py"
+        script.write_text(source, encoding="utf-8")
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+        environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+        environment.pop("PYTHONPATH", None)
+        command = [sys.executable, str(script), *map(str, arguments)]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stdout + result.stderr
+
+    return run
+
+
+def test_three_turns_and_a_stream(checkpoint_folder, run_script):
+    run_script(THREE_TURNS, checkpoint_folder)
+
+
+def test_golden_checkpoint_with_the_published_vocabulary(
+    golden, published_vocabulary, repository, run_script, tmp_path
+):
+    """The published configuration of generation, real weights in the published layout, and the real vocabulary."""
+    folder = tmp_path / "golden"
+    shutil.copytree(golden / "model" / "aug_ntk_logn", folder)
+    expected = (folder / "expected.safetensors").rename(tmp_path / "expected.safetensors")
+    shutil.copy(published_vocabulary, folder / "qwen.tiktoken")
+    code = [path for path in repository.glob("*.py") if "qwen" in path.name]
+    names = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for path in [*code, *(repository / name for name in names)]:
+        shutil.copy(path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = json.loads((repository / "config.json").read_text())["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    run_script(GOLDEN, folder, expected)

@@ -1,0 +1,157 @@
+"""Stop words: token sequences that end a reply, in `chat`, in streams and in plain `generate`."""
+
+import pytest
+import torch
+
+from qwen1.qwen_generation_utils import StopWordsCriteria, check_stop_words
+
+EOD, IM_START, IM_END = 256, 257, 258
+STOP = list(b"Observation:")
+
+
+@pytest.mark.parametrize(
+    ("reply", "stops", "expected"),
+    [
+        ("Thought Observation: seen", [STOP], "Thought"),
+        ("Obs, Observe, Observation: seen", [STOP], "Obs, Observe,"),  # begun twice before it is complete
+        ("Observation: seen", [STOP], ""),
+        ("Observatio", [STOP], "Observatio"),
+        ("ObObservation: seen", [STOP], "Ob"),
+        ("ab cd ef", [list(b"ef"), list(b"cd")], "ab"),
+        ("abc", [list(b"abc"), list(b"b")], "a"),
+        ("a😀b", [list("😀".encode()[1:])], "a\ufffd"),
+        ("a b c", [[ord("b")]], "a"),
+        ("a b c", [[300]], "a b c"),
+        ("a b c", [], "a b c"),
+        ("a b c", None, "a b c"),
+        ("a b c", torch.tensor([list(b"c"), list(b"b")]), "a"),
+    ],
+)
+def test_chat_and_stream_end_alike(chat_model, byte_tokenizer, forced, reply, stops, expected):
+    arguments = {"stop_words_ids": stops, "max_new_tokens": 40}
+    processors, again = forced(reply), forced(reply)
+    assert chat_model.chat(byte_tokenizer, "q", logits_processor=processors, **arguments)[0] == expected
+    texts = list(chat_model.chat_stream(byte_tokenizer, "q", logits_processor=again, **arguments))
+    assert texts[-1] == expected
+    assert all(expected.startswith(text) for text in texts)
+    assert again[0].steps == processors[0].steps
+
+
+def test_generation_ends_with_the_stop_word(chat_model, byte_tokenizer, forced):
+    processors = forced("ab STOP cd")
+    chat_model.chat(byte_tokenizer, "q", stop_words_ids=[list(b"STOP")], logits_processor=processors)
+    assert processors[0].steps == len("ab STOP")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_words_in_the_prompt_stop_nothing(chat_model, byte_tokenizer, forced, stream):
+    """Not even one that the reply would complete."""
+    history = [("Observation:", "Observation:")]
+    arguments = {"stop_words_ids": [STOP, [ord("\n"), ord("x")]], "logits_processor": forced("x Observation")}
+    result = chat_model.chat(byte_tokenizer, "Observation:", history, stream=stream, **arguments)
+    assert (list(result)[-1] if stream else result[0]) == "x Observation"
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["own configuration", "fresh configuration"])
+def test_stop_words_of_the_configuration(chat_model, byte_tokenizer, forced, fresh):
+    """They are in force, and cut off, where the caller's configuration says nothing about them."""
+    chat_model.generation_config.stop_words_ids = [list(b"END")]
+    config = type(chat_model.generation_config)(max_new_tokens=20) if fresh else None
+    for given in (None, [list(b"STOP")]):
+        processors = forced("ab END cd STOP ef")
+        arguments = {"stop_words_ids": given, "generation_config": config, "logits_processor": processors}
+        assert chat_model.chat(byte_tokenizer, "q", **arguments)[0] == "ab"
+        assert processors[0].steps == len("ab END")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_of_transformers(chat_model, either_tokenizer, forced, stream):
+    """They need a tokenizer, and stay in the reply."""
+    arguments = {"stop_strings": ["STOP"], "logits_processor": forced("ab STOP cd")}
+    result = chat_model.chat(either_tokenizer, "q", stream=stream, **arguments)
+    assert (list(result)[-1] if stream else result[0]) == "ab STOP"
+
+
+@pytest.fixture
+def written(chat_model):
+    """Tokens that `generate` writes after a prompt: (prompts as bytes, **arguments) -> list of lists."""
+
+    def write(*prompts, **arguments):
+        inputs = torch.tensor([list(prompt) for prompt in prompts])
+        return chat_model.generate(inputs, **arguments)[:, inputs.shape[1] :].tolist()
+
+    return write
+
+
+@pytest.mark.parametrize("configured", [None, [[300]], "absent"])
+def test_generate_with_any_configuration(chat_model, written, forced, configured):
+    """A published configuration has the key, and transformers alone would then ignore the argument."""
+    if configured == "absent":
+        del chat_model.generation_config.stop_words_ids
+    else:
+        chat_model.generation_config.stop_words_ids = configured
+    arguments = {"stop_words_ids": [list(b"STOP")], "logits_processor": forced("ab STOP cd")}
+    assert written(b"the prompt with STOP", **arguments) == [list(b"ab STOP")]
+
+
+def test_generate_takes_them_from_the_configuration(chat_model, written, forced):
+    chat_model.generation_config.stop_words_ids = [list(b"STOP")]
+    assert written(b"prompt", logits_processor=forced("ab STOP cd")) == [list(b"ab STOP")]
+    assert written(b"prompt", stop_words_ids=None, logits_processor=forced("ab STOP")) == [[*b"ab STOP", IM_END]]
+
+
+def test_rows_of_generate_end_independently(written, forced):
+    replies = forced("a STOP b c", "d", "e STOX STOP f")
+    rows = written(b"same STOP", b"long STOP", b"word STOP", stop_words_ids=[list(b"STOP")], logits_processor=replies)
+    padding = [[EOD] * count for count in (5, 9, 0)]
+    assert rows == [[*b"a STOP", *padding[0]], [*b"d", IM_END, *padding[1]], list(b"e STOX STOP")]
+
+
+def test_prompt_lookup_stops_within_an_accepted_draft(written, forced):
+    """The whole reply stands in the prompt, so the first step already accepts several tokens at once."""
+    prompt = b"abc STOP defghi, again: abc"
+    arguments = {"stop_words_ids": [list(b"STOP")], "prompt_lookup_num_tokens": 8, "max_new_tokens": 16}
+    (tokens,) = written(prompt, logits_processor=forced(" STOP defghi, again: abc"), **arguments)
+    assert tokens[:5] == list(b" STOP") and len(tokens) <= 9
+
+
+def test_chat_with_prompt_lookup(chat_model, byte_tokenizer, forced):
+    """Many tokens at once end a reply where single ones would."""
+    query, reply = "abc one STOP two, abc", "abc one STOP two, abc"
+    for stops in ([list(b"STOP")], [list(b"c one STOP t"), list(b"STOP")]):
+        arguments = {"stop_words_ids": stops, "prompt_lookup_num_tokens": 10, "max_new_tokens": 20}
+        assert chat_model.chat(byte_tokenizer, query, logits_processor=forced(reply), **arguments)[0] == "abc one"
+        stream = chat_model.chat_stream(byte_tokenizer, query, logits_processor=forced(reply), **arguments)
+        assert list(stream)[-1] == "abc one"
+
+
+def test_assistant_model_stops(chat_model, written, forced):
+    reply = "ab STOP cd"
+    arguments = {"stop_words_ids": [list(b"STOP")], "assistant_model": chat_model, "max_new_tokens": 12}
+    (tokens,) = written(b"prompt", logits_processor=forced(reply), **arguments)
+    assert bytes(tokens).startswith(b"ab STOP") and len(tokens) < 12
+
+
+def test_beams_stop(written, forced):
+    (tokens,) = written(b"prompt", num_beams=2, stop_words_ids=[[ord("x")]], logits_processor=forced("abx", "abx"))
+    assert tokens[:3] == list(b"abx") and len(tokens) == 3
+
+
+def test_criteria_looks_at_what_was_written_only():
+    criteria = StopWordsCriteria([[1, 2], [3]], prompt_length=2)
+    rows = torch.tensor([[1, 2, 0, 0, 0], [3, 1, 2, 0, 0], [0, 0, 1, 2, 0], [0, 0, 0, 0, 3]])
+    assert criteria(rows, None).tolist() == [False, False, True, True]
+    assert criteria(rows[:, :2], None).tolist() == [False] * 4
+
+
+def test_check_stop_words_copies():
+    given = [[1], (2, 3), torch.tensor([4, 5])]
+    checked = check_stop_words(given)
+    assert checked == [[1], [2, 3], [4, 5]] and checked[0] is not given[0]
+    assert check_stop_words(None) == check_stop_words([]) == []
+
+
+@pytest.mark.parametrize(("words", "entry"), [("ab", "'ab'"), (5, "5"), ([[]], r"\[\]"), ([["a"]], r"\['a'\]")])
+def test_bad_stop_words(written, words, entry):
+    with pytest.raises(ValueError, match=f"stop_words_ids.*{entry}.*must be a"):
+        written(b"prompt", stop_words_ids=words)
