@@ -25,7 +25,7 @@ from transformers.utils import logging
 if __package__:
     from .tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
 else:  # run as a script from the folder of a model, which is no package
-    from tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks  # type: ignore[import-not-found,no-redef]
+    from tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
 
 logger = logging.get_logger(__name__)
 
