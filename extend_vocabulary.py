@@ -1,6 +1,6 @@
 """Learn tokens for new words, to be loaded with `extra_vocab_file`.
 
-    python extend_vocabulary.py qwen.tiktoken words.txt qwen_extra.tiktoken
+    qwen1-extend-vocabulary qwen.tiktoken words.txt qwen_extra.tiktoken
 
 `words.txt` (UTF-8) has one word per line, with its frequency after a tab. New tokens are pairs of tokens that follow
 one another in the words, learned by byte-pair encoding: the most frequent pair first, until each word is one token.
@@ -22,10 +22,7 @@ from itertools import pairwise
 from tokenizers import Regex, pre_tokenizers
 from transformers.utils import logging
 
-if __package__:
-    from .tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
-else:  # run as a script from the folder of a model, which is no package
-    from tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
+from .tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -157,9 +154,9 @@ def extend_vocabulary(vocab_file: str | os.PathLike, words_file: str | os.PathLi
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: `python extend_vocabulary.py VOCAB WORDS OUTPUT`."""
+    """Command line: `qwen1-extend-vocabulary VOCAB WORDS OUTPUT`."""
     parser = argparse.ArgumentParser(
-        prog="extend_vocabulary.py",
+        prog="qwen1-extend-vocabulary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -170,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         count = extend_vocabulary(options.vocab_file, options.words_file, options.output)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"extend_vocabulary.py: {error}\n")
+        parser.exit(2, f"qwen1-extend-vocabulary: {error}\n")
     print(f"{count} new tokens in {options.output}", file=sys.stderr)
 
 

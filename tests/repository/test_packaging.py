@@ -64,8 +64,9 @@ def test_installed_package_is_this_tree():
     assert Path(qwen1.__file__).resolve() == ROOT / "__init__.py"
 
 
-def test_console_script_points_to_a_callable():
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="qwen1-chat")
+@pytest.mark.parametrize("name", ["qwen1-chat", "qwen1-extend-vocabulary"])
+def test_console_scripts_point_to_callables(name):
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name=name)
     assert callable(script.load())
 
 

@@ -1,8 +1,6 @@
 """Learning new tokens, and using them."""
 
 import random
-import subprocess
-import sys
 
 import pytest
 import tiktoken
@@ -137,12 +135,4 @@ def test_command(tmp_path, small_vocabulary, capsys):
     assert "none.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "python extend_vocabulary.py qwen.tiktoken words.txt qwen_extra.tiktoken" in capsys.readouterr().out
-
-
-def test_script_runs_by_its_path(tmp_path, repository):
-    script = repository / "extend_vocabulary.py"
-    result = subprocess.run(
-        [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert "word<TAB>frequency" in result.stdout
+    assert "qwen1-extend-vocabulary qwen.tiktoken words.txt qwen_extra.tiktoken" in capsys.readouterr().out
