@@ -626,6 +626,8 @@ class QWenGenerationMixin(_GenerativeModel):
             model_kwargs["past_key_values"] = QWenInt8Cache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Early releases of transformers 5 keep a static cache here and hand it to the next request, even one at once.
+        vars(self).pop("_cache", None)
         self._plan_ntk(model_kwargs)
 
     def _takes_int8_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:

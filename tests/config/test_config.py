@@ -6,6 +6,7 @@ import json
 import pickle
 
 import pytest
+from transformers import GenerationConfig
 
 from qwen1 import QWenConfig
 from qwen1.configuration_qwen import AUTO_MAP
@@ -183,3 +184,23 @@ def test_impossible_values_are_named(changes, named):
     with pytest.raises(ValueError) as error:
         QWenConfig(**changes)
     assert all(part in str(error.value) for part in named), str(error.value)
+
+
+def test_the_repository_ships_the_7b_chat_configuration(golden, repository):
+    published = json.loads((golden / "published_configs" / "2023-08-chat.config.json").read_text())
+    ours = json.loads((repository / "config.json").read_text())
+    added = {"auto_map": AUTO_MAP, "intermediate_size": 22016, "rms_norm_eps": 1e-6, "rope_theta": 10000}
+    del published["transformers_version"]
+    assert ours == {**published, **added}
+    config = QWenConfig.from_pretrained(repository)
+    assert (config.n_layer, config.seq_length, config.use_dynamic_ntk) == (32, 2048, True)
+
+
+def test_the_repository_ships_the_7b_chat_generation_configuration(golden, repository):
+    published = json.loads((golden / "published_configs" / "2023-08-chat.generation_config.json").read_text())
+    ours = json.loads((repository / "generation_config.json").read_text())
+    del published["transformers_version"]
+    # Pipelines and servers know nothing of stop words: a reply has to end at <|im_end|> for them too.
+    assert ours == {**published, "eos_token_id": [151645, 151643], "max_window_size": 6144}
+    config = GenerationConfig.from_pretrained(repository)
+    assert (config.chat_format, config.max_window_size, config.top_k) == ("chatml", 6144, 0)

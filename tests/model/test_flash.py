@@ -1,5 +1,9 @@
 """FlashSelfAttention: its wiring on a CPU with a reference in the kernel's place, the kernel itself on a GPU."""
 
+import inspect
+import sys
+import types
+
 import pytest
 import torch
 
@@ -190,6 +194,62 @@ def test_no_kernel_for_a_cpu_or_float32(tensors):
         FlashSelfAttention()(q, q, q)
 
 
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU, to see which kernel would be called and how."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def half():
+    return [torch.randn(4, heads, 16, dtype=torch.bfloat16).as_subclass(OnCuda) for heads in (4, 2, 2)]
+
+
+STARTS = torch.tensor([0, 4], dtype=torch.int32)
+
+
+def test_flash_attn_is_called_where_it_is_installed(half, monkeypatch):
+    calls = []
+
+    def flash_attn_varlen_func(*arguments, softmax_scale, causal):
+        calls.append((arguments, softmax_scale, causal))
+        return "output"
+
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: True)
+    module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.1, 0.5, True) == "output"
+    ((arguments, scale, causal),) = calls
+    assert all(given is tensor for given, tensor in zip(arguments, [*half, STARTS, STARTS], strict=False))
+    assert arguments[5:] == (4, 4, 0.1) and scale == 0.5 and causal is True
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, (-1, 0)), (False, (-1, -1))])
+def test_torch_is_called_otherwise(half, monkeypatch, causal, window):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature, calls = inspect.signature(varlen.varlen_attn), []
+
+    def varlen_attn(*arguments, **options):
+        calls.append(signature.bind(*arguments, **options).arguments)
+        return "output"
+
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, causal) == "output"
+    (call,) = calls
+    assert (call["scale"], call["window_size"], call["enable_gqa"]) == (0.5, window, True)
+    assert (call["max_q"], call["max_k"]) == (4, 4) and call["cu_seq_q"] is STARTS
+
+
+def test_what_torch_cannot_do_is_said(half, monkeypatch):
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match="attn_pdrop=0.1 needs flash-attn"):
+        varlen_attention(*half, STARTS, STARTS, 4, 4, 0.1, None, True)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(ImportError, match="flash-attn >= 2.1 or torch >= 2.13"):
+        varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, None, True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
@@ -203,12 +263,3 @@ def test_kernel_on_a_gpu(tensors, dtype, causal):
     starts = [torch.tensor(values, device="cuda", dtype=torch.int32) for values in ([0, 5, 10], [0, 5, 14])]
     arguments = (q[kept_q].float(), k[kept_k].float(), v[kept_k].float(), *starts, 5, 9, 0.0, None, causal)
     torch.testing.assert_close(output[kept_q].float(), reference_kernel(*arguments), atol=2e-2, rtol=0)
-
-
-@pytest.mark.gpu
-def test_dropout_without_flash_attn_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
-    q = torch.randn(4, 2, 16, device="cuda", dtype=torch.bfloat16)
-    starts = torch.tensor([0, 4], device="cuda", dtype=torch.int32)
-    with pytest.raises(ValueError, match="attn_pdrop=0.1"):
-        varlen_attention(q, q, q, starts, starts, 4, 4, 0.1, None, True)

@@ -277,6 +277,19 @@ def test_interleaved_generations(model):
         assert written[length].tolist() == greedy_truth(model, prompt, 5).tolist()
 
 
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_interleaved_streams(model, byte_tokenizer, cache_implementation):
+    queries = ["long " * 30, "short"]
+    settings = dict(max_new_tokens=12, do_sample=False, cache_implementation=cache_implementation)
+    alone = [model.chat(byte_tokenizer, query, **settings)[0] for query in queries]
+    streams = [model.chat_stream(byte_tokenizer, query, **settings) for query in queries]
+    texts = ["", ""]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            texts[index] = next(stream, texts[index])
+    assert texts == alone
+
+
 def test_two_threads_at_once(model):
     prompts = [tokens(20, 1), tokens(40, 2), tokens(70, 3), tokens(130, 4)]
     results, start = {}, threading.Barrier(len(prompts))
