@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -36,6 +38,28 @@ ALIASES = {
 _BASE_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 PRECISION_FLAGS = ("bf16", "fp16", "fp32")
+_SIZES = (
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "num_key_value_heads",
+    "kv_channels",
+    "ffn_hidden_size",
+    "seq_length",
+    "n_positions",
+)
+_SWITCHES = (
+    *PRECISION_FLAGS,
+    "scale_attn_weights",
+    "use_cache",
+    "apply_residual_connection_post_layernorm",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "no_bias",
+    "use_cache_quantization",
+    "softmax_in_fp32",
+)
 
 
 def _alias(target: str) -> property:
@@ -154,7 +178,7 @@ class QWenConfig(PreTrainedConfig):
             values["num_key_value_heads"] = values["n_head"]
         for name, value in values.items():
             setattr(self, name, value)
-        self._validate_values()
+        self.check_values()
         super().__init__(**base_values, **kwargs)
 
     @property
@@ -179,6 +203,30 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(f"{contradiction} contradict each other: set one of them.")
         return chosen[0] if chosen else None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a file whose two spellings of a key differ is refused, overrides are checked as well.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        for alias, name in ALIASES.items():
+            if None not in (given := (config_dict.get(name), config_dict.get(alias))) and given[0] != given[1]:
+                raise _contradiction(name, given[0], alias, given[1])
+        flags = {name: kwargs.pop(name) for name in PRECISION_FLAGS if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result  # with return_unused_kwargs
+        config.override(flags)
+        config.check_values()
+        return result
+
+    def override(self, values: dict[str, Any]) -> None:
+        """Set values that the user gave; a precision flag among them takes the place of any other."""
+        if any(values.get(flag) for flag in PRECISION_FLAGS):
+            values = {**dict.fromkeys(PRECISION_FLAGS, False), **values}
+        for name, value in values.items():
+            setattr(self, name, value)
+
     def to_dict(self) -> dict[str, Any]:
         """As the base class, with both spellings of every key and the `auto_map` of this repository."""
         output = super().to_dict()
@@ -188,14 +236,22 @@ class QWenConfig(PreTrainedConfig):
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
         return output
 
-    def _validate_values(self) -> None:
+    def check_values(self) -> None:
+        """Refuse impossible and contradicting values.
+
+        Raises:
+            ValueError: names the key and the value.
+        """
         _check_types(self)
         _check_heads(self)
         self.precision_flag()
-        if self.use_flash_attn not in (True, False, None, "auto"):
+        if self.use_flash_attn not in (True, False, None, "auto") or type(self.use_flash_attn) is int:
             raise ValueError(f"use_flash_attn={self.use_flash_attn!r} is unknown: use True, False or 'auto'.")
         if self.use_logn_attn and self.seq_length < 2:
             raise ValueError(f"seq_length={self.seq_length} with use_logn_attn=True divides by log(1): use 2 or more.")
+
+    # The base class becomes a dataclass, whose own comparison would see none of the keys above.
+    __eq__ = PreTrainedConfig.__eq__
 
 
 def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -210,30 +266,37 @@ def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
         if given is None:
             continue
         if values[name] not in (_DEFAULTS[name], given):
-            raise ValueError(
-                f"{name}={values[name]!r} and {alias}={given!r} are two spellings of one key and contradict each "
-                "other: give one of them, or the same value to both."
-            )
+            raise _contradiction(name, values[name], alias, given)
         values[name] = given
 
 
+def _contradiction(name: str, value: Any, alias: str, given: Any) -> ValueError:
+    return ValueError(
+        f"{name}={value!r} and {alias}={given!r} are two spellings of one key and contradict each other: give one of "
+        "them, or the same value to both."
+    )
+
+
 def _check_types(config: QWenConfig) -> None:
-    sizes = ("vocab_size", "n_embd", "n_layer", "n_head", "num_key_value_heads", "kv_channels", "ffn_hidden_size")
-    for name in (*sizes, "seq_length", "n_positions"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is impossible: it must be a positive integer.")
+    for name in _SIZES:
+        _require(config, name, lambda value: isinstance(value, int) and value > 0, "a positive integer")
+    for name in _SWITCHES:
+        _require(config, name, lambda value: isinstance(value, bool) or value is None, "true or false", switch=True)
     for name in ("embd_pdrop", "attn_pdrop"):
-        if not 0.0 <= (value := getattr(config, name)) < 1.0:
-            raise ValueError(f"{name}={value!r} is impossible: a dropout probability lies in [0, 1).")
+        _require(config, name, lambda value: 0.0 <= value < 1.0, "a dropout probability in [0, 1)")
     for name in ("layer_norm_epsilon", "rotary_emb_base"):
-        if not (value := getattr(config, name)) > 0:
-            raise ValueError(f"{name}={value!r} is impossible: it must be positive.")
-    if config.initializer_range < 0:
-        raise ValueError(f"initializer_range={config.initializer_range!r} is impossible: it must not be negative.")
-    padded = config.padded_vocab_size
-    if padded is not None and padded < 1:
-        raise ValueError(f"padded_vocab_size={padded!r} is impossible: it must be a positive integer or None.")
+        _require(config, name, lambda value: value > 0, "a positive number")
+    _require(config, "initializer_range", lambda value: value >= 0, "a number that is not negative")
+    _require(config, "rotary_pct", lambda value: 0.0 < value <= 1.0, "the rotated share of a head, in (0, 1]")
+    if config.padded_vocab_size is not None:
+        _require(config, "padded_vocab_size", lambda value: isinstance(value, int) and value > 0, "a positive integer")
+
+
+def _require(config: QWenConfig, name: str, holds: Callable[[Any], bool], wanted: str, switch: bool = False) -> None:
+    value = getattr(config, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number or switch) or not holds(value):
+        raise ValueError(f"{name}={value!r} is impossible: it must be {wanted}.")
 
 
 def _check_heads(config: QWenConfig) -> None:
@@ -247,8 +310,6 @@ def _check_heads(config: QWenConfig) -> None:
         raise ValueError(
             f"ffn_hidden_size={config.ffn_hidden_size} is odd: it counts the gate and the up projection together."
         )
-    if not 0.0 < config.rotary_pct <= 1.0:
-        raise ValueError(f"rotary_pct={config.rotary_pct!r} is impossible: the rotated share lies in (0, 1].")
     smallest = 4 if config.use_dynamic_ntk else 2  # NTK's exponent is d / (d - 2)
     if config.rotary_dim % 2 or config.rotary_dim < smallest:
         raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import pickle
 
 import pytest
@@ -114,6 +115,47 @@ def test_contradicting_spellings_are_an_error(alias, name, value):
     assert getattr(QWenConfig(**{name: value, alias: value}), name) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "saved", "edited"),
+    [("n_layer", 24, 32), ("layer_norm_epsilon", 1e-6, 1e-5), ("rotary_emb_base", 1000000, 10000)],
+)
+def test_a_file_edited_in_one_spelling_is_an_error(tmp_path, name, saved, edited):
+    """Also where the new value is a default, which the constructor couldn't tell from none given."""
+    QWenConfig(**{name: saved}).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: edited}))
+    with pytest.raises(ValueError, match=rf"{name}={edited}.*contradict"):
+        QWenConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("override", [{"n_layer": 0}, {"rotary_pct": 2.0}, {"bf16": True, "fp16": True}, {"n_head": 5}])
+def test_overrides_are_checked(tmp_path, override):
+    QWenConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="=".join(map(str, next(iter(override.items()))))):
+        QWenConfig.from_pretrained(tmp_path, **override)
+    assert QWenConfig.from_pretrained(tmp_path, num_hidden_layers=3).n_layer == 3
+
+
+def test_unused_arguments_are_given_back(tmp_path):
+    QWenConfig().save_pretrained(tmp_path)
+    config, unused = QWenConfig.from_pretrained(tmp_path, bf16=True, other=1, return_unused_kwargs=True)
+    assert config.bf16 and unused == {"other": 1}
+
+
+def test_an_override_replaces_the_flag_of_the_file():
+    config = QWenConfig(fp32=True)
+    config.override({"bf16": True, "n_layer": 3})
+    assert (config.bf16, config.fp32, config.n_layer) == (True, False, 3)
+    config.override({"bf16": False})
+    assert config.precision_flag() is None
+
+
+def test_comparison_sees_every_key():
+    assert QWenConfig() == QWenConfig()
+    assert QWenConfig() != QWenConfig(n_layer=3)
+    assert QWenConfig() != QWenConfig(my_key=1)
+
+
 def test_null_alias_means_not_given():
     assert QWenConfig(intermediate_size=None).ffn_hidden_size == 22016
 
@@ -178,6 +220,19 @@ def test_copies_and_pickles():
         ({"use_flash_attn": "yes"}, ["use_flash_attn='yes'"]),
         ({"bf16": True, "fp16": True}, ["bf16=True", "fp16=True"]),
         ({"fp32": True, "fp16": True}, ["fp32=True", "fp16=True"]),
+        ({"embd_pdrop": "0.1"}, ["embd_pdrop='0.1'"]),
+        ({"rms_norm_eps": "1e-6"}, ["layer_norm_epsilon='1e-6'"]),
+        ({"layer_norm_epsilon": None}, ["layer_norm_epsilon=None"]),
+        ({"layer_norm_epsilon": math.inf}, ["layer_norm_epsilon=inf"]),
+        ({"rotary_emb_base": math.nan}, ["rotary_emb_base=nan"]),
+        ({"rotary_pct": None}, ["rotary_pct=None"]),
+        ({"initializer_range": None}, ["initializer_range=None"]),
+        ({"padded_vocab_size": 320.5}, ["padded_vocab_size=320.5"]),
+        ({"padded_vocab_size": True}, ["padded_vocab_size=True"]),
+        ({"bf16": "no"}, ["bf16='no'"]),
+        ({"no_bias": "x"}, ["no_bias='x'"]),
+        ({"use_dynamic_ntk": 1}, ["use_dynamic_ntk=1"]),
+        ({"use_flash_attn": 1}, ["use_flash_attn=1"]),
     ],
 )
 def test_impossible_values_are_named(changes, named):
