@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 INT8_BACKEND = "qwen_int8"
 """Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
@@ -104,19 +104,21 @@ class QWenInt8Layer(DynamicLayer):
         self._replace_each(lambda stored: stored.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
-        """Forget every token."""
-        self._replace_each(lambda stored: stored[..., :0, :])
+        """Forget every token and the shape of the batch."""
+        for name in self._STORED:
+            setattr(self, name, None)
+        self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens; the number is negative or zero, as in transformers.
+    def get_seq_length(self) -> int:
+        """Number of tokens stored."""
+        return self.keys.shape[-2] if self.is_initialized else 0
 
-        Raises:
-            ValueError: a positive number.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}) is not supported: pass a negative number of tokens to remove.")
-        if tokens_to_remove < 0:
-            self._replace_each(lambda stored: stored[..., :tokens_to_remove, :])
+    def crop(self, *args: int) -> None:
+        """Drop the last tokens, counted as `DynamicLayer.crop` counts them in the transformers installed."""
+        if self.is_initialized:
+            super().crop(*args)  # of keys and values
+            kept = self.keys.shape[-2]
+            self._replace_each(lambda stored: stored[..., :kept, :])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rearrange the rows for beam search, (B,) indices."""
@@ -129,21 +131,6 @@ class QWenInt8Layer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that `indices` names."""
         self._replace_each(lambda stored: stored[indices, ...])
-
-
-class QWenInt8Cache(Cache):
-    """Key/value cache in int8, about half the size of a half-precision one; the default of a model whose
-    configuration has `use_cache_quantization=True`, and usable with any model by name.
-
-    Args:
-        config: configuration of the model, for its number of layers; without one, layers are added as they come.
-    """
-
-    def __init__(self, config: PreTrainedConfig | None = None) -> None:
-        if config is None:
-            super().__init__(layer_class_to_replicate=QWenInt8Layer)
-        else:
-            super().__init__(layers=[QWenInt8Layer() for _ in range(config.num_hidden_layers)])
 
 
 @dataclass
@@ -161,13 +148,56 @@ class NTKState:
     planned: bool = False
 
 
+class NTKRows(Cache):
+    """Mixin of caches whose sequences keep their alpha when rows are rearranged, repeated or picked by hand."""
+
+    def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        state: NTKState | None = getattr(self, "qwen_ntk", None)
+        if state is not None and state.alpha.shape[0] > 1:
+            state.alpha = change(state.alpha)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearrange the rows for beam search, (B,) indices."""
+        super().reorder_cache(beam_idx)
+        self._rearrange(lambda alpha: alpha[beam_idx.to(alpha.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._rearrange(lambda alpha: alpha.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that `indices` names."""
+        super().batch_select_indices(indices)
+        self._rearrange(lambda alpha: alpha[indices.to(alpha.device)])
+
+
+class QWenCache(NTKRows, DynamicCache):
+    """The growing cache of transformers; the default of the model and of `generate`."""
+
+
+class QWenInt8Cache(NTKRows, Cache):
+    """Key/value cache in int8, about half the size of a half-precision one; the default of a model whose
+    configuration has `use_cache_quantization=True`, and usable with any model by name.
+
+    Args:
+        config: configuration of the model, for its number of layers; without one, layers are added as they come.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
+        if config is None:
+            super().__init__(layer_class_to_replicate=QWenInt8Layer)
+        else:
+            super().__init__(layers=[QWenInt8Layer() for _ in range(config.num_hidden_layers)])
+
+
 def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:
-    """Fix the alpha of the sequences in a cache, (B, 1).
+    """Fix the alpha of the sequences in a cache, (B, 1); a copy of it is kept.
 
     Args:
         planned: the cache is empty and its first tokens, which come next, are only a part of the prompt.
     """
-    state = NTKState(alpha=alpha, planned=planned)
+    state = NTKState(alpha=alpha.clone(), planned=planned)
     cache.qwen_ntk = state  # type: ignore[attr-defined]
     if cache.is_compileable and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(state.alpha)  # as the keys and values of a static cache are
@@ -186,11 +216,11 @@ def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor
         (B, 1) float32.
 
     Raises:
-        ValueError: the rows of the batch are no multiple of the rows that the cache was prefilled with.
+        ValueError: the batch has other rows than the cache was prefilled with.
     """
     state: NTKState | None = getattr(cache, "qwen_ntk", None)
     if state is None:
-        state = set_ntk_alpha(cache, choose())
+        state = set_ntk_alpha(cache, choose().expand(rows, -1))
     elif state.planned:
         state.planned = False
     elif isinstance(length := cache.get_seq_length(), torch.Tensor):
@@ -198,7 +228,7 @@ def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor
         chosen = choose()
         state.alpha.copy_(torch.where(length.to(chosen.device) > 0, state.alpha, chosen))
     elif length == 0:
-        state.alpha = choose()
+        state.alpha = choose().expand(rows, -1)
     return _match_rows(state.alpha, rows)
 
 
@@ -206,9 +236,9 @@ def _match_rows(alpha: torch.Tensor, rows: int) -> torch.Tensor:
     held = alpha.shape[0]
     if held == rows:
         return alpha
-    if rows % held == 0:  # the cache was repeated for several continuations of each prompt
-        return alpha.repeat_interleave(rows // held, dim=0)
+    if held == 1 or bool((alpha == alpha[0]).all()):  # whichever rows these are, they have the same
+        return alpha[:1].expand(rows, -1)
     raise ValueError(
-        f"The cache holds the NTK alpha of {held} sequences, the batch has {rows}. Rows of a cache can be repeated, "
-        "but not picked, while use_dynamic_ntk is on: prefill the chosen sequences again."
+        f"The cache holds the NTK alpha of {held} sequences, the batch has {rows}. Rows of this cache can't be picked "
+        "or repeated while use_dynamic_ntk is on: use the model's own (QWenCache), or prefill these sequences again."
     )

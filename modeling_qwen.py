@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_qwen import QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
+from .cache_qwen import QWenCache, QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig
 from .qwen_generation_utils import QWenGenerationMixin
 
@@ -83,6 +83,8 @@ def prompt_lengths(position_ids: torch.Tensor) -> torch.Tensor:
     Positions that count up by one form one text; left padding and documents packed into one row start new ones. A
     text that starts behind position 0 continues tokens that were read earlier: its prompt is what came before.
     """
+    if position_ids.shape[-1] == 1:  # each step of decoding
+        return position_ids.clamp(min=1)
     restarts = position_ids.diff(dim=-1) != 1
     text = nn.functional.pad(restarts.cumsum(-1), (1, 0))  # (B, T) index of the text within its row
     first = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amin", include_self=False)
@@ -99,7 +101,7 @@ def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
 
 def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """True positions of the last `length` tokens under a padding mask, (B, S) -> (B, length); padding gets 0."""
-    positions = attention_mask.long().cumsum(-1) - 1
+    positions = attention_mask.long().cumsum(-1) - 1  # (B, S)
     return positions.clamp(min=0)[:, -length:]
 
 
@@ -152,9 +154,10 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
         freqs: angles, (B or 1, T, 1, R), or their cosine and sine.
     """
     cos, sin = (freqs.cos(), freqs.sin()) if isinstance(freqs, torch.Tensor) else freqs
-    rotated, passed = t[..., : cos.shape[-1]].float(), t[..., cos.shape[-1] :].float()
-    rotated = rotated * cos + _rotate_half(rotated) * sin
-    return torch.cat((rotated, passed), dim=-1).type_as(t)
+    channels = cos.shape[-1]
+    rotated = t[..., :channels].float()
+    rotated = (rotated * cos + _rotate_half(rotated) * sin).type_as(t)
+    return rotated if channels == t.shape[-1] else torch.cat((rotated, t[..., channels:]), dim=-1)
 
 
 def repeat_kv(states: torch.Tensor, groups: int) -> torch.Tensor:
@@ -167,8 +170,8 @@ def allowed_pairs(
 ) -> torch.Tensor:
     """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens.
 
-    A mask with a row per query already says which keys are visible (a static cache has empty slots at its end), and a
-    single query sees every key, so the diagonal is only drawn where it is missing.
+    A mask with a row per query says by itself which keys are visible, even some behind the diagonal (a prefix that
+    reads itself in both directions); a single query sees every key. So the diagonal is only drawn where it is missing.
     """
     complete = attention_mask is not None and attention_mask.shape[-2] == query_length
     allowed = torch.ones((query_length, key_length), dtype=torch.bool, device=device)
@@ -298,7 +301,7 @@ class FlashSelfAttention(nn.Module):
 
         Args:
             attention_mask: (B, S), true or 1 for real keys; outputs of padded queries are zero.
-            cu_seqlens: (N + 1,) int32, starts of the documents packed into a single row; excludes a mask.
+            cu_seqlens: (N + 1,) int32, starts of documents packed into the rows, laid end to end; excludes a mask.
 
         Raises:
             ValueError: as `varlen_attention`.
@@ -350,14 +353,14 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def packed_starts(position_ids: torch.Tensor | None, query_length: int, key_length: int) -> torch.Tensor | None:
-    """Starts of the documents packed into one row, (N + 1,) int32, or None where there is just one."""
-    if position_ids is None or position_ids.shape[0] != 1 or query_length != key_length:
+def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Where texts start with the rows laid end to end, (B, T) -> (N + 1,) int32; None where each row is one text."""
+    restarts = torch.ones_like(position_ids, dtype=torch.bool)
+    restarts[:, 1:] = position_ids.diff() != 1
+    starts = restarts.flatten().nonzero().flatten()
+    if len(starts) == len(position_ids):
         return None
-    first = (position_ids[0] == 0).nonzero().flatten()
-    if len(first) < 2:
-        return None
-    return nn.functional.pad(first, (0, 1), value=query_length).to(torch.int32)
+    return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
 
 
 def flash_self_attention_forward(
@@ -366,7 +369,6 @@ def flash_self_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -374,15 +376,13 @@ def flash_self_attention_forward(
 
     Args:
         attention_mask: (B, tokens seen so far), 1 for real tokens, or None; shorter than S with a static cache.
-        position_ids: (B, T), to tell packed documents apart.
-        cu_seq_lens_q: their starts, where a data collator has already counted them.
+        cu_seq_lens_q: starts of documents packed into the rows, laid end to end, (N + 1,) int32, or None.
     """
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     if attention_mask is not None:
         k, v = k[:, : attention_mask.shape[-1]], v[:, : attention_mask.shape[-1]]
         return module.core_attention_flash(q, k, v, attention_mask), None
-    starts = cu_seq_lens_q if cu_seq_lens_q is not None else packed_starts(position_ids, q.shape[1], k.shape[1])
-    return module.core_attention_flash(q, k, v, cu_seqlens=starts), None
+    return module.core_attention_flash(q, k, v, cu_seqlens=cu_seq_lens_q), None
 
 
 def padding_mask(
@@ -593,8 +593,24 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
+
+    def __init__(self, config: QWenConfig, *args: Any, **kwargs: Any):
+        config.check_values()  # it may have been changed since it was made
+        if config.softmax_in_fp32:
+            if config._attn_implementation is None:
+                config._attn_implementation = "eager"
+            elif config._attn_implementation != "eager":
+                logger.warning_once(
+                    f"softmax_in_fp32=True has no effect with attn_implementation='{config._attn_implementation}': "
+                    "it is a switch of 'eager'."
+                )
+        super().__init__(config, *args, **kwargs)
+
+    @property
+    def _can_compile_fullgraph(self) -> bool:  # type: ignore[override]
+        # Variable-length kernels need lengths that only the values of a mask tell.
+        return self.config._attn_implementation != FLASH_IMPLEMENTATION
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -613,8 +629,8 @@ class QWenPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers, with the published flags, in the configuration or as arguments.
 
-        `bf16`, `fp16` or `fp32` choose the dtype, `use_flash_attn` the attention implementation. An explicit `dtype`
-        or `attn_implementation` wins.
+        `bf16`, `fp16` or `fp32` choose the dtype, `use_flash_attn` the attention implementation. An argument wins over
+        the configuration, and an explicit `dtype` or `attn_implementation` over both.
 
         - `use_flash_attn=False`, float32 or no CUDA device: transformers' default, `sdpa`.
         - `"auto"`: `flash_attention_2` where flash-attn is installed, else `sdpa`.
@@ -626,19 +642,44 @@ class QWenPreTrainedModel(PreTrainedModel):
         """
         flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
-            config = copy.deepcopy(config)
-            for name, value in flags.items():
-                setattr(config, name, value)
-            effective, flags = config, {}
+            config = effective = copy.deepcopy(config)
+            config.override(flags)
+            flags = {}
         else:
             hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             effective = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **flags)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if dtype is None and (precision := effective.precision_flag()) is not None:
-            dtype = kwargs["dtype"] = _DTYPES[precision]
-        if kwargs.get("attn_implementation") is None and effective._attn_implementation is None:
-            kwargs["attn_implementation"] = _attention_for(effective, dtype)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **flags, **kwargs)
+        precision = effective.precision_flag()
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and precision is not None:
+            kwargs["dtype"] = _DTYPES[precision]
+        free = kwargs.get("attn_implementation") is None and effective._attn_implementation is None
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **flags, **kwargs)
+        if free:
+            loaded_model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            loaded_model._apply_flash_flag()
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a precision flag, where one is set, becomes that of the weights saved."""
+        if self.config.precision_flag() is not None:
+            for flag, dtype in _DTYPES.items():
+                setattr(self.config, flag, self.dtype == dtype)
+        super().save_pretrained(*args, **kwargs)
+
+    def _apply_flash_flag(self) -> None:
+        """Choose the attention that `use_flash_attn` asks for, now that the dtype of the weights is known."""
+        wanted = self.config.use_flash_attn and not self.config.softmax_in_fp32
+        if not wanted:
+            return
+        if self.dtype in _HALF_PRECISION and torch.cuda.is_available():
+            if is_flash_attn_2_available():
+                self.set_attn_implementation("flash_attention_2")
+            elif self.config.use_flash_attn is True:
+                self.set_attn_implementation(FLASH_IMPLEMENTATION)
+        elif self.config.use_flash_attn is True:
+            logger.warning_once(
+                "use_flash_attn=True needs a CUDA device and half precision (bf16=True or fp16=True); the dtype is "
+                f"{self.dtype} here, so attention runs as 'sdpa'."
+            )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the padded vocabulary, where the configuration counts one, follows."""
@@ -651,29 +692,6 @@ class QWenPreTrainedModel(PreTrainedModel):
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LOAD_FLAGS = (*_DTYPES, "use_flash_attn", "softmax_in_fp32")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def _attention_for(config: QWenConfig, dtype: torch.dtype | str | None) -> str | None:
-    """Attention implementation that the flags of the configuration ask for, None for transformers' default."""
-    if config.softmax_in_fp32:
-        return "eager"
-    if not config.use_flash_attn:
-        return None
-    if dtype in (None, "auto"):
-        dtype = config.dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    if dtype in _HALF_PRECISION and torch.cuda.is_available():
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-        if config.use_flash_attn is True:
-            return FLASH_IMPLEMENTATION
-    elif config.use_flash_attn is True:
-        logger.warning_once(
-            "use_flash_attn=True needs a CUDA device and half precision (bf16=True or fp16=True); the dtype is "
-            f"{dtype} here, so attention runs as 'sdpa'."
-        )
-    return None
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -720,18 +738,13 @@ class QWenModel(QWenPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', not '{self.config._attn_implementation}', "
-                "which never forms the probabilities: call model.set_attn_implementation('eager')."
-            )
+        self._check_attentions(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
         attention_mask = self._mark_filled(attention_mask, past_key_values, inputs_embeds)
         if position_ids is None:
             position_ids = _infer_positions(attention_mask, past_key_values, inputs_embeds)
+        # Before a cache of our own is made: with one, transformers no longer looks for documents packed into a row.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -739,10 +752,16 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        alpha = self._resolve_alpha(inputs_embeds.shape[0], position_ids, past_key_values, ntk_alpha)
+        if self.config._attn_implementation == FLASH_IMPLEMENTATION and past_key_values is causal_mask is None:
+            kwargs.setdefault("cu_seq_lens_q", packed_starts(position_ids.expand(len(inputs_embeds), -1)))
+        alpha = self._resolve_alpha(inputs_embeds.shape[0], position_ids, past_key_values, ntk_alpha, kwargs)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+            if alpha is not None:
+                set_ntk_alpha(past_key_values, alpha.amax(-1, keepdim=True))
         position_embeddings = self._position_embeddings(position_ids, alpha)
         hidden_states = self.drop(inputs_embeds)
-        for block in self.h:
+        for block in self.h[: self.config.n_layer]:  # fewer where the model drafts for itself
             hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -757,25 +776,61 @@ class QWenModel(QWenPreTrainedModel):
         )
 
     def new_cache(self) -> Cache:
-        """Empty cache of the kind that the configuration asks for: int8, or the growing one of transformers."""
-        return QWenInt8Cache(self.config) if self.config.use_cache_quantization else DynamicCache(config=self.config)
+        """Empty cache of the kind that the configuration asks for: int8, except in training, or a growing one."""
+        if self.config.use_cache_quantization and not self.training:  # codes carry no gradient
+            return QWenInt8Cache(self.config)
+        return QWenCache(config=self.config)
 
     def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
         """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""
         return ntk_alpha(prompt_lengths(position_ids), self.config.seq_length)
 
     def _resolve_alpha(
-        self, rows: int, position_ids: torch.Tensor, cache: Cache | None, given: torch.Tensor | None
+        self,
+        rows: int,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        given: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
+        """Alpha of each sequence or token, (B or 1, 1 or T), or None for 1."""
         if self.training or not self.config.use_dynamic_ntk:
             return None
         if given is not None:
-            if cache is not None:
-                set_ntk_alpha(cache, given)
-            return given
-        if cache is None:
-            return self.choose_alpha(position_ids)
-        return resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
+            shape = tuple(getattr(given, "shape", ()))
+            if shape not in ((rows, 1), (1, 1)):
+                raise ValueError(f"ntk_alpha must be a tensor of shape ({rows}, 1), not {shape or given}.")
+            alpha = given if cache is None else set_ntk_alpha(cache, given.expand(rows, -1)).alpha
+        elif cache is not None:
+            alpha = resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
+        elif self._engine_keeps_cache(kwargs):
+            return None
+        else:
+            alpha = self.choose_alpha(position_ids)
+        return alpha.to(position_ids.device)
+
+    def _engine_keeps_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether keys are kept where no alpha can be kept with them: continuous batching, vLLM.
+
+        Choosing anew for each token would leave them under other keys than they were stored under.
+        """
+        implementation = self.config._attn_implementation
+        known = implementation in AttentionMaskInterface._global_mapping and not implementation.startswith("paged|")
+        if known and kwargs.get("cache") is None:
+            return False
+        logger.warning_once(
+            "An engine with a cache of its own runs this model: use_dynamic_ntk is left out, so texts longer than "
+            f"seq_length={self.config.seq_length} lose quality. Use generate or chat for those."
+        )
+        return True
+
+    def _check_attentions(self, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("output_attentions", self.config.output_attentions)
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', not '{self.config._attn_implementation}', "
+                "which never forms the probabilities: call model.set_attn_implementation('eager')."
+            )
 
     def _position_embeddings(
         self, position_ids: torch.Tensor, alpha: torch.Tensor | None

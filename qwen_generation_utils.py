@@ -24,6 +24,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_qwen import INT8_BACKEND, QWenInt8Cache, set_ntk_alpha
@@ -622,28 +623,31 @@ class QWenGenerationMixin(_GenerativeModel):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if self._takes_int8_cache(generation_config, model_kwargs):
-            model_kwargs["past_key_values"] = QWenInt8Cache(self.config)
+        cache = self._own_cache(generation_config, model_kwargs)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Early releases of transformers 5 keep a static cache here and hand it to the next request, even one at once.
-        vars(self).pop("_cache", None)
+        self.__dict__.pop("_cache", None)
         self._plan_ntk(model_kwargs)
 
-    def _takes_int8_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
+    def _own_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Cache | None:
+        """The model's own cache where nothing else is asked for, or the int8 cache by its name."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return False
-        if generation_config.cache_implementation is None:
-            return self.config.use_cache_quantization
+            return None
+        if generation_config.cache_implementation in (None, "dynamic"):
+            return self.transformer.new_cache()
         backend = (generation_config.cache_config or {}).get("backend")
-        return generation_config.cache_implementation == "quantized" and backend == INT8_BACKEND
+        named = generation_config.cache_implementation == "quantized" and backend == INT8_BACKEND
+        return QWenInt8Cache(self.config) if named else None
 
     def _plan_ntk(self, model_kwargs: dict[str, Any]) -> None:
         """Choose alpha from the whole prompt, which `forward` doesn't see in chunks or without a cache."""
         position_ids = model_kwargs.get("position_ids")
         if not self.config.use_dynamic_ntk or self.training or position_ids is None:
             return
-        alpha = self.transformer.choose_alpha(position_ids).amax(-1, keepdim=True).to(self.device)
+        alpha = self.transformer.choose_alpha(position_ids).amax(-1, keepdim=True)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             model_kwargs["ntk_alpha"] = alpha

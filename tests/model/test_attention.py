@@ -77,10 +77,13 @@ def test_padding_is_hidden(attention, qkv, name, additive):
     torch.testing.assert_close(output.double(), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_a_complete_mask_replaces_the_diagonal(attention, qkv):
-    """Three tokens in the first slots of a static cache of eight: the last slots are empty."""
-    query, key, value = qkv(3, 8)
-    visible = torch.ones(3, 8).tril().bool().expand(2, -1, -1)
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_complete_mask_replaces_the_diagonal(attention, qkv, prefix):
+    """Three tokens in the first slots of a static cache of eight; with a prefix, they see what follows them too."""
+    query, key, value = qkv(3, 8) if prefix == 0 else qkv(3, 3)
+    visible = torch.ones(3, key.shape[-2]).tril().bool()
+    visible[:, :prefix] = True
+    visible = visible.expand(2, -1, -1)
     output, _ = attention()._attn(query, key, value, visible[:, None])
     expected = reference(query, key, value, visible)
     torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=TOLERANCE, rtol=0)
@@ -88,7 +91,7 @@ def test_a_complete_mask_replaces_the_diagonal(attention, qkv):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_row_without_any_key_stays_finite(dtype):
-    scores = torch.randn(1, 1, 2, 4).to(dtype)
+    scores = torch.full((1, 1, 2, 4), -100).to(dtype)  # below the least number, with the mask added
     least = torch.finfo(dtype).min
     for mask in (torch.zeros(1, 1, 1, 4).bool(), torch.full((1, 1, 2, 4), least, dtype=dtype)):
         assert mask_scores(scores, mask).softmax(-1).isfinite().all()

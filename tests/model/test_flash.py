@@ -108,7 +108,7 @@ def test_padded_decoding_counts_each_row(kernel, tensors):
 
 def test_packed_documents_do_not_see_each_other(kernel, tensors):
     q, k, v = tensors(1, 7), tensors(1, 7), tensors(1, 7)
-    starts = packed_starts(torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), 7, 7)
+    starts = packed_starts(torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     assert starts.tolist() == [0, 3, 7] and starts.dtype == torch.int32
     module = FlashSelfAttention(causal=True).eval()
     output = module(q, k, v, cu_seqlens=starts)
@@ -118,12 +118,19 @@ def test_packed_documents_do_not_see_each_other(kernel, tensors):
 
 
 @pytest.mark.parametrize(
-    ("positions", "query_length", "key_length"),
-    [([[0, 1, 2]], 3, 3), ([[5]], 1, 6), ([[0, 1], [0, 1]], 2, 2), (None, 2, 2)],
+    ("positions", "starts"),
+    [
+        ([[0, 1, 2]], None),
+        ([[0, 1], [0, 1]], None),
+        ([[5]], None),
+        ([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]], [0, 2, 5, 10]),
+        ([[5, 6, 7, 0, 1, 2, 0, 1]], [0, 3, 6, 8]),
+        ([[0, 1, 2, 7, 8, 9]], [0, 3, 6]),
+    ],
 )
-def test_what_is_not_packed(positions, query_length, key_length):
-    positions = None if positions is None else torch.tensor(positions)
-    assert packed_starts(positions, query_length, key_length) is None
+def test_where_packed_texts_start(positions, starts):
+    found = packed_starts(torch.tensor(positions))
+    assert starts == (None if found is None else found.tolist())
 
 
 @pytest.fixture
@@ -171,21 +178,48 @@ def test_model_with_a_static_cache_and_no_mask(flash_model, tiny_config):
     torch.testing.assert_close(torch.cat(logits, dim=1), torch.cat(expected, dim=1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", FLASH_IMPLEMENTATION])
 @torch.no_grad()
-def test_model_reads_packed_documents_apart(flash_model):
+def test_model_reads_packed_documents_apart(kernel, tiny_model, implementation, use_cache):
+    model = tiny_model(implementation)
+    first, second = torch.arange(1, 11)[None], torch.arange(20, 60)[None]
+    positions = torch.cat([torch.arange(10), torch.arange(40)])[None]
+    ids = torch.cat([first, second], dim=1)
+    ids, positions = torch.cat([ids, ids]), positions  # one row of positions for both
+    packed = model(ids, position_ids=positions, use_cache=use_cache).logits
+    for row in range(2):
+        torch.testing.assert_close(packed[row, :10], model(first).logits[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(packed[row, 10:], model(second).logits[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_starts_counted_by_a_collator_are_used(flash_model, kernel):
     model, _ = flash_model
-    first, second = torch.arange(1, 11)[None], torch.arange(20, 40)[None]
-    positions = torch.cat([torch.arange(10), torch.arange(20)])[None]
-    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed[:, :10], model(first, use_cache=False).logits, atol=1e-4, rtol=0)
-    torch.testing.assert_close(packed[:, 10:], model(second, use_cache=False).logits, atol=1e-4, rtol=0)
-    counted = model(
-        torch.cat([first, second], dim=1),
-        position_ids=positions,
-        use_cache=False,
-        cu_seq_lens_q=torch.tensor([0, 10, 30], dtype=torch.int32),
-    ).logits
-    torch.testing.assert_close(counted, packed)
+    ids = torch.arange(1, 31)[None]
+    starts = torch.tensor([0, 10, 30], dtype=torch.int32)
+    counted = model(ids, use_cache=False, cu_seq_lens_q=starts).logits  # positions alone would say one text
+    assert all(call["starts_q"] is starts for call in kernel)
+    assert not torch.allclose(counted, model(ids, use_cache=False).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_packing_is_looked_for_once_a_call(flash_model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(modeling, "packed_starts", lambda positions: calls.append(positions))
+    flash_model[0](torch.arange(5)[None], use_cache=False)
+    assert len(calls) == 1
+
+
+def test_the_kernel_is_left_out_of_full_graphs(flash_model):
+    model, eager = flash_model
+    assert not model._can_compile_fullgraph and eager._can_compile_fullgraph
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_passes_its_dropout_on(kernel, tiny_model, training):
+    tiny_model(FLASH_IMPLEMENTATION, attn_pdrop=0.25).train(training)(torch.arange(5)[None])
+    assert {call["dropout_p"] for call in kernel} == {0.25 if training else 0.0}
 
 
 def test_no_kernel_for_a_cpu_or_float32(tensors):

@@ -75,15 +75,33 @@ def test_an_explicit_dtype_wins(folder):
 
 
 def test_contradicting_flags_are_an_error(folder):
-    with pytest.raises(ValueError, match="bf16=True and fp16=True"):
-        load(folder, bf16=True, fp16=True)
-    change(folder, fp32=True)
     for load_it in (load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="bf16=True and fp32=True"):
-            load_it(folder, bf16=True)
-    assert load(folder, bf16=True, fp32=False).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="bf16=True and fp16=True"):
+            load_it(folder, bf16=True, fp16=True)
+    change(folder, fp32=True, fp16=True)
+    with pytest.raises(ValueError, match="fp16=True and fp32=True"):
+        load(folder)
 
 
+@pytest.mark.parametrize("load_it", [load, AutoModelForCausalLM.from_pretrained])
+def test_an_argument_wins_over_the_flag_in_the_file(folder, load_it):
+    change(folder, fp32=True)
+    model = load_it(folder, bf16=True)
+    assert model.dtype == torch.bfloat16
+    assert (model.config.bf16, model.config.fp32) == (True, False)
+    config = QWenConfig.from_pretrained(folder)
+    assert load_it(folder, config=config, fp16=True).dtype == torch.float16
+
+
+def test_saved_flags_are_those_of_the_weights(folder, tmp_path):
+    load(folder, bf16=True).float().save_pretrained(tmp_path / "float")
+    assert load(tmp_path / "float").dtype == torch.float32
+    load(tmp_path / "float", bf16=True).save_pretrained(tmp_path / "half")
+    assert load(tmp_path / "half").dtype == torch.bfloat16
+    assert load(tmp_path / "half", fp32=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype_in_the_file", [True, False])
 @pytest.mark.parametrize(
     ("flag", "half", "cuda", "flash_attn", "chosen"),
     [
@@ -99,19 +117,27 @@ def test_contradicting_flags_are_an_error(folder):
         (True, True, False, False, None),
     ],
 )
-def test_use_flash_attn(machine, flag, half, cuda, flash_attn, chosen):
+def test_use_flash_attn(folder, machine, monkeypatch, flag, half, cuda, flash_attn, chosen, dtype_in_the_file):
+    """The published files name no dtype: it is that of the weights."""
+    model = load(folder, dtype=torch.bfloat16 if half else torch.float32)
+    model.save_pretrained(folder)
+    change(folder, use_flash_attn=flag)
+    if not dtype_in_the_file:
+        change(folder, dtype=None)
     machine(cuda, flash_attn)
-    config = QWenConfig(use_flash_attn=flag)
-    dtype = torch.bfloat16 if half else torch.float32
-    assert modeling._attention_for(config, dtype) == chosen
-    assert modeling._attention_for(config, str(dtype).removeprefix("torch.")) == chosen
-    config.dtype = dtype
-    assert modeling._attention_for(config, None) == modeling._attention_for(config, "auto") == chosen
+    switched = []
+    monkeypatch.setattr(QWenLMHeadModel, "set_attn_implementation", lambda model, name: switched.append(name))
+    assert load(folder).config._attn_implementation == "sdpa"
+    assert switched == ([chosen] if chosen else [])
+    load(folder, attn_implementation="eager")
+    assert len(switched) == (1 if chosen else 0)
 
 
 def test_use_flash_attn_reaches_the_model(folder, machine):
     machine(cuda=True, flash_attn=False)
     assert load(folder, bf16=True, use_flash_attn=True).config._attn_implementation == "qwen_varlen"
+    model, _ = load(folder, bf16=True, use_flash_attn=True, output_loading_info=True)
+    assert model.config._attn_implementation == "qwen_varlen"
     assert load(folder, use_flash_attn=True).config._attn_implementation == "sdpa"
     explicit = load(folder, bf16=True, use_flash_attn=True, attn_implementation="eager")
     assert explicit.config._attn_implementation == "eager"
@@ -135,6 +161,30 @@ def test_softmax_in_fp32_chooses_eager(folder, monkeypatch):
     monkeypatch.setattr(attention, "_upcast_and_reordered_attn", lambda *a: called.append(1) or documented(*a))
     model(torch.arange(4)[None])
     assert called
+
+
+def test_softmax_in_fp32_holds_however_the_model_is_made(tiny_config, caplog):
+    config = tiny_config(softmax_in_fp32=True)
+    for model in (QWenLMHeadModel(config), AutoModelForCausalLM.from_config(config), QWenModel(config)):
+        assert model.config._attn_implementation == "eager"
+    modeling.logger.warning_once.cache_clear()
+    config = tiny_config(softmax_in_fp32=True, attn_implementation="sdpa")
+    assert QWenLMHeadModel(config).config._attn_implementation == "sdpa"
+    assert "softmax_in_fp32=True has no effect" in caplog.text
+
+
+def test_a_configuration_changed_since_is_checked(tiny_config):
+    config = tiny_config()
+    config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="num_key_value_heads=3"):
+        QWenLMHeadModel(config)
+
+
+def test_arguments_of_the_hub_reach_the_configuration(folder):
+    (folder / "inner").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "inner" / name)
+    assert load(folder, subfolder="inner", bf16=True).dtype == torch.bfloat16
 
 
 def test_padded_vocabulary(tmp_path):
@@ -206,11 +256,13 @@ def test_nothing_computed_in_a_constructor_is_lost_on_meta(folder):
         assert torch.equal(loaded(ids).logits, built(ids).logits)
 
 
-@pytest.mark.slow
-def test_offloaded_to_disk(folder, tmp_path):
-    device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
-    device_map |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "transformer.drop": "cpu"}
-    model = load(folder, device_map={**device_map, "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+@pytest.mark.parametrize("offloaded", ["transformer.h.1", "transformer.wte"])
+def test_offloaded_to_disk(folder, tmp_path, offloaded):
+    device_map = dict.fromkeys(["transformer.wte", "transformer.h.0", "transformer.h.1", "transformer.ln_f"], "cpu")
+    device_map |= {"transformer.rotary_emb": "cpu", "transformer.drop": "cpu", "lm_head": "cpu", offloaded: "disk"}
+    model = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     ids = torch.arange(50)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, load(folder)(ids).logits)
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert model.generate(ids, **settings).tolist() == load(folder).generate(ids, **settings).tolist()

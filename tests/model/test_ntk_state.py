@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig, GenerationConfig
 
+import qwen1.modeling_qwen as modeling
 from qwen1.cache_qwen import NTKState
 from qwen1.modeling_qwen import ntk_alpha, prompt_lengths
 
@@ -173,23 +174,97 @@ def test_a_cache_rebuilt_from_tensors_counts_as_one_prompt(model):
     torch.testing.assert_close(logits, truth(model, ids, 70)[:, 70:], atol=TOLERANCE, rtol=0)
 
 
+PROMPTS = [tokens(20, 1), tokens(40, 2), tokens(70, 3)]  # alpha 1, 3 and 7
+
+
+@pytest.mark.parametrize(
+    ("rearrange", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 1])), [1, 1, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([0, 1, 2, 0, 1, 2])), [0, 1, 2, 0, 1, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    ],
+)
+@pytest.mark.parametrize("copied", [True, False])
 @torch.no_grad()
-def test_rows_of_a_cache_can_be_repeated_but_not_picked(model):
-    ids, mask = left_pad([tokens(40, 1), tokens(70, 2)])
+def test_alpha_follows_the_rows_of_a_cache(model, rearrange, rows, copied):
+    ids, mask = left_pad(PROMPTS)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-    picked = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(2)
-    mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1).repeat_interleave(2, dim=0)
-    following = torch.tensor([[1], [2], [3], [4]])
+    cache = copy.deepcopy(cache) if copied else cache
+    rearrange(cache)
+    mask = torch.cat([mask[rows], torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)
+    following = torch.arange(1, len(rows) + 1)[:, None]
     logits = model(following, attention_mask=mask, past_key_values=cache).logits
-    for index, row in enumerate((0, 0, 1, 1)):
-        alone = torch.cat([ids[row][ids[row] != 256][None], following[index : index + 1]], dim=1)
-        expected = truth(model, alone, alone.shape[1] - 1)[0, -1]
+    for index, row in enumerate(rows):
+        alone = torch.cat([PROMPTS[row], following[index : index + 1]], dim=1)
+        expected = truth(model, alone, PROMPTS[row].shape[1])[0, -1]
         torch.testing.assert_close(logits[index, 0], expected, atol=TOLERANCE, rtol=0)
-    picked.batch_repeat_interleave(2)
-    picked.batch_select_indices(torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="2 sequences, the batch has 3"):
-        model(following[:3], attention_mask=mask[:3], past_key_values=picked)
+
+
+@torch.no_grad()
+def test_rows_of_a_foreign_cache(model):
+    """It tells nobody that its rows were picked; where that shows, it is an error."""
+    ids, mask = left_pad(PROMPTS)
+    cache = DynamicCache(config=model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    mask = torch.cat([mask[[0, 2]], torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+    with pytest.raises(ValueError, match=r"3 sequences, the batch has 2.*QWenCache"):
+        model(torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+    same = DynamicCache(config=model.config)
+    model(torch.cat([PROMPTS[2]] * 2), past_key_values=same)
+    same.batch_repeat_interleave(2)
+    logits = model(torch.full((4, 1), 5), past_key_values=same).logits
+    whole = torch.cat([PROMPTS[2], torch.tensor([[5]])], dim=1)
+    torch.testing.assert_close(logits[3], truth(model, whole, 70)[0, -1:], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_a_batch_without_mask_or_positions(model):
+    """The first call has one row of positions for all; later ones have their own."""
+    ids, cache = torch.cat([tokens(40, 1), tokens(40, 2)]), StaticCache(config=model.config, max_cache_len=96)
+    model(ids, past_key_values=cache)
+    following = torch.tensor([[5], [6]])
+    mask = torch.ones(2, 41, dtype=torch.long)
+    logits = model(following, attention_mask=mask, past_key_values=cache).logits
+    expected = truth(model, torch.cat([ids, following], dim=1), 40)[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    cache.reset()
+    padded, mask = left_pad(PROMPTS[1:])
+    logits = model(padded, attention_mask=mask, past_key_values=cache).logits
+    for row, prompt in enumerate(PROMPTS[1:]):
+        expected = truth(model, prompt, prompt.shape[1])[0]
+        torch.testing.assert_close(logits[row, -prompt.shape[1] :], expected, atol=TOLERANCE, rtol=0)
+    cache.reset()
+    expected = model.generate(ids, **GREEDY)
+    assert model.generate(ids, past_key_values=cache, **GREEDY).tolist() == expected.tolist()
+
+
+def test_a_plan_is_spent_with_its_prompt(model):
+    """A cache that generate has filled and that is emptied again takes the alpha of the next prompt."""
+    cache = model.generate(tokens(70), **{**GREEDY, "max_new_tokens": 1}, return_dict_in_generate=True).past_key_values
+    cache.crop(-70)
+    with torch.no_grad():
+        logits = model(tokens(20, 1), past_key_values=cache).logits
+    torch.testing.assert_close(logits, truth(model, tokens(20, 1), 20), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("given", [3.0, torch.tensor(3.0), torch.ones(20), torch.ones(2, 1), torch.ones(1, 20)])
+def test_an_alpha_of_the_wrong_form_is_an_error(model, given):
+    with pytest.raises(ValueError, match=r"ntk_alpha must be a tensor of shape \(1, 1\), not"):
+        model(tokens(20), ntk_alpha=given)
+
+
+@torch.no_grad()
+def test_an_alpha_given_stays_the_callers(model):
+    given, cache = torch.tensor([[3.0]]), StaticCache(config=model.config, max_cache_len=80)
+    model(torch.cat([tokens(20, 1), tokens(20, 2)]), past_key_values=cache, ntk_alpha=given)
+    cache.reset()
+    model(torch.cat([tokens(70, 1), tokens(70, 2)]), past_key_values=cache)
+    assert given.tolist() == [[3.0]]
+    assert cache.qwen_ntk.alpha.tolist() == [[7.0], [7.0]]
 
 
 @torch.no_grad()
@@ -212,6 +287,7 @@ def test_an_alpha_given_is_kept_by_the_cache(model):
         {"prompt_lookup_num_tokens": 3},
         {"num_beams": 3},
         {"num_beams": 2, "use_cache": False},
+        {"assistant_early_exit": 1},
     ],
     ids=lambda settings: "-".join(f"{key}={value}" for key, value in settings.items()) or "default",
 )
@@ -359,6 +435,27 @@ def test_compiled_forward_is_one_graph_for_all_prompt_lengths(tiny_model):
             expected = truth(model, ids[:, : index + 1], length)[:, -1:]
             torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
     assert len(graphs) == 1
+
+
+def test_drafting_for_itself_leaves_the_model_whole(model):
+    model.generate(tokens(40), **GREEDY, assistant_early_exit=1)
+    assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_dynamic_ntk", [True, False])
+def test_continuous_batching_reads_without_a_stretch(tiny_model, use_dynamic_ntk, caplog):
+    """Its cache has no place for an alpha: it is left out, said once, and exact up to the training length."""
+    modeling.logger.warning_once.cache_clear()
+    model = tiny_model("sdpa", use_dynamic_ntk=use_dynamic_ntk)
+    prompts = [tokens(31, 1), tokens(5, 2), tokens(31, 3)]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=463, pad_token_id=256)
+    results = model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=settings)
+    model.set_attn_implementation("sdpa")
+    written = sorted(result.generated_tokens for result in results.values())
+    alone = sorted(model.generate(prompt, **GREEDY)[0, prompt.shape[1] :].tolist() for prompt in prompts)
+    assert written == alone
+    assert ("use_dynamic_ntk is left out" in caplog.text) is use_dynamic_ntk
 
 
 def test_state_is_a_plain_value():

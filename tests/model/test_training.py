@@ -90,6 +90,12 @@ def test_lora_merges_into_the_same_model(tiny_model, ids):
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
 
 
+def test_an_int8_cache_does_not_cut_gradients(tiny_model, ids):
+    expected = gradients(tiny_model("sdpa"), ids)
+    for name, gradient in gradients(tiny_model("sdpa", use_cache_quantization=True), ids).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
 def test_learns_a_text_by_heart(tiny_model, ids):
     model = tiny_model("sdpa", initializer_range=0.02)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
