@@ -12,7 +12,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .cache_qwen import QWenInt8Cache
+from .cache_qwen import QWenCache, QWenInt8Cache
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import (
     FlashSelfAttention,
@@ -36,6 +36,7 @@ __all__ = [
     "FlashSelfAttention",
     "QWenAttention",
     "QWenBlock",
+    "QWenCache",
     "QWenConfig",
     "QWenForSequenceClassification",
     "QWenInt8Cache",
