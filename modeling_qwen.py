@@ -744,13 +744,9 @@ class QWenModel(QWenPreTrainedModel):
         attention_mask = self._mark_filled(attention_mask, past_key_values, inputs_embeds)
         if position_ids is None:
             position_ids = _infer_positions(attention_mask, past_key_values, inputs_embeds)
-        # Before a cache of our own is made: with one, transformers no longer looks for documents packed into a row.
+        # Before a cache of our own is made: with one, nobody looks for documents packed into a row any more.
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, position_ids=position_ids
         )
         if self.config._attn_implementation == FLASH_IMPLEMENTATION and past_key_values is causal_mask is None:
             kwargs.setdefault("cu_seq_lens_q", packed_starts(position_ids.expand(len(inputs_embeds), -1)))
