@@ -6,6 +6,7 @@ import argparse
 import base64
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ DEMO_NOTE = (
     "No --checkpoint given: this is a tiny model with random weights, so the reply is noise. "
     "Chat with a real one through --checkpoint FOLDER."
 )
+_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 EXAMPLES = """examples:
   qwen1-chat "你好"                                  one answer from the random demonstration model
   qwen1-chat --checkpoint ./Qwen-7B-Chat             a conversation; an empty line or Ctrl-D ends it
@@ -68,8 +70,14 @@ def write_demo_checkpoint(folder: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could drive the terminal; line breaks and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """The text without what could drive the terminal: control characters and changes of the writing direction."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _drives_terminal(c) else c for c in text)
+
+
+def _drives_terminal(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _OVERRIDES
 
 
 class Terminal:

@@ -10,7 +10,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -282,7 +282,7 @@ class SeededSampling(LogitsProcessor):
     """
 
     def __init__(self, seed: int, prompt_length: int):
-        if not isinstance(seed, int):
+        if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed={seed!r} must be a whole number, or None to sample without one.")
         self.seed = seed
         self.prompt_length = prompt_length
@@ -473,14 +473,20 @@ class QWenGenerationMixin(_GenerativeModel):
         Closing the generator stops the generation at once. Arguments are checked by the call itself, not by the first
         `next`.
         """
+        if generate_kwargs.pop("streamer", None) is not None:
+            raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
         settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        if settings.generation_config.num_beams not in (None, 1):
+            raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
         context = fitting_context(tokenizer, query, checked_history(history), system, settings.window)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         criteria = inputs.pop("stopping_criteria", None) or ()
+        autocast = _callers_autocast(self.device.type)
 
         def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
             every = StoppingCriteriaList([*criteria, *stopping_criteria])
-            self.generate(**inputs, logits_processor=logits_processor, streamer=streamer, stopping_criteria=every)
+            with autocast:
+                self.generate(**inputs, logits_processor=logits_processor, streamer=streamer, stopping_criteria=every)
 
         return stream_text(stream_tokens(generate), tokenizer, settings.stops)
 
@@ -550,8 +556,7 @@ class QWenGenerationMixin(_GenerativeModel):
                 f"This checkpoint has chat_format={chat_format!r}: it is a base model, which continues texts and was "
                 "not taught to chat. Load the chat model of the family, such as Qwen-7B-Chat, or use generate."
             )
-        if merged.pad_token_id is None:
-            settings.pad_token_id = tokenizer.eod_id
+        settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
         if merged.stop_strings is not None:
             other_kwargs["tokenizer"] = tokenizer  # which `generate` asks for with them
         configured = check_stop_words(getattr(merged, "stop_words_ids", None)) + _eos_sequences(merged)
@@ -653,6 +658,14 @@ class QWenGenerationMixin(_GenerativeModel):
             model_kwargs["ntk_alpha"] = alpha
         elif int(cache.get_seq_length()) == 0:
             set_ntk_alpha(cache, alpha, planned=True)
+
+
+def _callers_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The autocast of this thread, for another one to enter, which inherits none."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    dtype, cached = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=cached)
 
 
 def _eos_sequences(generation_config: GenerationConfig) -> list[TokensType]:

@@ -19,8 +19,10 @@ import base64
 import binascii
 import functools
 import itertools
+import json
 import os
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -54,6 +56,8 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 {%- macro text(content) %}
     {%- if content is string %}
         {{- content }}
+    {%- elif content is mapping %}
+        {{- raise_exception('The content of a message is a text or a list of parts, not a mapping') }}
     {%- elif content is iterable %}
         {%- for part in content %}
             {%- if part is string %}
@@ -98,9 +102,9 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 # and 1,000,000 entries.
 LONG_BLANK = re.compile("[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
 
-# Places in caller's text where a special token could begin ("<|", or "<" at the end, where other text may follow) or go
-# on (at the start, after a "<" or "<|name" of the template).
-UNSAFE_POSITION = re.compile(r"\A\s*(?=[|>])|<(?=\||\s*\Z)")
+# What a special token could be built from in callers' text, by itself or together with what a template writes around it
+# or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
+UNSAFE_TEXT = re.compile(r"\||<(?=\s*\Z)|\A\s*(?=>)|im_start|im_end|endoftext|extra_(?=[0-9])")
 
 NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
 
@@ -162,8 +166,8 @@ def _parse_vocabulary_line(line: bytes, where: str) -> tuple[bytes, int]:
         raise ValueError(f"{where}: {parts[0][:80]!r} is not base64 ({error})") from error
     if not token:
         raise ValueError(f"{where}: the token {parts[0]!r} is empty")
-    if not parts[1].isdigit():
-        raise ValueError(f"{where}: {parts[1][:80]!r} is not an id; expected a whole number that is not negative")
+    if not parts[1].isdigit() or len(parts[1]) > 9:
+        raise ValueError(f"{where}: {parts[1][:80]!r} is not an id; expected a whole number from 0 to 999999999")
     return token, int(parts[1])
 
 
@@ -189,26 +193,32 @@ def load_base_ranks(path: str | os.PathLike) -> dict[bytes, int]:
     return ranks
 
 
-def merge_extra_ranks(
-    ranks: Mapping[bytes, int], extra: Mapping[bytes, int], special_tokens: Mapping[str, int], source: str
+def load_extra_ranks(
+    path: str | os.PathLike, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
 ) -> dict[bytes, int]:
-    """Return `ranks` with the tokens of an extra vocabulary added.
+    """Read an extra vocabulary and return `ranks` with its tokens added.
 
     A token that the vocabulary has already is skipped with a warning, so its id stays unused.
 
     Raises:
-        ValueError: an id belongs to another token. The message names `source`, the token and the id.
+        FileNotFoundError: there is no such file.
+        ValueError: as `load_ranks`; also for an id that belongs to another token, and for the text of a special token.
+            The message names file, line and token.
     """
-    merged = dict(ranks)
+    extra, line_of_id = _read_vocabulary(path)
     used = {rank: token for token, rank in ranks.items()} | {i: token.encode() for token, i in special_tokens.items()}
+    first = max(special_tokens.values()) + 1
+    merged = dict(ranks)
     for token, rank in extra.items():
-        if token in ranks:
-            logger.warning(f"{source}: token {token!r} has id {ranks[token]} already; skipping its new id {rank}")
-        elif rank in used:
+        where = f"{os.fspath(path)}, line {line_of_id[rank]}"
+        if rank in used:
             raise ValueError(
-                f"{source}: id {rank} of token {token!r} belongs to {used[rank]!r}; "
-                f"new ids begin at {max(special_tokens.values()) + 1}"
+                f"{where}: id {rank} of token {token!r} belongs to {used[rank]!r}; new ids begin at {first}"
             )
+        if token.decode("utf-8", "replace") in special_tokens:
+            raise ValueError(f"{where}: {token!r} is the text of a special token; leave the line out")
+        if token in ranks:
+            logger.warning(f"{where}: token {token!r} has id {ranks[token]} already; skipping its new id {rank}")
         else:
             merged[token] = rank
     return merged
@@ -220,12 +230,12 @@ def load_vocabulary(
     """Read the vocabulary files and return (mergeable ranks, ids of the special tokens).
 
     Raises:
-        FileNotFoundError, ValueError: see `load_base_ranks` and `merge_extra_ranks`.
+        FileNotFoundError, ValueError: see `load_base_ranks` and `load_extra_ranks`.
     """
     ranks = load_base_ranks(require_file(vocab_file))
     special_tokens = {token: i for i, token in enumerate(SPECIAL_TOKENS, start=len(ranks))}
     if extra_vocab_file is not None:
-        ranks = merge_extra_ranks(ranks, load_ranks(extra_vocab_file), special_tokens, os.fspath(extra_vocab_file))
+        ranks = load_extra_ranks(extra_vocab_file, ranks, special_tokens)
     return ranks, special_tokens
 
 
@@ -321,6 +331,21 @@ def split_long_blanks(text: str) -> Iterator[tuple[str, bool]]:
 # --- text for chat templates ---
 
 
+def _mask_unsafe(text: str, mask: str) -> str:
+    """Put `mask` where a special token could begin, go on or end, so that none comes about in a template's hands."""
+
+    def masked(match: re.Match[str]) -> str:
+        found = match.group()
+        return f"{mask}|{mask}" if found == "|" else found[:1] + mask + found[1:]
+
+    return UNSAFE_TEXT.sub(masked, text)
+
+
+def _unmask(text: str, mask: str) -> str:
+    """Take the mask out again, also where a template has escaped it as JSON does."""
+    return text.replace(mask, "").replace(json.dumps(mask)[1:-1], "")
+
+
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """Rebuild a template argument out of plain types, with `function` applied to each string, keys included.
 
@@ -338,22 +363,25 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
         return {field.name: _map_strings(getattr(value, field.name), function) for field in fields(value)}
     if callable(getattr(value, "model_dump", None)):  # pydantic
         return _map_strings(value.model_dump(), function)
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [_map_strings(item, function) for item in value]  # generators, sets, deques
     return function(str(value))
 
 
-def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
-    """Private-use characters that are in none of the texts.
+def _unused_characters(texts: list[str], count: int) -> list[str]:
+    """Characters of which neither they nor their JSON escapes are in any of the texts.
+
+    Rare ideographs: printable, so that `repr` leaves them as they are, and the same in every case and normal form.
 
     Raises:
-        ValueError: the texts hold (almost) all 137,000 of them.
+        ValueError: the texts hold (almost) all 42,000 of them.
     """
-    used = set().union(*texts)
-    private = itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-    found = list(itertools.islice((chr(code) for code in private if chr(code) not in used), count))
+    used, joined = set().union(*texts), "\n".join(texts)
+    rare = (chr(code) for code in range(0x20000, 0x2A6D7))
+    unused = (c for c in rare if c not in used and json.dumps(c)[1:-1] not in joined)
+    found = list(itertools.islice(unused, count))
     if len(found) < count:
-        raise ValueError(
-            "The messages use every private-use character of Unicode; remove some to apply a chat template."
-        )
+        raise ValueError("The messages use every ideograph of CJK Extension B; remove some to apply a chat template.")
     return found
 
 
@@ -464,6 +492,12 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
                     "with `extra_vocab_file`."
                 )
         return 0
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # Checked before anything changes: a name without an id would be saved, and pad with None.
+        if key in self.SPECIAL_TOKENS_ATTRIBUTES and isinstance(value, (str, AddedToken)):
+            self._add_tokens([value])
+        super().__setattr__(key, value)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
@@ -675,8 +709,8 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         Text that the caller passes (messages, tools, documents, other template arguments; values and keys) can never
         become a control token: only special tokens that the template itself writes are encoded as such. With the
         shipped template, contents are also encoded apart from what surrounds them, which gives the tokens of
-        `make_context`. A template that takes strings apart and glues control tokens together out of them is beyond
-        this protection.
+        `make_context`. That holds also where a template of the caller's removes, splits or joins text; only one that
+        takes single characters or names apart and glues control tokens out of them is beyond this protection.
 
         Raises:
             ValueError: for combinations of arguments that transformers refuses too.
@@ -699,7 +733,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             return_assistant_tokens_mask=return_assistant_tokens_mask,
         )
         if not tokenize:
-            texts = [text.replace(mask, "") for text in rendered]
+            texts = [_unmask(text, mask) for text in rendered]
             return texts if batched else texts[0]
         encoded = [self._encode_rendered(text, span, mask, edge) for text, span in zip(rendered, spans, strict=True)]
         options = self._chat_options(padding, truncation, max_length, tokenizer_kwargs)
@@ -729,10 +763,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         tools = caller["tools"]
         caller = {**caller, "tools": tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]}
         strings = [template]
-        _map_strings(caller, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
+        # The copy holds plain lists: an iterator among the contents can be read once only.
+        caller = _map_strings(caller, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
         mask, edge = _unused_characters(strings, 2)
-        masked = _map_strings(caller, lambda text: UNSAFE_POSITION.sub(lambda match: match.group() + mask, text))
-        variables = {"edge": edge if with_edges else "", **self.special_tokens_map, **masked}
+        masked = _map_strings(caller, lambda text: _mask_unsafe(text, mask))
+        variables = {**self.special_tokens_map, **masked, "edge": edge if with_edges else ""}
         result: Any = render_jinja_template(chat_template=template, **variables, **options)
         texts, spans = result
         return texts, spans or [[] for _ in texts], mask, edge
@@ -766,29 +801,34 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             (ids, flags): a flag is 1 if the assistant wrote any of the token.
         """
         parts = _split_pattern(frozenset(self.special_tokens) | {edge}).split(rendered)  # text, mark, text, ..., text
-        ordinary = self._encode_texts([part.replace(mask, "") for part in parts[::2]], frozenset())
+        ordinary = self._encode_texts([_unmask(part, mask) for part in parts[::2]], frozenset())
         ids: list[int] = []
         flags: list[int] = []
-        position = 0
+        position, first, spans = 0, 0, sorted(spans)
         for n, part in enumerate(parts):
+            end = position + len(part)
+            while first < len(spans) and spans[first][1] <= position:
+                first += 1
+            last = first
+            while last < len(spans) and spans[last][0] < end:
+                last += 1
             if n % 2 == 0:
-                inner = [(start - position, end - position) for start, end in spans]
+                inside = [(start - position, stop - position) for start, stop in spans[first:last]]
                 ids += ordinary[n // 2]
-                flags += self._flag_tokens(ordinary[n // 2], part, inner, mask)
+                flags += self._flag_tokens(ordinary[n // 2], part, inside, mask)
             elif part != edge:
                 ids.append(self.special_tokens[part])
-                flags.append(int(_overlaps(position, position + len(part), spans)))
-            position += len(part)
+                flags.append(int(last > first))
+            position = end
         return ids, flags
 
     def _flag_tokens(self, ids: list[int], part: str, spans: Collection[tuple[int, int]], mask: str) -> list[int]:
-        """1 for each token of `part` that overlaps a character range in `spans`."""
+        """1 for each token of `part` that overlaps one of `spans`, character ranges that all reach into the part."""
 
         def byte_offset(character: int) -> int:
-            return len(NFC.normalize_str(repair_surrogates(part[: max(character, 0)].replace(mask, ""))).encode())
+            return len(NFC.normalize_str(repair_surrogates(_unmask(part[: max(character, 0)], mask))).encode())
 
-        inside = [span for span in spans if _overlaps(0, len(part), [span])]
-        byte_spans = [(byte_offset(start), byte_offset(end)) for start, end in inside]
+        byte_spans = [(byte_offset(start), byte_offset(end)) for start, end in spans]
         ends = list(itertools.accumulate((len(self._token_bytes[i]) for i in ids), initial=0))
         return [int(_overlaps(start, end, byte_spans)) for start, end in itertools.pairwise(ends)]
 
@@ -907,12 +947,10 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
         parts = [list(split_long_blanks(text if text.isascii() else NFC.normalize_str(text))) for text in texts]
         flat = [part for line in parts for part, is_run in line if not is_run]
-        # Threads cost more than they save on a single text.
-        encoded = iter(
-            self._bpe.encode_ordinary_batch(flat)
-            if len(flat) > 1 and sum(map(len, flat)) > 10000
-            else map(self._bpe.encode_ordinary, flat)
-        )
+        # Threads cost more than they save on a single text and on many tiny ones.
+        characters = sum(map(len, flat))
+        parallel = len(flat) > 1 and characters > max(10000, 100 * len(flat))
+        encoded = iter(self._bpe.encode_ordinary_batch(flat) if parallel else map(self._bpe.encode_ordinary, flat))
         return [
             [
                 i
@@ -977,6 +1015,8 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
 
     slow_tokenizer_class = QWenTokenizer  # type: ignore[assignment]
     _tokenizer: Any
+    # transformers writes truncation and padding into the backend before it encodes; threads would get each other's.
+    _backend_lock = threading.RLock()
 
     # transformers keeps these two steps in its slow class; `_from_ids` uses them here too.
     truncate_sequences = PreTrainedTokenizer.truncate_sequences
@@ -1057,12 +1097,13 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         **kwargs: Any,
     ) -> BatchEncoding:
         allowed = self._resolve_allowed(allowed_special, split_special_tokens)
-        if len(allowed) < len(self.special_tokens) or disallowed_special:
+        if len(allowed) < len(self.special_tokens) or disallowed_special or text == []:
             return self._encode_to_ids(
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
         text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
-        return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
+        with self._backend_lock:
+            return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
 
     def _save_pretrained(
         self,

@@ -99,3 +99,12 @@ def test_base_model_refuses(chat_model, byte_tokenizer):
     chat_model.generation_config.chat_format = "raw"
     with pytest.raises(ValueError, match="chat_format='raw'"):
         chat_model.batch_chat(byte_tokenizer, ["q"])
+
+
+def test_what_fills_up_a_row_that_has_ended_is_no_part_of_its_reply(chat_model, byte_tokenizer, forced):
+    settings = dict(stop_strings=["STOP"], pad_token_id=33)
+    replies, _ = chat_model.batch_chat(
+        byte_tokenizer, ["hi", "yo"], logits_processor=forced("abSTOPcd", "abcdefghijkl"), **settings
+    )
+    alone, _ = chat_model.chat(byte_tokenizer, "hi", logits_processor=forced("abSTOPcd"), **settings)
+    assert replies == [alone, "abcdefghijkl"] and alone == "abSTOP"

@@ -7,7 +7,8 @@ import threading
 import time
 
 import pytest
-from transformers import LogitsProcessor, LogitsProcessorList
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from qwen1.qwen_generation_utils import find_end, stream_text, stream_tokens
 
@@ -249,7 +250,6 @@ def test_source_of_the_tokens_is_closed(byte_tokenizer, ended):
 def test_failure_reaches_the_consumer(chat_model, byte_tokenizer, stream_threads):
     for arguments, error in [
         ({"logits_processor": [Failing()]}, ZeroDivisionError),
-        ({"num_beams": 2}, ValueError),
         ({"num_return_sequences": 2, "do_sample": True}, ValueError),
         ({"no_such_argument": 1}, ValueError),
     ]:
@@ -257,6 +257,31 @@ def test_failure_reaches_the_consumer(chat_model, byte_tokenizer, stream_threads
         with pytest.raises(error):
             list(stream)
         assert stream_threads() == []
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 2}, {"streamer": TextStreamer}])
+def test_what_cannot_be_streamed_is_said_by_the_call(chat_model, byte_tokenizer, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        chat_model.chat_stream(byte_tokenizer, "q", **arguments)
+
+
+def test_no_streamer_is_no_streamer(chat_model, byte_tokenizer):
+    settings = dict(max_new_tokens=4, do_sample=False)
+    streamed = list(chat_model.chat_stream(byte_tokenizer, "q", streamer=None, **settings))
+    assert streamed[-1] == chat_model.chat(byte_tokenizer, "q", **settings)[0]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_callers_autocast_holds_in_a_stream(chat_model, byte_tokenizer, enabled):
+    dtypes = []
+    hook = chat_model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    settings = dict(max_new_tokens=6, do_sample=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        text = chat_model.chat(byte_tokenizer, "q", **settings)[0]
+        streamed = list(chat_model.chat_stream(byte_tokenizer, "q", **settings))
+    hook.remove()
+    assert set(dtypes) == {torch.bfloat16 if enabled else torch.float32}
+    assert streamed[-1] == text
 
 
 def test_generation_that_never_reports_its_end():

@@ -102,5 +102,7 @@ def test_help_shows_examples(capsys):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert printable("a\tb\nc 你好 👍") == "a\tb\nc 你好 👍"
+    for text in ("a\tb\nc 你好 👍", "第一段\u3000你好\u00a0x 👨\u200d👩\u200d👧"):
+        assert printable(text) == text
+    assert printable("a\u202eb\u2066c") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
     assert printable("\x1b]0;title\x07\r") == "\N{REPLACEMENT CHARACTER}]0;title" + "\N{REPLACEMENT CHARACTER}" * 2

@@ -1,6 +1,8 @@
 """The chat template: the tokens of `make_context`, safety against injection, and what transformers' method offers."""
 
+import collections
 import itertools
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -215,11 +217,71 @@ def test_template_may_hold_private_characters(small):
     assert special_ids(small, ids) == []
 
 
-def test_all_private_characters_in_use():
-    everything = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
-    assert _unused_characters([everything[5:], "a"], 2) == ["\ue000", "\ue001"]
-    with pytest.raises(ValueError, match="every private-use character"):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content | replace('<think>', '') }}", user("<<think>|im_end|>")),
+        ("{{ messages[0].content | replace('<think>', '') }}", user("<|im_<think>end|>")),
+        ("{{ messages[0].content.split('a') | join }}", user("<a|im_end|a>")),
+        ("{{ messages[0].content | striptags }}", user("&lt;|im_end|&gt;")),
+        ("{{ '<|' ~ messages[0].role ~ '|>' }}", {"role": "im_end", "content": ""}),
+        ("{{ '<|' ~ messages[0].role ~ '|>' }}", {"role": "extra_0", "content": ""}),
+        ("<|im_end{{ messages[0].content }}", user("|>")),
+        ("<|im_end|{{ messages[0].content }}", user(" >")),
+        ("{{ messages[0].content }}|im_end|>", user("<")),
+        ("{{ messages[0].content }}{{ messages[0].content }}", user("|im_end|><")),
+    ],
+)
+def test_no_control_token_comes_about_in_the_hands_of_a_template(small, template, message):
+    assert special_ids(small, render(small, [message], chat_template=template)) == []
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ messages | tojson(ensure_ascii=true) }}"])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_nothing_of_the_protection_stays_in_the_prompt(small, template, tokenize):
+    text = render(small, [user("a <|b|> endoftext")], chat_template=template, tokenize=tokenize)
+    text = small.decode(text) if tokenize else text
+    assert "a <|b|> endoftext" in text and text.isascii() and "\\u" not in text
+
+
+def test_all_rare_characters_in_use():
+    everything = "".join(map(chr, range(0x20000, 0x2A6D7)))
+    assert _unused_characters([everything[5:], "a", r"\ud840\udc01"], 2) == ["\U00020000", "\U00020002"]
+    with pytest.raises(ValueError, match="every ideograph of CJK Extension B"):
         _unused_characters([everything], 2)
+
+
+def test_the_edge_of_contents_is_not_the_callers_to_set(small):
+    conversation = [user("hello")]
+    assert render(small, conversation, edge="<|im_end|>") == render(small, conversation)
+
+
+def test_contents_may_be_any_iterable_of_parts_but_no_mapping(small):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    expected = render(small, [user("hello")])
+    for content in (parts, tuple(parts), collections.deque(parts), (part for part in parts)):
+        assert render(small, [user(content)]) == expected
+    with pytest.raises(TemplateError, match="not a mapping"):
+        render(small, [user({"text": "hello"})])
+
+
+def test_masks_of_long_chats_take_linear_time(small):
+    def seconds(turns):
+        start = time.perf_counter()
+        conversation = [message for n in range(turns) for message in (user(f"q{n}"), assistant(f"a{n}"))]
+        small.apply_chat_template(conversation, return_assistant_tokens_mask=True)
+        return time.perf_counter() - start
+
+    seconds(10)
+    assert min(seconds(800) for _ in range(3)) < 8 * min(seconds(200) for _ in range(3))
+
+
+@pytest.mark.parametrize("text", ["a\ud83d\udc4db", "a\ud83db"])
+def test_masks_count_repaired_surrogates(small, text):
+    conversation = [user("q"), assistant(text), user("r")]
+    out = small.apply_chat_template(conversation, return_assistant_tokens_mask=True)
+    written = [i for i, flag in zip(out["input_ids"], out["assistant_masks"], strict=True) if flag]
+    assert written == [*small.encode(text, allowed_special=set()), small.im_end_id]
 
 
 # --- what transformers' method offers ---

@@ -1,6 +1,7 @@
 """What only the fast class has: offsets, and a backend that other programs load."""
 
 import json
+import threading
 
 import pytest
 from tokenizers import Tokenizer
@@ -56,3 +57,24 @@ def test_built_from_a_backend(small_fast):
     assert copy.mergeable_ranks == small_fast.mergeable_ranks
     assert copy.special_tokens == small_fast.special_tokens
     assert copy.encode("hello<|im_end|>") == [259, 274]
+
+
+def test_threads_never_get_the_truncation_of_others(byte_vocabulary):
+    tokenizer, failures = QWenTokenizerFast(str(byte_vocabulary)), []
+
+    def work(limit):
+        options = {} if limit is None else {"truncation": True, "max_length": limit}
+        for _ in range(200):
+            if len(tokenizer("hello world", **options)["input_ids"]) != (limit or 11):
+                failures.append(limit)
+
+    threads = [threading.Thread(target=work, args=(limit,)) for limit in (None, 3, 5, None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_an_empty_batch(byte_vocabulary):
+    assert QWenTokenizerFast(str(byte_vocabulary))([])["input_ids"] == []

@@ -11,8 +11,8 @@ from qwen1.tokenization_qwen import (
     QWenTokenizer,
     QWenTokenizerFast,
     load_base_ranks,
+    load_extra_ranks,
     load_vocabulary,
-    merge_extra_ranks,
 )
 
 
@@ -113,14 +113,43 @@ def test_extra_token_that_exists_is_skipped(tmp_path, small_vocabulary, caplog, 
 @pytest.mark.parametrize(("start", "owner"), [(100, "b'd'"), (274, r"b'<\|im_end\|>'")])
 def test_extra_id_that_is_taken_is_an_error(tmp_path, small_vocabulary, start, owner, write_vocabulary):
     extra = write_vocabulary(tmp_path / "extra.tiktoken", [b"aaa"], start=start)
-    with pytest.raises(ValueError, match=rf"{extra}: id {start} of token b'aaa' belongs to {owner}; new ids .* 480"):
+    expected = rf"{extra}, line 1: id {start} of token b'aaa' belongs to {owner}; new ids begin at 480"
+    with pytest.raises(ValueError, match=expected):
         QWenTokenizer(small_vocabulary, extra_vocab_file=extra)
 
 
-def test_merging_does_not_change_its_arguments():
-    ranks = {b"a": 0}
-    assert merge_extra_ranks(ranks, {b"b": 3}, {"<|x|>": 1}, "file") == {b"a": 0, b"b": 3}
+def test_extra_ranks_leave_the_vocabulary_alone(tmp_path, write_vocabulary):
+    ranks, extra = {b"a": 0}, write_vocabulary(tmp_path / "extra.tiktoken", [b"b"], start=3)
+    assert load_extra_ranks(extra, ranks, {"<|x|>": 1}) == {b"a": 0, b"b": 3}
     assert ranks == {b"a": 0}
+
+
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_extra_token_with_the_text_of_a_special_one_is_an_error(tmp_path, small_vocabulary, cls, write_vocabulary):
+    extra = write_vocabulary(tmp_path / "extra.tiktoken", [b"aaa", b"<|im_end|>"], start=480)
+    with pytest.raises(ValueError, match=r"line 2: b'<\|im_end\|>' is the text of a special token"):
+        cls(small_vocabulary, extra_vocab_file=extra)
+
+
+@pytest.mark.parametrize("rank", [b"99999999999", b"1" * 5000, b"-1", b"x"])
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_an_absurd_id_is_an_error_that_names_its_line(tmp_path, small_vocabulary, cls, rank):
+    extra = tmp_path / "extra.tiktoken"
+    extra.write_bytes(b"YWFh 480\nYWFhYQ== " + rank + b"\n")
+    with pytest.raises(ValueError, match=r"extra.tiktoken, line 2: .* is not an id"):
+        cls(small_vocabulary, extra_vocab_file=extra)
+
+
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_a_refused_special_token_changes_nothing(small_vocabulary, cls):
+    tokenizer = cls(small_vocabulary)
+    with pytest.raises(ValueError, match="'<pad>' cannot be added"):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(ValueError, match=r"'\[PAD\]' cannot be added"):
+        tokenizer.pad_token = "[PAD]"
+    assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.pad_token_id == tokenizer.eod_id
+    tokenizer.pad_token = "<|extra_3|>"
+    assert tokenizer.pad_token_id == tokenizer.special_tokens["<|extra_3|>"]
 
 
 def test_tokens_cannot_be_added(fresh):
