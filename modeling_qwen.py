@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_qwen import QWenCache, QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig
-from .qwen_generation_utils import QWenGenerationMixin
+from .generation_qwen import QWenGenerationMixin
 
 logger = logging.get_logger(__name__)
 

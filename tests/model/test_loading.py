@@ -15,6 +15,7 @@ from qwen1.configuration_qwen import AUTO_MAP
 CODE = {
     "cache_qwen.py",
     "configuration_qwen.py",
+    "generation_qwen.py",
     "modeling_qwen.py",
     "qwen_generation_utils.py",
 }

@@ -78,6 +78,19 @@ def run(tmp_path):
     return run_script
 
 
+HELPERS_ALONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+from tokenization_qwen import QWenTokenizer
+
+tokenizer = QWenTokenizer(sys.argv[2])
+text, ids = make_context(tokenizer, "hi", history=[("a", "b")], system="s")
+assert decode_tokens([*ids, *tokenizer.encode("reply<|im_end|>")], tokenizer, len(text), len(ids), "chatml") == "reply"
+assert get_stop_words_ids("chatml", tokenizer) == [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+"""
+
+
 def python_files(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.glob("*.py")}
 
@@ -91,6 +104,12 @@ def test_every_auto_class_saves_and_loads_remote_code(run, checkpoint_folder, tm
         assert all(text == (repository / name).read_text() for name, text in files.items())
         ours = json.loads((repository / "config.json").read_text())["auto_map"]
         assert json.loads((tmp_path / saved / "config.json").read_text())["auto_map"] == ours
+
+
+def test_helpers_can_be_imported_from_a_folder_that_is_no_package(run, repository, byte_vocabulary, tmp_path):
+    for name in ("qwen_generation_utils.py", "tokenization_qwen.py"):
+        shutil.copy(repository / name, tmp_path)
+    run(HELPERS_ALONE, tmp_path, byte_vocabulary)
 
 
 def test_a_folder_of_2023_loads_with_the_installed_package(run, golden, checkpoint_folder, tmp_path):

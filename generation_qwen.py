@@ -1,0 +1,330 @@
+"""Generation with the published extras, and conversations: the methods that `QWenLMHeadModel` takes from here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from .cache_qwen import INT8_BACKEND, QWenInt8Cache, set_ntk_alpha
+from .qwen_generation_utils import (
+    DEFAULT_SYSTEM,
+    DEFAULT_WINDOW,
+    HistoryType,
+    SeededSampling,
+    StopWordsCriteria,
+    TokensType,
+    check_stop_words,
+    checked_history,
+    decode_text,
+    end_sequences,
+    find_end,
+    fitting_context,
+    stream_text,
+    stream_tokens,
+)
+
+if TYPE_CHECKING:
+    _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
+else:
+    _GenerativeModel = GenerationMixin
+
+
+@dataclass
+class ChatSettings:
+    """What the arguments of a chat ask for, in all conversations of the call.
+
+    Attributes:
+        generation_config: a copy of the caller's or the model's, with the loose settings of the call in it.
+        other_kwargs: arguments of `generate` that are no settings.
+        stops: sequences that end a reply.
+        window: tokens of context.
+    """
+
+    generation_config: GenerationConfig
+    other_kwargs: dict[str, Any]
+    stops: list[TokensType]
+    window: int
+
+
+class QWenGenerationMixin(_GenerativeModel):
+    """`generate` with the published extras, and conversations: `chat`, `chat_stream`, `batch_chat`.
+
+    `generate` also takes `stop_words_ids`, a list of token sequences of which each ends a text, and `seed`, which makes
+    sampling repeatable without touching the global generator.
+    """
+
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Iterable[Sequence[str]] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        append_history: bool = True,
+        stream: bool = False,
+        stop_words_ids: list[TokensType] | None = None,
+        generation_config: GenerationConfig | None = None,
+        max_window_size: int | None = None,
+        **generate_kwargs: Any,
+    ) -> tuple[str, HistoryType] | Generator[str, None, None]:
+        """Answer a query within a conversation.
+
+        Args:
+            tokenizer: the tokenizer of the checkpoint.
+            query: what the user says now.
+            history: earlier turns as returned here, or None; never changed.
+            system: system message.
+            append_history: add this turn to the history returned.
+            stream: return what `chat_stream` returns.
+            stop_words_ids: token sequences that end the reply and are left out of it.
+            generation_config: in place of the model's own.
+            max_window_size: tokens of context; whole turns are left out from the front. Default: the generation
+                configuration's, else 6144.
+            generate_kwargs: anything that `generate` takes, such as `max_new_tokens`, `top_p`, `seed`.
+
+        Returns:
+            the response, and the history with this turn.
+
+        Raises:
+            ValueError: a base model, a query that alone is longer than the window, or arguments of the wrong form.
+        """
+        if stream:
+            generate_kwargs.update(generation_config=generation_config, max_window_size=max_window_size)
+            return self.chat_stream(tokenizer, query, history, system, stop_words_ids, **generate_kwargs)
+        turns = checked_history(history)
+        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        context = fitting_context(tokenizer, query, turns, system, settings.window)
+        (reply,) = self._generate_replies(tokenizer, [context], settings)
+        return reply, [*turns, (query, reply)] if append_history else turns
+
+    def chat_stream(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Iterable[Sequence[str]] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: list[TokensType] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generation_config: GenerationConfig | None = None,
+        max_window_size: int | None = None,
+        **generate_kwargs: Any,
+    ) -> Generator[str, None, None]:
+        """As `chat`, yielding the response so far each time it has grown.
+
+        Closing the generator stops the generation at once. Arguments are checked by the call itself, not by the first
+        `next`.
+        """
+        if generate_kwargs.pop("streamer", None) is not None:
+            raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
+        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        if settings.generation_config.num_beams not in (None, 1):
+            raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
+        context = fitting_context(tokenizer, query, checked_history(history), system, settings.window)
+        inputs = self._chat_inputs(tokenizer, [context], settings)
+        criteria = inputs.pop("stopping_criteria", None) or ()
+        autocast = _callers_autocast(self.device.type)
+
+        def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
+            every = StoppingCriteriaList([*criteria, *stopping_criteria])
+            with autocast:
+                self.generate(**inputs, logits_processor=logits_processor, streamer=streamer, stopping_criteria=every)
+
+        return stream_text(stream_tokens(generate), tokenizer, settings.stops)
+
+    def batch_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: Sequence[str],
+        histories: Sequence[Iterable[Sequence[str]] | None] | None = None,
+        system: str | Sequence[str] = DEFAULT_SYSTEM,
+        append_history: bool = True,
+        stop_words_ids: list[TokensType] | None = None,
+        generation_config: GenerationConfig | None = None,
+        max_window_size: int | None = None,
+        **generate_kwargs: Any,
+    ) -> tuple[list[str], list[HistoryType]]:
+        """Answer one query in each of several conversations, as a single batch; each as it would be alone.
+
+        Args:
+            queries: one for each conversation.
+            histories: one for each conversation, or None for new ones.
+            system: one for all, or one for each.
+            (the others): as `chat`.
+
+        Returns:
+            the responses and the histories, in the order of the queries.
+
+        Raises:
+            ValueError: as `chat`, or lists of different lengths.
+        """
+        if isinstance(queries, str):
+            raise ValueError(f"queries={queries!r:.80} must be a list of texts; for a single one use chat.")
+        queries = list(queries)
+        histories = [None] * len(queries) if histories is None else list(histories)
+        systems = [system] * len(queries) if isinstance(system, str) else list(system)
+        for name, values in (("histories", histories), ("system", systems)):
+            if len(values) != len(queries):
+                raise ValueError(f"{name} has {len(values)} entries for {len(queries)} queries: give one for each.")
+        if not queries:
+            return [], []
+        turns = [checked_history(history) for history in histories]
+        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        contexts = [
+            fitting_context(tokenizer, *conversation, settings.window)
+            for conversation in zip(queries, turns, systems, strict=True)
+        ]
+        replies = self._generate_replies(tokenizer, contexts, settings)
+        if append_history:
+            turns = [[*turns[row], (query, replies[row])] for row, query in enumerate(queries)]
+        return replies, turns
+
+    def _chat_settings(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_words_ids: list[TokensType] | None,
+        generation_config: GenerationConfig | None,
+        max_window_size: int | None,
+        generate_kwargs: dict[str, Any],
+    ) -> ChatSettings:
+        # One configuration and no loose settings beside it, which transformers is about to refuse.
+        settings: Any = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        other_kwargs = settings.update(**generate_kwargs)
+        # As `generate` will see it: what the caller's configuration leaves open is the model's.
+        merged, _ = self._prepare_generation_config(settings)
+        chat_format = getattr(merged, "chat_format", "chatml")
+        if chat_format != "chatml":
+            raise ValueError(
+                f"This checkpoint has chat_format={chat_format!r}: it is a base model, which continues texts and was "
+                "not taught to chat. Load the chat model of the family, such as Qwen-7B-Chat, or use generate."
+            )
+        settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
+        if merged.stop_strings is not None:
+            other_kwargs["tokenizer"] = tokenizer  # which `generate` asks for with them
+        configured = check_stop_words(getattr(merged, "stop_words_ids", None)) + _eos_sequences(merged)
+        stops = check_stop_words(stop_words_ids) + configured + end_sequences(chat_format, tokenizer)
+        settings.stop_words_ids = stops = [list(stop) for stop in dict.fromkeys(map(tuple, stops))]
+        if max_window_size is None:
+            max_window_size = getattr(merged, "max_window_size", None) or DEFAULT_WINDOW
+        return ChatSettings(settings, other_kwargs, stops, max_window_size)
+
+    def _chat_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
+    ) -> dict[str, Any]:
+        """Arguments of `generate` for a batch of prompts, padded on the left."""
+        length = max(len(context) for context in contexts)
+        input_ids = torch.full((len(contexts), length), tokenizer.eod_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, context in enumerate(contexts):
+            input_ids[row, length - len(context) :] = torch.tensor(context)
+            attention_mask[row, length - len(context) :] = 1
+        return {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask.to(self.device),
+            "generation_config": settings.generation_config,
+            **settings.other_kwargs,
+        }
+
+    def _generate_replies(
+        self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
+    ) -> list[str]:
+        inputs = self._chat_inputs(tokenizer, contexts, settings)
+        output = self.generate(**inputs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        copies = len(sequences) // len(contexts)  # num_return_sequences: the first of each is the reply
+        replies = []
+        for reply in sequences[::copies, inputs["input_ids"].shape[1] :].tolist():
+            replies.append(decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip())
+        return replies
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        extras = {name: kwargs.pop(name) for name in ("stop_words_ids", "seed") if name in kwargs}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name, value in extras.items():
+            setattr(generation_config, name, value)
+        return generation_config, model_kwargs
+
+    def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> GenerationConfig:
+        # The configuration is a copy made for this call; the extras below count from here.
+        generation_config._prompt_length = kwargs["input_ids_length"]
+        return super()._prepare_generated_length(generation_config, **kwargs)
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        words = getattr(generation_config, "stop_words_ids", None)
+        if words is not None:
+            criteria.append(StopWordsCriteria(words, generation_config._prompt_length))
+        return criteria
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        seed = getattr(generation_config, "seed", None)
+        if seed is not None and generation_config.do_sample:
+            if generation_config.num_beams > 1:
+                raise ValueError(f"seed={seed} can't be used with num_beams={generation_config.num_beams}: drop one.")
+            processors.append(SeededSampling(seed, generation_config._prompt_length))
+        return processors
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        cache = self._own_cache(generation_config, model_kwargs)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Early releases of transformers 5 keep a static cache here and hand it to the next request, even one at once.
+        self.__dict__.pop("_cache", None)
+        self._plan_ntk(model_kwargs)
+
+    def _own_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Cache | None:
+        """The model's own cache where nothing else is asked for, or the int8 cache by its name."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return None
+        if generation_config.cache_implementation in (None, "dynamic"):
+            return self.transformer.new_cache()
+        backend = (generation_config.cache_config or {}).get("backend")
+        named = generation_config.cache_implementation == "quantized" and backend == INT8_BACKEND
+        return QWenInt8Cache(self.config) if named else None
+
+    def _plan_ntk(self, model_kwargs: dict[str, Any]) -> None:
+        """Choose alpha from the whole prompt, which `forward` doesn't see in chunks or without a cache."""
+        position_ids = model_kwargs.get("position_ids")
+        if not self.config.use_dynamic_ntk or self.training or position_ids is None:
+            return
+        alpha = self.transformer.choose_alpha(position_ids).amax(-1, keepdim=True)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            model_kwargs["ntk_alpha"] = alpha
+        elif int(cache.get_seq_length()) == 0:
+            set_ntk_alpha(cache, alpha, planned=True)
+
+
+def _callers_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The autocast of this thread, for another one to enter, which inherits none."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    dtype, cached = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=cached)
+
+
+def _eos_sequences(generation_config: GenerationConfig) -> list[TokensType]:
+    eos = generation_config.eos_token_id
+    if isinstance(eos, torch.Tensor):
+        eos = eos.flatten().tolist()
+    return [] if eos is None else [[token] for token in (eos if isinstance(eos, list) else [eos])]
