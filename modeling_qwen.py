@@ -30,6 +30,11 @@ from .cache_qwen import QWenCache, QWenInt8Cache, resolve_ntk_alpha, set_ntk_alp
 from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenGenerationMixin
 
+# Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
+from .qwen_generation_utils import decode_tokens as decode_tokens
+from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
+from .qwen_generation_utils import make_context as make_context
+
 logger = logging.get_logger(__name__)
 
 FLASH_IMPLEMENTATION = "qwen_varlen"

@@ -191,3 +191,13 @@ def test_ci_finds_the_test_command_in_the_readme():
     )
     assert len(commands) == 1
     assert "-c constraints.txt" in commands[0]
+
+
+def test_the_model_names_every_file_it_needs():
+    """transformers 5.4 copies those that it imports itself from a local folder, not what they import in turn."""
+
+    def siblings(name):
+        return set(re.findall(r"^from \.(\w+) import", (ROOT / f"{name}.py").read_text(), flags=re.MULTILINE))
+
+    named = siblings("modeling_qwen")
+    assert named and set().union(*map(siblings, named)) <= named
