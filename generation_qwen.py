@@ -65,7 +65,7 @@ class QWenGenerationMixin(_GenerativeModel):
     """`generate` with the published extras, and conversations: `chat`, `chat_stream`, `batch_chat`.
 
     `generate` also takes `stop_words_ids`, a list of token sequences of which each ends a text, and `seed`, which makes
-    sampling repeatable without touching the global generator.
+    sampling repeatable, whatever the state of the global generator, which it doesn't seed.
     """
 
     def chat(

@@ -257,9 +257,9 @@ class StopWordsCriteria(StoppingCriteria):
 class SeededSampling(LogitsProcessor):
     """Draws the next token of each row from seed, row and place in the reply, and leaves no other choice.
 
-    The last processor before sampling. It neither touches the global generator nor keeps one of its own, so requests at
-    once don't disturb each other, the first row of a batch is drawn as it would be alone, and drafts that assisted
-    decoding rejects leave no trace.
+    The last processor before sampling. It neither reads nor seeds the global generator and keeps none of its own, so
+    requests at once don't disturb each other, the first row of a batch is drawn as it would be alone, and drafts that
+    assisted decoding rejects leave no trace. (`generate` still draws from what is left, which moves the global one on.)
 
     Args:
         seed: any whole number.

@@ -1,4 +1,4 @@
-"""`seed=`: sampling that repeats, without touching or reading the global generator."""
+"""`seed=`: sampling that repeats, whatever the state of the global generator, which it doesn't seed."""
 
 import pytest
 import torch
