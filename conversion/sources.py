@@ -1,0 +1,215 @@
+"""What a folder holds: its format, its architecture, its weights, all checked against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configurations import read_hf, read_llama, read_qwen, refuse_kind
+from .errors import CheckpointError
+from .names import (
+    Architecture,
+    Recipe,
+    check_names,
+    hf_shapes,
+    keep,
+    llama_shapes,
+    llama_to_hf,
+    qwen_shapes,
+    qwen_to_hf,
+)
+from .reading import DTYPE_CODES, Weights, open_weights, read_json
+
+LLAMA_PARAMS = "params.json"
+WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"
+"""Where an upgrade in place keeps what is not yet in its place, and the list of what is to be moved."""
+
+
+class Kind(Enum):
+    """Formats of checkpoints; the value is what people are told."""
+
+    QWEN_2023_08 = "QWen as released in 2023-08"
+    QWEN_2023_12 = "QWen as released in 2023-12"
+    QWEN = "QWen of this repository"
+    QWEN2 = "Qwen2 (Qwen1.5, Qwen2, Qwen2.5) in Hugging Face format"
+    LLAMA = "LLaMA in Hugging Face format"
+    LLAMA_ORIGINAL = "LLaMA in the original format"
+
+    @property
+    def is_qwen(self) -> bool:
+        """Whether it is QWen, of whatever release."""
+        return self in (Kind.QWEN_2023_08, Kind.QWEN_2023_12, Kind.QWEN)
+
+
+def detect_kind(config: Mapping[str, Any]) -> Kind:
+    """Format that a `config.json` announces.
+
+    Raises:
+        CheckpointError: a model type that nothing here handles.
+    """
+    model_type = config.get("model_type")
+    if model_type == "qwen":
+        auto_map = config.get("auto_map")
+        if isinstance(auto_map, dict) and "AutoModel" in auto_map:
+            return Kind.QWEN
+        return Kind.QWEN_2023_08 if "n_embd" in config else Kind.QWEN_2023_12
+    if model_type in ("qwen2", "llama"):
+        return Kind.QWEN2 if model_type == "qwen2" else Kind.LLAMA
+    raise refuse_kind(config)
+
+
+@dataclass
+class Source:
+    """A checkpoint to read from.
+
+    Attributes:
+        path: what the user named, a folder or a single file.
+        config: `config.json`, or `params.json` (or what a training checkpoint holds in its place).
+    """
+
+    path: Path
+    kind: Kind
+    config: dict[str, Any]
+    weights: Weights
+
+    @property
+    def folder(self) -> Path:
+        """Where configuration and tokenizer are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Shape of the model.
+
+        Raises:
+            CheckpointError: impossible values, or something that can't be represented.
+        """
+        if self.kind.is_qwen:
+            return read_qwen(self.config)
+        if self.kind is not Kind.LLAMA_ORIGINAL:
+            return read_hf(self.config)
+        first = {name[3:]: info for name, info in self.weights.infos.items() if name.startswith("00/")}
+        head, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
+        if head is not None and embedding is not None and head.memory == embedding.memory:
+            del first["output.weight"]
+        return read_llama(self.config, {name: info.shape for name, info in first.items()}, len(self.weights.files))
+
+    @cached_property
+    def embedding_split(self) -> int:
+        """The dimension along which LLaMA's model-parallel files hold slices of the embedding."""
+        width = self.architecture.width
+        return 0 if self.weights.infos["00/tok_embeddings.weight"].shape[1] == width else 1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that the configuration asks for."""
+        if self.kind.is_qwen:
+            return qwen_shapes(self.architecture)
+        if self.kind is Kind.LLAMA_ORIGINAL:
+            return llama_shapes(self.architecture, len(self.weights.files), self.embedding_split)
+        return hf_shapes(self.architecture)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of most weights."""
+        return next(iter(self.weights.dtypes))
+
+    def to_hf(self) -> list[Recipe]:
+        """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
+        if self.kind.is_qwen:
+            return qwen_to_hf(self.architecture)
+        if self.kind is Kind.LLAMA_ORIGINAL:
+            return llama_to_hf(self.architecture, len(self.weights.files), self.embedding_split)
+        return [Recipe(name, (name,), keep) for name in self.shapes]
+
+    def check(self) -> None:
+        """Compare names and shapes with the configuration; a tied head that is stored all the same must be equal.
+
+        Raises:
+            CheckpointError: the first difference.
+        """
+        infos = dict(self.weights.infos)
+        if self.architecture.tied:
+            self._check_tied(infos)
+        check_names(infos, self.shapes)
+        for name in self.shapes:
+            dtype = infos[name].dtype
+            if not dtype.is_floating_point or dtype not in DTYPE_CODES:
+                raise CheckpointError(f"{infos[name]} is of {dtype}, which no weight of this architecture can be.")
+
+    def _check_tied(self, infos: dict[str, Any]) -> None:
+        for embedding, head in _TIED:
+            stored = infos.pop(head, None) if embedding in infos else None
+            if stored is None or stored.memory == infos[embedding].memory:
+                continue
+            if not torch.equal(self.weights.read(embedding), self.weights.read(head)):
+                raise CheckpointError(
+                    f"{stored} differs from {embedding!r}, although the configuration ties them: set "
+                    "tie_word_embeddings to false, or delete the tensor."
+                )
+
+
+_TIED = (
+    ("transformer.wte.weight", "lm_head.weight"),
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("00/tok_embeddings.weight", "00/output.weight"),
+)
+
+
+def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:
+    """Format and configuration of a folder; None where neither `config.json` nor `params.json` is there.
+
+    Raises:
+        CheckpointError: a damaged file, or a model type that nothing here handles.
+    """
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        return detect_kind(config), config
+    if (path / LLAMA_PARAMS).is_file():
+        return Kind.LLAMA_ORIGINAL, read_json(path / LLAMA_PARAMS)
+    return None
+
+
+def open_source(path: Path, params: Path | None = None) -> Source:
+    """Open a checkpoint: a folder, or the single file of a LLaMA training.
+
+    Args:
+        path: folder or file.
+        params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing that is handled here.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist.")
+    if (path / WORK_FOLDER / MOVES_FILE).is_file():
+        raise CheckpointError(f"An upgrade of {path} was interrupted: run upgrade --in-place again, which finishes it.")
+    found = read_source_config(path) if path.is_dir() and params is None else None
+    if found is None:
+        return _open_llama(path, params)
+    return Source(path, found[0], found[1], open_weights(path))
+
+
+def _open_llama(path: Path, params: Path | None) -> Source:
+    weights = open_weights(path)
+    folder = path if path.is_dir() else path.parent
+    if "00/tok_embeddings.weight" not in weights.infos:
+        if folder != path and (folder / "config.json").is_file():
+            raise CheckpointError(f"{path} is a part of a checkpoint: name its folder, {folder}.")
+        raise CheckpointError(f"{path} has no config.json: it isn't a checkpoint that is handled here.")
+    config = weights.extras.get("model_args")
+    if params is not None or not isinstance(config, dict):
+        params = params or folder / LLAMA_PARAMS
+        if not params.is_file():
+            raise CheckpointError(
+                f"{params} doesn't exist, and the weights don't tell the number of heads: write it "
+                '({"dim": …, "n_layers": …, "n_heads": …}), or name it with --params.'
+            )
+        config = read_json(params)
+    return Source(path, Kind.LLAMA_ORIGINAL, config, weights)
