@@ -17,6 +17,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.utils import logging
 
 from qwen1 import QWenConfig, QWenLMHeadModel
+from qwen1.conversion.configurations import read_hf
+from qwen1.conversion.names import convert_tensors, hf_to_qwen
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "model"
 CASES = [
@@ -74,36 +76,12 @@ def bfloat16_errors(implementation: str, seed: int) -> tuple[float, float]:
             attn_implementation=implementation,
         )
     ).eval()
-    ours.load_state_dict(published_names(theirs.state_dict()))
+    recipes = hf_to_qwen(read_hf(theirs.config.to_dict()), torch.float32)
+    ours.load_state_dict(convert_tensors(recipes, theirs.state_dict()))
     ids = torch.randint(0, 320, (4, 256))
     exact = theirs(ids).logits
     errors = [(model.bfloat16()(ids).logits.float() - exact).abs().mean().item() for model in (theirs, ours)]
     return errors[0], errors[1]
-
-
-def published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a Qwen2 model under the published names."""
-    renamed = {
-        "transformer.wte.weight": state["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": state["model.norm.weight"],
-        "lm_head.weight": state["lm_head.weight"],
-    }
-    pairs = {
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.w1": "mlp.up_proj",
-        "mlp.w2": "mlp.gate_proj",
-        "mlp.c_proj": "mlp.down_proj",
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
-    }
-    for layer in range(SHAPE["num_hidden_layers"]):
-        theirs, ours = f"model.layers.{layer}.", f"transformer.h.{layer}."
-        for kind in ("weight", "bias"):
-            parts = [state[f"{theirs}self_attn.{name}_proj.{kind}"] for name in "qkv"]
-            renamed[f"{ours}attn.c_attn.{kind}"] = torch.cat(parts)
-        for name, other in pairs.items():
-            renamed[f"{ours}{name}.weight"] = state[f"{theirs}{other}.weight"]
-    return renamed
 
 
 @torch.no_grad()

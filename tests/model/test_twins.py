@@ -5,34 +5,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
+from qwen1.conversion.configurations import read_hf
+from qwen1.conversion.names import convert_tensors, hf_to_qwen
 
 SHAPE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 
 
-def to_qwen(state, layers=2):
-    """Published names for the weights of a Qwen2 or LLaMA model; LLaMA's missing biases are zero."""
-    ours = {
-        "transformer.wte.weight": state["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": state["model.norm.weight"],
-        "lm_head.weight": state["lm_head.weight"],
-    }
-    for layer in range(layers):
-        theirs, mine = f"model.layers.{layer}.", f"transformer.h.{layer}."
-        parts = [theirs + f"self_attn.{name}_proj" for name in "qkv"]
-        weights = [state[f"{part}.weight"] for part in parts]
-        ours[mine + "attn.c_attn.weight"] = torch.cat(weights)
-        biases = [state.get(f"{part}.bias", torch.zeros(len(w))) for part, w in zip(parts, weights, strict=True)]
-        ours[mine + "attn.c_attn.bias"] = torch.cat(biases)
-        for name, other in (
-            ("attn.c_proj", "self_attn.o_proj"),
-            ("mlp.w1", "mlp.up_proj"),
-            ("mlp.w2", "mlp.gate_proj"),
-            ("mlp.c_proj", "mlp.down_proj"),
-            ("ln_1", "input_layernorm"),
-            ("ln_2", "post_attention_layernorm"),
-        ):
-            ours[f"{mine}{name}.weight"] = state[f"{theirs}{other}.weight"]
-    return ours
+def to_qwen(model, tensors=None):
+    """The weights of a Qwen2 or LLaMA model, or other tensors of the same names, under QWen's names."""
+    architecture = read_hf(model.config.to_dict())
+    state = convert_tensors(hf_to_qwen(architecture, torch.float32), tensors or model.state_dict())
+    return {"lm_head.weight": state["transformer.wte.weight"], **state}  # stored once where it is tied
 
 
 @pytest.fixture(params=["qwen2", "qwen2-grouped-tied", "llama-grouped"])
@@ -73,7 +56,7 @@ def twins(request):
                 attn_implementation=implementation,
             )
         )
-        ours.load_state_dict(to_qwen(theirs.state_dict()))
+        ours.load_state_dict(to_qwen(theirs))
         return theirs.eval(), ours.eval()
 
     return make
@@ -114,15 +97,11 @@ def test_loss_and_gradients(twins):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
-    golden = to_qwen({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None} | tied(theirs))
+    golden = to_qwen(theirs, {name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
-        if "c_attn.bias" in name and "bias" not in str([n for n, _ in theirs.named_parameters()]):
+        if "c_attn.bias" in name and theirs.config.model_type == "llama":
             continue  # LLaMA has none to compare with
         assert (parameter.grad - golden[name]).norm() <= 1e-4 * golden[name].norm(), name
-
-
-def tied(model):
-    return {"lm_head.weight": model.lm_head.weight.grad}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
