@@ -1,0 +1,268 @@
+"""The files beside the weights: code, tokenizer, chat template, generation settings, licences."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import Qwen2Tokenizer
+
+from ..configuration_qwen import AUTO_MAP
+from ..tokenization_qwen import (
+    CHAT_TEMPLATE,
+    ENDOFTEXT,
+    IMEND,
+    IMSTART,
+    SPECIAL_TOKENS,
+    QWenTokenizerFast,
+    build_backend,
+    load_vocabulary,
+)
+from .errors import CheckpointError
+from .reading import read_json
+from .writing import CopiedFile, PlannedFile, TextFile, json_file
+
+CODE_FOLDER = Path(__file__).parent.parent
+CODE_FILES = (
+    "cache_qwen.py",
+    "configuration_qwen.py",
+    "generation_qwen.py",
+    "modeling_qwen.py",
+    "qwen_generation_utils.py",
+    "tokenization_qwen.py",
+)
+"""What a checkpoint with remote code carries."""
+
+OLD_CODE = (
+    "cache_autogptq_cuda_256.cpp",
+    "cache_autogptq_cuda_kernel_256.cu",
+    "cpp_kernels.py",
+)
+"""Code of 2023 that has no counterpart here."""
+
+VOCABULARY, EXTRA_VOCABULARY, TOKENIZER_JSON = "qwen.tiktoken", "qwen_extra.tiktoken", "tokenizer.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    TEMPLATE,
+)
+_LEGAL = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\b.*)?", re.IGNORECASE)
+_PUBLISHED_END = 151643
+_QWEN_GENERATION = (
+    "chat_format",
+    "decay_bound",
+    "decay_factor",
+    "factual_nucleus_sampling",
+    "max_context_size",
+    "max_generate_size",
+    "max_window_size",
+    "stop_words_ids",
+)
+"""Keys of QWen's generation settings that only its own code knows."""
+
+
+def code_files() -> list[PlannedFile]:
+    """The remote code of this repository."""
+    return [CopiedFile(name, CODE_FOLDER / name) for name in CODE_FILES]
+
+
+def legal_files(folder: Path) -> list[PlannedFile]:
+    """Licences and notices, which go wherever the weights go."""
+    return [CopiedFile(path.name, path) for path in sorted(folder.iterdir()) if _LEGAL.fullmatch(path.name)]
+
+
+def optional_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file doesn't exist.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    return read_json(path) if path.is_file() else None
+
+
+# --- which tokens end a text ---
+
+
+def is_chat(generation: Mapping[str, Any] | None) -> bool:
+    """Whether QWen's generation settings are those of a chat model, as they are unless they say "raw"."""
+    return (generation or {}).get("chat_format", "chatml") == "chatml"
+
+
+def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Ids of `<|endoftext|>` and `<|im_end|>`, from the vocabulary, or counted from `eos_token_id` where there is none.
+
+    Raises:
+        CheckpointError: a damaged vocabulary, or neither.
+    """
+    if (folder / VOCABULARY).is_file():
+        special = _load_vocabulary(folder)[1]
+        return special[ENDOFTEXT], special[IMEND]
+    end = config.get("eos_token_id", _PUBLISHED_END)
+    if not isinstance(end, int):
+        raise CheckpointError(f"eos_token_id={end!r} is not an id, and there is no {VOCABULARY}: put it into {folder}.")
+    return end, end + SPECIAL_TOKENS.index(IMEND)
+
+
+def _load_vocabulary(folder: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    extra = folder / EXTRA_VOCABULARY
+    try:
+        return load_vocabulary(folder / VOCABULARY, extra if extra.is_file() else None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def as_list(value: Any) -> list[int]:
+    """Token ids of a setting that may be one id, a list or nothing."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def qwen_generation(generation: Mapping[str, Any] | None, end_of_text: int, end_of_turn: int) -> dict[str, Any]:
+    """Generation settings for our code: those that are there; chats end at `<|im_end|>` as well.
+
+    Pipelines and servers know no stop words, so without it they would never stop.
+    """
+    if generation is None:
+        generation = {"chat_format": "chatml", "pad_token_id": end_of_text}
+    if not is_chat(generation):
+        return {**generation, "eos_token_id": generation.get("eos_token_id", end_of_text)}
+    ends = as_list(generation.get("eos_token_id", end_of_text))
+    return {**generation, "eos_token_id": [end_of_turn, *(end for end in ends if end != end_of_turn)]}
+
+
+def qwen2_generation(generation: Mapping[str, Any] | None, end_of_text: int, end_of_turn: int) -> dict[str, Any]:
+    """The same for a Qwen2 model: what only QWen's code knows is left out."""
+    ours = qwen_generation(generation, end_of_text, end_of_turn)
+    return {name: value for name, value in ours.items() if name not in _QWEN_GENERATION}
+
+
+# --- tokenizers ---
+
+
+def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`tokenizer_config.json` for our tokenizers, with what a published one lacks."""
+    config = {"tokenizer_class": "QWenTokenizer", **(config or {})}
+    config.setdefault("eos_token", ENDOFTEXT)
+    config.setdefault("pad_token", ENDOFTEXT)
+    return {**config, "auto_map": {**config.get("auto_map", {}), "AutoTokenizer": AUTO_MAP["AutoTokenizer"]}}
+
+
+def template_files(folder: Path, template: str = CHAT_TEMPLATE) -> list[PlannedFile]:
+    """The chat template of a folder; this one in place of ours, whichever form of it is there, and where is none."""
+    if (folder / TEMPLATE).is_file():
+        text = (folder / TEMPLATE).read_text(encoding="utf-8")
+        return [TextFile(TEMPLATE, template if text in (CHAT_TEMPLATE, plain_template()) else text)]
+    if "chat_template" in (optional_json(folder / TOKENIZER_CONFIG) or {}):
+        return []  # goes along in tokenizer_config.json
+    return [TextFile(TEMPLATE, template)]
+
+
+def plain_template() -> str:
+    """Our chat template in the Jinja that every engine knows: without the marks around what the assistant says."""
+    return re.sub(r" *\{%- (end)?generation %\}\n", "", CHAT_TEMPLATE)
+
+
+def qwen2_tokenizer(folder: Path, chat: bool, length: int) -> list[PlannedFile]:
+    """QWen's vocabulary as the `tokenizer.json` of a Qwen2 model, with identical ids.
+
+    Args:
+        folder: has `qwen.tiktoken`, and may have `qwen_extra.tiktoken`.
+        chat: whether a text ends at `<|im_end|>`.
+        length: longest text in tokens.
+
+    Raises:
+        CheckpointError: a damaged vocabulary.
+    """
+    ranks, special = _load_vocabulary(folder)
+    templates = template_files(folder, plain_template())
+    own = (optional_json(folder / TOKENIZER_CONFIG) or {}).get("chat_template")
+    config = {
+        "added_tokens_decoder": {
+            str(token_id): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token, token_id in special.items()
+        },
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": IMEND if chat else ENDOFTEXT,
+        "errors": "replace",
+        "model_max_length": length,
+        "pad_token": ENDOFTEXT,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    if own is not None:
+        config["chat_template"] = own
+    text = build_backend(ranks, special).to_str(pretty=True)
+    return [TextFile(TOKENIZER_JSON, text), json_file(TOKENIZER_CONFIG, config), *templates]
+
+
+def copied_tokenizer(folder: Path) -> list[PlannedFile]:
+    """Tokenizer files of a folder as they are."""
+    return [CopiedFile(name, folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
+    """The tokenizer of a Qwen2 folder for our code, with identical ids; and a note where it isn't possible.
+
+    Qwen2.5 has other control tokens behind `<|im_end|>` than QWen has. `qwen.tiktoken` doesn't name them, so there is
+    none for those: the fast class reads them from `tokenizer.json`.
+
+    Raises:
+        CheckpointError: a damaged tokenizer.
+    """
+    names = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if TOKENIZER_JSON not in names and not {"vocab.json", "merges.txt"} <= names:
+        return [], "There is no tokenizer, so none is written."
+    backend = _load_backend(folder)
+    if not {ENDOFTEXT, IMSTART, IMEND} <= {token.content for token in backend.get_added_tokens_decoder().values()}:
+        return copied_tokenizer(folder), f"The tokenizer has no {IMSTART}: it is kept as it is, and can't chat."
+    tokenizer = QWenTokenizerFast(tokenizer_object=backend)
+    config = optional_json(folder / TOKENIZER_CONFIG) or {}
+    kept = {name: value for name, value in config.items() if name in ("model_max_length", "chat_template", "eos_token")}
+    vocabulary = list(_vocabulary_files(tokenizer))
+    slow = AUTO_MAP["AutoTokenizer"][0] if vocabulary else None
+    auto_map = {"AutoTokenizer": [slow, AUTO_MAP["AutoTokenizer"][1]]}
+    written = {"auto_map": auto_map, "pad_token": ENDOFTEXT, **kept, "tokenizer_class": "QWenTokenizer"}
+    files = [TextFile(TOKENIZER_JSON, backend.to_str(pretty=True)), json_file(TOKENIZER_CONFIG, written), *vocabulary]
+    return [*files, *template_files(folder)], None
+
+
+def _load_backend(folder: Path) -> Tokenizer:
+    try:
+        if (folder / TOKENIZER_JSON).is_file():
+            return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        return Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer
+    except Exception as error:  # the library raises its bare base class
+        raise CheckpointError(f"The tokenizer in {folder} can't be read: {error}") from error
+
+
+def _vocabulary_files(tokenizer: QWenTokenizerFast) -> Iterator[PlannedFile]:
+    """`qwen.tiktoken` and the extra tokens, if the control tokens are QWen's."""
+    first = tokenizer.eod_id
+    if tokenizer.special_tokens != {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}:
+        return
+    for name, wanted in ((VOCABULARY, lambda rank: rank < first), (EXTRA_VOCABULARY, lambda rank: rank > first)):
+        lines = [
+            f"{base64.b64encode(token).decode()} {rank}\n"
+            for token, rank in tokenizer.mergeable_ranks.items()
+            if wanted(rank)
+        ]
+        if lines:
+            yield TextFile(name, "".join(lines))
