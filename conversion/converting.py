@@ -1,0 +1,168 @@
+"""`convert`: the same model in another architecture, with the same logits and the same token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .companions import (
+    GENERATION_CONFIG,
+    VOCABULARY,
+    code_files,
+    copied_tokenizer,
+    end_ids,
+    is_chat,
+    legal_files,
+    optional_json,
+    qwen2_generation,
+    qwen2_tokenizer,
+    qwen_tokenizer,
+)
+from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
+from .errors import CheckpointError
+from .names import Architecture, Recipe, as_qwen, compose, hf_to_qwen
+from .sources import Kind, Source
+from .upgrading import Plan, job_of
+from .writing import PlannedFile, Progress, json_file, plan_outputs, plan_shards, write_folder
+
+TARGETS = ("qwen2", "qwen")
+
+
+def plan_conversion(
+    source: Source,
+    to: str,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    scaling: RopeScaling | None = None,
+    length: int | None = None,
+) -> Plan:
+    """Decide on every file of the converted checkpoint.
+
+    Args:
+        to: "qwen2" or "qwen".
+        dtype: of the new weights, None for that of the old ones.
+        scaling: for Qwen2, how to stretch texts beyond the trained length.
+        length: trained length in tokens, where the source doesn't tell it.
+
+    Raises:
+        CheckpointError: something that the other architecture can't represent, by name; or a damaged source.
+    """
+    if to not in TARGETS:
+        raise CheckpointError(f"Target {to!r} is unknown: use {' or '.join(TARGETS)}.")
+    if (to == "qwen2") != source.kind.is_qwen:
+        remedy = "use upgrade" if source.kind.is_qwen else "only QWen becomes Qwen2"
+        raise CheckpointError(f"{source.path} is {source.kind.value} and can't be converted to {to}: {remedy}.")
+    if scaling is not None and to != "qwen2":
+        raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
+    source.check()
+    if to == "qwen2":
+        plan, recipes = _plan_qwen2(source, dtype, scaling)
+    else:
+        plan, recipes = _plan_qwen(source, dtype, length)
+    outputs = plan_outputs(recipes, source.weights, dtype)
+    plan.files = [*plan_shards(outputs, source.weights, max_shard_size), *plan.files, *legal_files(source.folder)]
+    return plan
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- QWen -> Qwen2 ---
+
+
+def _plan_qwen2(source: Source, dtype: torch.dtype | None, scaling: RopeScaling | None) -> tuple[Plan, list[Recipe]]:
+    architecture, folder = source.architecture, source.folder
+    lost = check_qwen2(source.config)
+    recipes = _without_zero_biases(source, source.to_hf())
+    generation = optional_json(folder / GENERATION_CONFIG)
+    end_of_text, end_of_turn = end_ids(source.config, folder)
+    settings = dict(architecture.settings or {})
+    settings["eos_token_id"] = end_of_turn if is_chat(generation) else end_of_text
+    config = qwen2_config(replace(architecture, settings=settings), _dtype_name(dtype or source.dtype), scaling)
+    plan = Plan(notes=_length_notes(architecture, lost, config))
+    plan.files = [
+        json_file("config.json", config),
+        json_file(GENERATION_CONFIG, qwen2_generation(generation, end_of_text, end_of_turn)),
+    ]
+    if (folder / VOCABULARY).is_file():
+        plan.files += qwen2_tokenizer(folder, is_chat(generation), config["max_position_embeddings"])
+    else:
+        plan.notes.append(f"There is no {VOCABULARY}, so no tokenizer is written.")
+    return plan, recipes
+
+
+def _length_notes(architecture: Architecture, lost: list[str], config: dict[str, Any]) -> list[str]:
+    rope, limit = config["rope_scaling"], config["max_position_embeddings"]
+    notes = [*lost, f"max_position_embeddings is {limit}; the model was trained on {architecture.length} tokens."]
+    if rope is None:
+        notes.append("For longer texts choose --rope-scaling yarn:FACTOR or dynamic.")
+    else:
+        notes.append(f"Longer texts are stretched by {rope['type']} scaling with factor {rope['factor']:g}.")
+    return notes
+
+
+def _without_zero_biases(source: Source, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Leave out the biases that Qwen2 lacks, if they are zero."""
+    kept = []
+    for recipe in recipes:
+        lacking = recipe.name.endswith(".bias") and recipe.name.split(".")[-2] not in ("q_proj", "k_proj", "v_proj")
+        if not lacking:
+            kept.append(recipe)
+        elif source.weights.read(recipe.sources[0]).any():
+            raise CheckpointError(
+                f"{recipe.sources[0]!r} is not zero, and Qwen2 has no such bias (no_bias=false): it can't be converted."
+            )
+    return kept
+
+
+# --- Qwen2, LLaMA -> QWen ---
+
+
+def _plan_qwen(source: Source, dtype: torch.dtype | None, length: int | None) -> tuple[Plan, list[Recipe]]:
+    architecture = source.architecture
+    if length is not None:
+        architecture = replace(architecture, length=length)
+    config = {**qwen_config(as_qwen(architecture)), "dtype": _dtype_name(dtype or source.dtype)}
+    recipes = compose(source.to_hf(), hf_to_qwen(architecture, source.dtype))
+    plan = Plan()
+    if source.kind is Kind.LLAMA_ORIGINAL and length is None and "max_seq_len" not in source.config:
+        plan.notes.append(
+            f"params.json doesn't tell the trained length: seq_length is {architecture.length}, as for LLaMA 2. "
+            "Use --seq-length for another."
+        )
+    plan.files = [json_file("config.json", config), *code_files(), *_tokenizer(plan, source), *_generation(source)]
+    return plan, recipes
+
+
+def _tokenizer(plan: Plan, source: Source) -> list[PlannedFile]:
+    if source.kind is Kind.QWEN2:
+        files, note = qwen_tokenizer(source.folder)
+    else:
+        files, note = copied_tokenizer(source.folder), "LLaMA's tokenizer is kept as it is, and can't chat."
+        if not files:
+            note = "There is no tokenizer, so none is written."
+    if note is not None:
+        plan.notes.append(note)
+    return files
+
+
+def _generation(source: Source) -> list[PlannedFile]:
+    generation = optional_json(source.folder / GENERATION_CONFIG)
+    return [] if generation is None else [json_file(GENERATION_CONFIG, generation)]
+
+
+def convert(source: Source, target: Path, plan: Plan, progress: Progress) -> bool:
+    """Write the converted folder.
+
+    Returns:
+        False if the target was there already, equal in every file.
+
+    Raises:
+        CheckpointError, OSError: see `write_folder`.
+    """
+    return write_folder(target, plan.files, job_of("convert", source, plan.files), progress)
