@@ -1,0 +1,484 @@
+"""What a checkpoint is, what it needs, and what is missing or odd about it: the command `inspect`.
+
+Only headers are read, unless a scan of every value is asked for. Nothing stops at the first fault: what can't be read
+becomes a problem in the report, and everything else is looked at all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from .companion_checks import CompanionChecks, tokenizer_files
+from .configurations import read_hf, read_llama, read_qwen
+from .errors import CheckpointError
+from .names import IGNORED, TABLE, Architecture, hf_shapes, llama_shapes, qwen_shapes
+from .reading import TensorInfo, Weights, read_json
+from .reports import (
+    Findings,
+    Report,
+    are,
+    first_of,
+    int8_cache_per_token,
+    memory_needs,
+    numel,
+    plural,
+    quoted,
+)
+from .reports import render as render
+from .sources import LLAMA_PARAMS, Kind, detect_kind
+from .stored import ADAPTER_CONFIG, StoredWeights
+from .writing import is_finite
+
+ADAPTER = "adapter"
+"""What `Report.kind` says of a folder that holds no model but an adapter of one."""
+
+_PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "max_seq_len")
+_SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
+
+
+def inspect(
+    path: Path,
+    params: Path | None = None,
+    scan: bool = False,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Report:
+    """Find out what a checkpoint is and what is wrong with it.
+
+    Args:
+        path: a folder, or the single file of a LLaMA training.
+        params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
+        scan: read every value: compare the checksums that are known, and look for NaN and infinite values.
+        progress: while scanning, called after each tensor with its name and size; the sizes add up to `weights_bytes`.
+
+    Raises:
+        CheckpointError: nothing is at this path. A checkpoint that is broken is reported on instead.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist.")
+    inspection = _Inspection(path, params)
+    inspection.read_configuration()
+    inspection.check_configuration()
+    inspection.check_weights()
+    inspection.check_companions()
+    if scan:
+        inspection.scan(progress)
+    return inspection.report(scan)
+
+
+def kind_name(kind: Kind) -> str:
+    """The name of a format that programs are told, as "qwen-2023-08"."""
+    return kind.name.lower().replace("_", "-")
+
+
+def read_architecture(kind: Kind, config: Mapping[str, Any]) -> tuple[Architecture, str | None]:
+    """Architecture of a `config.json`, also where it can't be converted, and the reason why it can't be.
+
+    Raises:
+        CheckpointError: impossible values.
+    """
+    config = {name: value for name, value in config.items() if name != "quantization_config"}
+    if kind.is_qwen:
+        return read_qwen(config), None
+    plain = {name: config[name] for name in _SHAPE_KEYS if name in config}
+    plain["rope_theta"] = _rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0
+    return _read(read_hf, config, plain)
+
+
+def rope_scaling(config: Mapping[str, Any]) -> str | None:
+    """How a Qwen2 or LLaMA configuration stretches long texts, as "yarn"; None if it doesn't."""
+    kind = _rope(config).get("rope_type") or _rope(config).get("type")
+    return None if kind in (None, "default") else str(kind)
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    return rope if isinstance(rope, dict) else {}
+
+
+def _read(
+    read: Callable[[Mapping[str, Any]], Architecture], config: Mapping[str, Any], plain: Mapping[str, Any]
+) -> tuple[Architecture, str | None]:
+    """Read a configuration, or else what is left of it without what can't be converted."""
+    try:
+        return read(config), None
+    except CheckpointError as error:
+        return read(plain), str(error)
+
+
+def _share_memory(infos: Mapping[str, TensorInfo], first: str, second: str) -> bool:
+    return first in infos and second in infos and infos[first].memory == infos[second].memory
+
+
+class _Inspection:
+    """What is known so far of one checkpoint."""
+
+    def __init__(self, path: Path, params: Path | None):
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.params = params
+        self.findings = Findings()
+        self.stored = StoredWeights(path, self.findings)
+        self.kind: Kind | None = None
+        self.config: dict[str, Any] = {}
+        self.architecture: Architecture | None = None
+
+    @property
+    def is_qwen(self) -> bool:
+        return self.kind is not None and self.kind.is_qwen
+
+    # --- configuration ---
+
+    def read_configuration(self) -> None:
+        """Find out the format, and the architecture where it has one."""
+        config = self.folder / "config.json"
+        if self.path.is_dir() and self.params is None and config.is_file():
+            self._read_config(config)
+        elif self.stored.is_llama_original or self.params is not None:
+            self._read_params()
+        elif self.path.is_file():
+            self.findings.problems.append(f"{self.path} is one file of a checkpoint: inspect its folder.")
+        elif not (self.folder / ADAPTER_CONFIG).is_file():
+            self.findings.problems.append("config.json is missing, which says what the weights are. Download it.")
+
+    def _read_config(self, path: Path) -> None:
+        self.config = self.findings.attempt(read_json, path) or {}
+        if self.config:
+            self.kind = self.findings.attempt(detect_kind, self.config)
+        if self.kind is None:
+            return
+        self._take(self.findings.attempt(read_architecture, self.kind, self.config))
+
+    def _take(self, found: tuple[Architecture, str | None] | None) -> None:
+        if found is not None:
+            self.architecture, reason = found
+            if reason is not None:
+                self.findings.remarks.append(f"Can't be converted to QWen: {reason}")
+
+    def _read_params(self) -> None:
+        self.kind = Kind.LLAMA_ORIGINAL
+        weights = self.stored.first
+        training = weights.extras.get("model_args") if weights and self.params is None else None
+        if isinstance(training, dict):
+            self.config = training
+        else:
+            self.config = self.findings.attempt(read_json, self.params or self.folder / LLAMA_PARAMS) or {}
+        if self.config and weights is not None:
+            shapes = {name: info.shape for name, info in weights.infos.items()}
+            if _share_memory(weights.infos, "tok_embeddings.weight", "output.weight"):
+                del shapes["output.weight"]
+            self._expect_files(shapes)
+            read = partial(read_llama, shapes=shapes, files=len(self.stored.parts))
+            plain = {name: self.config[name] for name in _PARAMS if name in self.config}
+            self._take(self.findings.attempt(_read, read, self.config, plain))
+
+    def _expect_files(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """The last model-parallel files leave no gap when they are missing, but the others' shapes tell of them."""
+        there = len(self.stored.parts)
+        heads, head_dim = self.config.get("n_heads"), self.config.get("head_dim")
+        queries = heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else self.config.get("dim")
+        rows = (shapes.get("layers.0.attention.wq.weight") or (0,))[0]
+        if self.path.is_file() or not isinstance(queries, int) or not rows or queries % rows or queries <= there * rows:
+            return
+        self.stored.expect(queries // rows)
+        missing = [part.path.name for part in self.stored.parts[there:]]
+        self.findings.problems.append(
+            f"The shapes are those of {queries // rows} model-parallel files: {first_of(missing)} {are(missing)} "
+            f"missing. Download {'it' if len(missing) == 1 else 'them'}, or mend {LLAMA_PARAMS}."
+        )
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """How the weights are quantised."""
+        found = self.config.get("quantization_config")
+        if not isinstance(found, dict):
+            return None if found is None else str(found)
+        bits = found.get("bits")
+        return f"{found.get('quant_method', 'unknown')}{f', {bits} bits' if bits else ''}"
+
+    def check_configuration(self) -> None:
+        """Remark on what the configuration switches on, and on adapters."""
+        if (self.folder / ADAPTER_CONFIG).is_file():
+            self._remark_on_adapter()
+        if self.quantization is not None:
+            self.findings.remarks.append(
+                f"The weights are quantised ({self.quantization}): their names and shapes are not checked, and they "
+                "can't be converted."
+            )
+        stretch = [word for word, on in self._stretch.items() if on]
+        if self.architecture is not None and stretch:
+            self.findings.remarks.append(
+                f"{' and '.join(stretch)} {'is' if len(stretch) == 1 else 'are'} on: texts longer than "
+                f"{self.architecture.length:,} tokens need QWen's own code, as other programs leave this out."
+            )
+
+    @property
+    def _stretch(self) -> dict[str, bool]:
+        names = {"NTK": "use_dynamic_ntk", "LogN": "use_logn_attn"}
+        return {word: self.is_qwen and bool(self.config.get(name)) for word, name in names.items()}
+
+    def _remark_on_adapter(self) -> None:
+        adapter = self.findings.attempt(read_json, self.folder / ADAPTER_CONFIG) or {}
+        base, method = adapter.get("base_model_name_or_path"), adapter.get("peft_type")
+        if self.kind is None:
+            self.findings.remarks.append(
+                f"This is an adapter ({method}) of {base!r}, not a model of its own: merge-lora joins the two."
+            )
+        else:
+            self.findings.remarks.append(
+                f"{ADAPTER_CONFIG} lies beside a model, so transformers loads {base!r} and the adapter in its place. "
+                "Move the adapter into another folder."
+            )
+
+    # --- weights ---
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that the configuration asks for."""
+        if self.architecture is None or self.kind is None:
+            return {}
+        if self.kind.is_qwen:
+            return qwen_shapes(self.architecture)
+        if self.kind is not Kind.LLAMA_ORIGINAL:
+            return hf_shapes(self.architecture)
+        embedding = next(info for name, info in self.stored.infos.items() if name.endswith("/tok_embeddings.weight"))
+        split = 0 if embedding.shape[1] == self.architecture.width else 1
+        return llama_shapes(self.architecture, len(self.stored.parts), split)
+
+    @cached_property
+    def weights(self) -> dict[str, TensorInfo]:
+        """Stored tensors but those that can be left out: tables, and the head where it is tied to the embedding."""
+        heads = {"output.weight", "lm_head.weight"} if self.architecture and self.architecture.tied else set()
+        return {
+            name: info
+            for name, info in self.stored.infos.items()
+            if not IGNORED.fullmatch(name) and name.split("/")[-1] not in heads
+        }
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """dtype -> stored parameters, most first."""
+        counts: dict[str, int] = {}
+        memories = set()
+        for name, info in self.weights.items():
+            repeated = self.stored.is_llama_original and len(info.shape) == 1 and not name.startswith("00/")
+            if info.memory not in memories and not repeated:
+                memories.add(info.memory)
+                dtype = str(info.dtype).removeprefix("torch.")
+                counts[dtype] = counts.get(dtype, 0) + numel(info.shape)
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def check_weights(self) -> None:
+        """Compare what is stored with the index and the configuration."""
+        misplaced = self._check_index()
+        if self.shapes and self.quantization is None:
+            self._check_names(misplaced)
+            self._check_dtypes()
+        surplus = [name for name in self.stored.infos if name not in self.weights]
+        tables = [name for name in surplus if IGNORED.fullmatch(name)]
+        if tables:
+            self.findings.remarks.append(
+                f"{plural(len(tables), 'stored tensor')} {are(tables)} part of a table that every implementation "
+                f"computes anew: {quoted(tables)}."
+            )
+        if self._tied_head is not None:
+            self.findings.remarks.append(
+                f"{TABLE[-1].hf!r} is stored, although tie_word_embeddings takes the embedding."
+            )
+        if any(part.path.suffix == ".bin" for part in self.stored.parts):
+            remedy = "upgrade" if self.is_qwen else "save_pretrained"
+            self.findings.remarks.append(f"The weights are pickles, which may hold code: {remedy} writes safetensors.")
+
+    def _check_index(self) -> set[str]:
+        """Compare files with their index; gives the names that the index places where they aren't."""
+        if self.stored.places is None:
+            return set()
+        problems, unreadable, nbytes = self.findings.problems, self.stored.unreadable, self.stored.nbytes
+        found = {name: info.file.name for name, info in self.stored.infos.items()}
+        readable = {name: file for name, file in self.stored.places.items() if file not in unreadable}
+        misplaced = [name for name, file in readable.items() if found.get(name) != file]
+        unnamed = [name for name in found if name not in self.stored.places]
+        if misplaced:
+            problems.append(
+                f"{plural(len(misplaced), 'tensor')} {are(misplaced)} not in the file that the index names: "
+                f"{quoted(misplaced)}. Download index and files again."
+            )
+        if unnamed:
+            problems.append(
+                f"{plural(len(unnamed), 'tensor')} {are(unnamed)} stored, but not in the index: {quoted(unnamed)}. A "
+                "file is stale: download index and files again."
+            )
+        counted = {nbytes, sum(info.nbytes for info in self.stored.infos.values())}
+        if not unreadable and self.stored.total_size is not None and self.stored.total_size not in counted:
+            self.findings.remarks.append(
+                f"The index says total_size={self.stored.total_size!r}, but {nbytes:,} bytes are stored."
+            )
+        return set(misplaced)
+
+    def _check_names(self, misplaced: set[str]) -> None:
+        problems, found = self.findings.problems, self.weights
+        unknown = [name for name in found if name not in self.shapes]
+        missing = [name for name in self.shapes if name not in found and name not in misplaced]
+        missing = [name for name in missing if self._should_be_there(name)]
+        wrong = [name for name, shape in self.shapes.items() if name in found and found[name].shape != shape]
+        file = LLAMA_PARAMS if self.kind is Kind.LLAMA_ORIGINAL else "config.json"
+        if unknown:
+            problems.append(
+                f"{plural(len(unknown), 'tensor')} {are(unknown)} not part of this architecture: "
+                f"{quoted(unknown)}. Mend {file}, or download the files again."
+            )
+        if missing:
+            problems.append(
+                f"{len(missing):,} of {plural(len(self.shapes), 'tensor')} {are(missing)} missing: {quoted(missing)}. "
+                f"Mend {file} (number of layers, tied embeddings, biases), or download the files again."
+            )
+        if wrong:
+            details = [f"{name!r} is {found[name].shape}, not {self.shapes[name]}" for name in wrong]
+            problems.append(
+                f"{plural(len(wrong), 'tensor')} {'has' if len(wrong) == 1 else 'have'} a shape that the configuration "
+                f"doesn't ask for: {first_of(details, '; ')}. Mend {file}, or download the files again."
+            )
+
+    def _should_be_there(self, name: str) -> bool:
+        """Whether a tensor's absence is not explained by a file that can't be read."""
+        if not self.stored.parts:
+            return False
+        if self.stored.places is not None:
+            return self.stored.places.get(name) not in self.stored.unreadable
+        if self.stored.is_llama_original:
+            return self.stored.parts[int(name[:2])].weights is not None
+        return not self.stored.unreadable
+
+    def _check_dtypes(self) -> None:
+        integers = [name for name, info in self.weights.items() if not info.dtype.is_floating_point]
+        if integers:
+            self.findings.problems.append(
+                f"{plural(len(integers), 'tensor')} {are(integers)} whole numbers: {quoted(integers)}. If they are "
+                "quantised weights, config.json lacks its quantization_config."
+            )
+        counts = self.dtypes
+        if len(counts) > 1:
+            listed = ", ".join(f"{count:,} parameters in {name}" for name, count in counts.items())
+            self.findings.remarks.append(f"Mixed dtypes: {listed}.")
+        announced = self.config.get("dtype") or self.config.get("torch_dtype")
+        if counts and isinstance(announced, str) and announced.removeprefix("torch.") not in (*counts, "auto"):
+            self.findings.remarks.append(f"config.json announces {announced}, stored is {next(iter(counts))}.")
+
+    def check_companions(self) -> None:
+        """Look at the files beside the weights."""
+        if self.path.is_dir() and self.kind is not None:
+            CompanionChecks(self.folder, self.kind, self.config, self.architecture, self.findings).check()
+
+    # --- values ---
+
+    def scan(self, progress: Callable[[str, int], None]) -> None:
+        """Read every value, a tensor at a time."""
+        bad: list[str] = []
+        for number, part in enumerate(self.stored.parts):
+            if part.weights is not None:
+                bad += self._scan_file(part.weights, self.stored.prefix(number), progress)
+        if bad:
+            self.findings.problems.append(
+                f"{plural(len(bad), 'tensor')} {'has' if len(bad) == 1 else 'have'} NaN or infinite values: "
+                f"{first_of(bad)}."
+            )
+        self._compare_tied_head()
+
+    def _scan_file(self, weights: Weights, prefix: str, progress: Callable[[str, int], None]) -> list[str]:
+        bad = []
+        damaged = False
+        for info in weights.infos.values():
+            if info.same_as is not None:
+                continue
+            if not damaged:
+                tensor = self.findings.attempt(weights.read, info.name)
+                damaged = tensor is None
+                if tensor is not None and not is_finite(tensor):
+                    bad.append(str(info))
+            progress(prefix + info.name, info.nbytes)
+        weights.close()
+        return bad
+
+    @property
+    def _tied_head(self) -> tuple[str, str] | None:
+        """Names of embedding and head, if they are stored apart although the configuration ties them."""
+        pair = TABLE[0].qwen if self.is_qwen else TABLE[0].hf, TABLE[-1].hf
+        infos = self.stored.infos
+        stored = pair[0] in infos and pair[1] in infos and pair[1] not in self.weights
+        return pair if stored and not _share_memory(infos, *pair) else None
+
+    def _compare_tied_head(self) -> None:
+        if self._tied_head is not None and self.stored.equal(*self._tied_head) is False:
+            self.findings.problems.append(
+                f"{self._tied_head[1]!r} differs from {self._tied_head[0]!r}, although tie_word_embeddings makes them "
+                "one: set it to false, or delete the tensor."
+            )
+
+    # --- the report ---
+
+    def report(self, scanned: bool) -> Report:
+        """What was found out."""
+        return Report(
+            path=str(self.path),
+            kind=self._kind_name,
+            description=self._description,
+            architecture=self._describe_architecture(),
+            quantization=self.quantization,
+            parameters=self._count_parameters(),
+            dtypes=self.dtypes,
+            files=self.stored.file_reports(),
+            weights_bytes=self.stored.nbytes,
+            memory=memory_needs(self.architecture, self.is_qwen) if self.architecture else {},
+            int8_cache_per_token=self._int8_cache(),
+            tokenizer=tokenizer_files(self.folder),
+            problems=self.findings.problems,
+            remarks=self.findings.remarks,
+            scanned=scanned,
+        )
+
+    @property
+    def _kind_name(self) -> str | None:
+        if self.kind is not None:
+            return kind_name(self.kind)
+        return ADAPTER if not self.config and (self.folder / ADAPTER_CONFIG).is_file() else None
+
+    @property
+    def _description(self) -> str:
+        if self.kind is not None:
+            return self.kind.value
+        return "adapter of a model" if self._kind_name == ADAPTER else "unknown"
+
+    def _describe_architecture(self) -> dict[str, Any] | None:
+        if self.architecture is None:
+            return None
+        values = {name: value for name, value in asdict(self.architecture).items() if name != "settings"}
+        return {**values, "ntk": self._stretch["NTK"], "logn": self._stretch["LogN"]}
+
+    def _int8_cache(self) -> int | None:
+        return int8_cache_per_token(self.architecture) if self.architecture and self.is_qwen else None
+
+    def _count_parameters(self) -> dict[str, int | None]:
+        if self.architecture is None:
+            return {"total": sum(self.dtypes.values()), "without_embeddings": None}
+        shapes = hf_shapes(self.architecture)
+        outside = {TABLE[0].hf, TABLE[-1].hf}
+        sizes = {name: numel(shape) for name, shape in shapes.items()}
+        inner = sum(size for name, size in sizes.items() if name not in outside)
+        return {"total": sum(sizes.values()), "without_embeddings": inner}
