@@ -149,11 +149,19 @@ def qwen2_generation(generation: Mapping[str, Any] | None, end_of_text: int, end
 
 
 def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`tokenizer_config.json` for our tokenizers, with what a published one lacks."""
-    config = {"tokenizer_class": "QWenTokenizer", **(config or {})}
+    """`tokenizer_config.json` for our tokenizers, with what a published one lacks.
+
+    Where only the fast class is named, there is a `tokenizer.json` whose control tokens the slow one doesn't know.
+    """
+    config = dict(config or {})
+    config.setdefault("tokenizer_class", "QWenTokenizer")
     config.setdefault("eos_token", ENDOFTEXT)
     config.setdefault("pad_token", ENDOFTEXT)
-    return {**config, "auto_map": {**config.get("auto_map", {}), "AutoTokenizer": AUTO_MAP["AutoTokenizer"]}}
+    classes = AUTO_MAP["AutoTokenizer"]
+    only_fast = [None, classes[1]]
+    named = (config.get("auto_map") or {}).get("AutoTokenizer")
+    auto_map = {"AutoTokenizer": only_fast if named == only_fast else classes}
+    return {**config, "auto_map": {**(config.get("auto_map") or {}), **auto_map}}
 
 
 def template_files(folder: Path, template: str = CHAT_TEMPLATE) -> list[PlannedFile]:

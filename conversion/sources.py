@@ -106,7 +106,7 @@ class Source:
         width = self.architecture.width
         return 0 if self.weights.infos["00/tok_embeddings.weight"].shape[1] == width else 1
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that the configuration asks for."""
         if self.kind.is_qwen:

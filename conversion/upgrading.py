@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +33,12 @@ from .writing import (
     Progress,
     describe_files,
     json_file,
-    locked,
     plan_outputs,
     plan_shards,
+    remove_work_folder,
     replace_text,
+    work_folder,
+    write_files,
     write_folder,
 )
 
@@ -51,7 +51,6 @@ _ALIASES = {
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _LEFTOVER = re.compile(r"__pycache__/|\.bak\d*$")
-_STAGED = "files"
 
 
 @dataclass
@@ -105,7 +104,7 @@ def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -
     else:
         source.check()
     if all(file.suffix == ".safetensors" for file in weights.files):
-        plan.files += [CopiedFile(file.name, file, link) for file in weights.files]
+        plan.files += [CopiedFile(file.name, file, link, weights=True) for file in weights.files]
         if (folder / f"{SAFETENSORS}.index.json").is_file():
             plan.files.append(CopiedFile(f"{SAFETENSORS}.index.json", folder / f"{SAFETENSORS}.index.json"))
         return
@@ -172,7 +171,7 @@ def job_of(command: str, source: Source, files: Sequence[PlannedFile]) -> dict[s
     return {
         "command": command,
         "config": source.config,
-        "files": [[file.name, file.nbytes] for file in files if file.tensors],
+        "files": [[file.name, file.kind] for file in files if file.tensors],
         "source": describe_files(source.weights.files),
     }
 
@@ -194,7 +193,7 @@ def upgrade_in_place(folder: Path, max_shard_size: str, progress: Progress) -> t
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
-    with _work_folder(folder / WORK_FOLDER):
+    with work_folder(folder / WORK_FOLDER, MOVES_FILE):
         moved = _carry_out_moves(folder)
         source = open_source(folder)
         plan = plan_upgrade(source, max_shard_size)
@@ -202,20 +201,8 @@ def upgrade_in_place(folder: Path, max_shard_size: str, progress: Progress) -> t
         retired = [name for name in plan.retired if (folder / name).is_file()]
         if changed or retired:
             moved += _replace_files(folder, changed, retired, source, progress)
+        remove_work_folder(folder / WORK_FOLDER)
     return plan, moved
-
-
-@contextmanager
-def _work_folder(folder: Path) -> Iterator[None]:
-    """The folder for what is under way; it stays only where a later run can go on with it."""
-    with locked(folder):
-        try:
-            yield
-        except CheckpointError:
-            if not (folder / MOVES_FILE).is_file():
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
 
 
 def _is_current(file: PlannedFile, folder: Path) -> bool:
@@ -226,10 +213,7 @@ def _is_current(file: PlannedFile, folder: Path) -> bool:
 def _replace_files(
     folder: Path, changed: Sequence[PlannedFile], retired: Sequence[str], source: Source, progress: Progress
 ) -> list[str]:
-    staged = folder / WORK_FOLDER / _STAGED
-    if staged.exists():  # complete, but nothing says what for
-        shutil.rmtree(staged)
-    write_folder(staged, changed, job_of("upgrade", source, changed), progress)
+    write_files(folder / WORK_FOLDER, changed, job_of("upgrade", source, changed), progress)
     source.weights.close()
     moves = []
     for name in (*(file.name for file in changed), *retired):
@@ -250,7 +234,7 @@ def _carry_out_moves(folder: Path) -> list[str]:
         return []
     moves = json.loads(record.read_text(encoding="utf-8"))
     for name, backup in moves:
-        new, current = folder / WORK_FOLDER / _STAGED / name, folder / name
+        new, current = folder / WORK_FOLDER / name, folder / name
         if backup is not None and not (folder / backup).exists():
             current.rename(folder / backup)
         if new.is_file():

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ from .errors import CheckpointError
 from .names import Recipe
 from .reading import DTYPE_CODES, SAFETENSORS, Weights, meta_tensors, same_bytes
 
-JOB_FILE, LOCK_FILE = ".job.json", ".lock"
-_CHECKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+JOB_FILE, LOCK_FILE = ".qwen1.job.json", ".qwen1.lock"
+_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)
+_PIECE = 2**16  # bytes; with larger writes Linux asks for larger runs of free memory, which can take its time
 _SPARE = 2**20  # bytes of disk space for folders and the like
 
 
@@ -81,8 +83,10 @@ class Output:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; integers never are."""
-    if tensor.dtype not in _CHECKABLE or not tensor.numel():
+    if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.half()  # torch finds no extremes of float8
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # which pass NaN on
 
 
@@ -113,13 +117,15 @@ def write_safetensors(file: BinaryIO, outputs: Sequence[Output], weights: Weight
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for output in ordered:
-        file.write(_bytes_of(output.produce(weights)))  # which no name here keeps alive while the next is read
+        _write_tensor(file, output.produce(weights))  # which no name here keeps alive while the next is read
         progress.advance(output.recipe.name, output.nbytes)
     weights.close()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), _PIECE):
+        file.write(data[start : start + _PIECE])
 
 
 # --- files ---
@@ -151,6 +157,11 @@ class PlannedFile(ABC):
     def tensors(self) -> int:
         """Steps of progress that it takes. A file with any is worth keeping from an interrupted run; others are not."""
         return 0
+
+    @property
+    def kind(self) -> list[Any]:
+        """What a later run must want as well to take over this file, as JSON; the source is known by other means."""
+        return [self.nbytes]
 
     @property
     @abstractmethod
@@ -197,15 +208,26 @@ def json_file(name: str, value: Mapping[str, Any]) -> TextFile:
 
 @dataclass(frozen=True)
 class CopiedFile(PlannedFile):
-    """A file taken over as it is; with `link`, as a second name of the same data where the file system has such."""
+    """A file taken over as it is.
+
+    Attributes:
+        link: give the same data a second name, where the file system has such.
+        weights: whether it holds tensors, and so takes its time.
+    """
 
     source: Path
     link: bool = False
+    weights: bool = False
 
     @property
     def tensors(self) -> int:
-        """One for all of them: only weights are linked."""
-        return int(self.link)
+        """One for all of them."""
+        return int(self.weights)
+
+    @property
+    def kind(self) -> list[Any]:
+        """Its size, and whether it is a link."""
+        return [*super().kind, self.link]
 
     @property
     def nbytes(self) -> int:
@@ -219,16 +241,18 @@ class CopiedFile(PlannedFile):
 
     def write(self, path: Path, progress: Progress) -> None:
         """Link it, or copy it where that is impossible."""
-        if self.link:
-            try:
-                os.link(self.source.resolve(), path)
-                progress.advance(self.name, self.nbytes)
-                return
-            except OSError:  # another file system, or one without links
-                pass
-        shutil.copyfile(self.source, path)
-        if self.link:
+        if not (self.link and self._linked(path)):
+            shutil.copyfile(self.source, path)
+        if self.weights:
             progress.advance(self.name, self.nbytes)
+
+    def _linked(self, path: Path) -> bool:
+        try:
+            os.link(self.source.resolve(), path)
+            return True
+        except OSError:  # another file system, or one without links, where nobody reckoned with a copy
+            _check_space(path.parent, self.nbytes)
+            return False
 
     def equals(self, path: Path) -> bool:
         """Whether a file holds the same."""
@@ -246,6 +270,11 @@ class ShardFile(PlannedFile):
     def tensors(self) -> int:
         """Their number."""
         return len(self.outputs)
+
+    @property
+    def kind(self) -> list[Any]:
+        """Name, dtype and shape of each tensor."""
+        return [[output.recipe.name, str(output.dtype), list(output.shape)] for output in self.outputs]
 
     @property
     def nbytes(self) -> int:
@@ -277,16 +306,15 @@ def plan_shards(outputs: Sequence[Output], weights: Weights, max_shard_size: str
     Raises:
         CheckpointError: not a size.
     """
+    if not _SIZE.fullmatch(max_shard_size):
+        raise CheckpointError(f"Shard size {max_shard_size!r} is not a size: write 5GB or 500MB.")
     by_name = {output.recipe.name: output for output in outputs}
-    try:
-        split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda output: output.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"Shard size {max_shard_size!r} is not a size: write 5GB or 500MB.") from error
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda output: output.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     files: list[PlannedFile] = [
         ShardFile(name, tuple(by_name[tensor] for tensor in tensors), weights)
         for name, tensors in split.filename_to_tensors.items()
@@ -301,8 +329,8 @@ def plan_shards(outputs: Sequence[Output], weights: Weights, max_shard_size: str
 
 
 def describe_files(paths: Sequence[Path]) -> list[list[Any]]:
-    """Names, sizes and times of files, by which an interrupted job knows that its sources are still the same."""
-    return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
+    """Places, sizes and times of files, by which an interrupted job knows that its sources are still the same."""
+    return [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
 
 
 def write_folder(target: Path, files: Sequence[PlannedFile], job: Mapping[str, Any], progress: Progress) -> bool:
@@ -319,14 +347,15 @@ def write_folder(target: Path, files: Sequence[PlannedFile], job: Mapping[str, A
     Raises:
         CheckpointError: the target holds something else, the disk is too full, or another process writes there.
     """
+    target = target.resolve()
     partial = target.with_name(f"{target.name}.partial")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        _finish(target)
         _check_equal(target, files)
+        _finish(target)
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_folder(partial, job, progress):
-        _write_missing(partial, files, progress)
+    with work_folder(partial):
+        write_files(partial, files, job, progress)
         if target.is_dir():
             target.rmdir()
         partial.replace(target)
@@ -354,13 +383,29 @@ def _check_equal(target: Path, files: Sequence[PlannedFile]) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it against other processes.
+def work_folder(folder: Path, *kept: str) -> Iterator[None]:
+    """Make a folder for what is under way, or take up that of an interrupted run, and hold it against other processes.
+
+    After an error it is removed, unless the checkpoint is fine and a later run can go on with weights that are
+    complete, or with another file that the patterns `kept` match.
 
     Raises:
         CheckpointError: another process holds it, or nothing of this program made it.
     """
-    if folder.exists() and not (folder / LOCK_FILE).exists() and any(folder.iterdir()):
+    with _locked(folder):
+        try:
+            yield
+        except BaseException as error:
+            useful = any(path for pattern in ("*.safetensors", *kept) for path in folder.glob(pattern))
+            if isinstance(error, CheckpointError) or not useful:
+                remove_work_folder(folder)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    is_ours = folder.is_dir() and ((folder / LOCK_FILE).exists() or not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
         raise CheckpointError(f"{folder} is in the way, and no interrupted job of this program left it: remove it.")
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK_FILE, timeout=0)
@@ -372,30 +417,39 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if folder.is_dir():
+            (folder / LOCK_FILE).touch()  # which some releases of filelock remove
 
 
-@contextmanager
-def _partial_folder(partial: Path, job: Mapping[str, Any], progress: Progress) -> Iterator[None]:
-    """The folder to write into, new or with what an interrupted equal job left; removed if the job turns out wrong."""
-    with locked(partial):
-        try:
-            _take_up(partial, job, progress)
-            yield
-        except CheckpointError:
-            shutil.rmtree(partial)
-            raise
+def remove_work_folder(folder: Path) -> None:
+    """Remove it; the lock goes last, so that one of which a part is left is still known as ours."""
+    _empty(folder)
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    folder.rmdir()
 
 
-def _take_up(partial: Path, job: Mapping[str, Any], progress: Progress) -> None:
-    text = json.dumps(job, indent=2, sort_keys=True)
-    record = partial / JOB_FILE
-    if record.is_file() and record.read_text(encoding="utf-8") == text:
-        progress.note(f"Going on with what an interrupted run left in {partial}.")
-        return
-    for path in partial.iterdir():
-        if path.name != LOCK_FILE:
+def _empty(folder: Path, kept: Collection[str] = ()) -> None:
+    for path in folder.iterdir():
+        if path.name not in (LOCK_FILE, *kept):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    replace_text(record, text)
+
+
+def write_files(folder: Path, files: Sequence[PlannedFile], job: Mapping[str, Any], progress: Progress) -> None:
+    """Write files into a work folder, but not the weights that an equal job has left there; all else goes.
+
+    Raises:
+        CheckpointError: a value that is not finite, or a damaged source.
+        OSError: the disk is too full.
+    """
+    text = json.dumps(job, indent=2, sort_keys=True)
+    record = folder / JOB_FILE
+    if record.is_file() and record.read_bytes() == text.encode():
+        progress.note(f"Going on with what an interrupted run left in {folder}.")
+        _empty(folder, [JOB_FILE, *(file.name for file in files if file.tensors)])
+    else:
+        _empty(folder)
+        replace_text(record, text)
+    _write_missing(folder, files, progress)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -417,15 +471,18 @@ def _write_missing(folder: Path, files: Sequence[PlannedFile], progress: Progres
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        file.write(temporary, progress)
+        try:
+            file.write(temporary, progress)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         temporary.replace(path)
 
 
 def _check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted + _SPARE > free:
-        raise OSError(  # which leaves an interrupted job alone
+        raise OSError(  # which leaves what an interrupted run wrote
             f"{wanted / 1e9:.2f} GB are needed in {folder.parent}, but only {free / 1e9:.2f} GB are free: free some "
             "space, or name a folder on another disk."
         )

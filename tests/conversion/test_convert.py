@@ -15,6 +15,7 @@ from qwen1.conversion.configurations import RopeScaling
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.sources import open_source
+from qwen1.conversion.upgrading import plan_upgrade, upgrade
 from qwen1.conversion.writing import Progress
 
 NATIVE = ["llama_gqa", "qwen2_gqa_tied", "qwen2_mha_untied"]
@@ -419,6 +420,9 @@ def test_other_control_tokens_of_qwen2_are_kept(tmp_path, converted, golden, pub
     text = "<|im_start|>user\n你好 <tool_call> <|object_ref_start|> Grüße<|im_end|>"
     assert ours(text).input_ids == theirs(text).input_ids
     assert {151646, 151657} <= set(ours(text).input_ids)
+    again = tmp_path / "again"
+    upgrade(open_source(folder), again, plan_upgrade(open_source(folder)), Progress())
+    assert (again / "tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()
 
 
 def test_tokenizer_without_tokenizer_json_is_read_from_its_parts(tmp_path, converted, golden, byte_vocabulary):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import qwen1
 
@@ -64,7 +65,7 @@ def test_installed_package_is_this_tree():
     assert Path(qwen1.__file__).resolve() == ROOT / "__init__.py"
 
 
-@pytest.mark.parametrize("name", ["qwen1-chat", "qwen1-extend-vocabulary"])
+@pytest.mark.parametrize("name", ["qwen1-chat", "qwen1-checkpoint", "qwen1-extend-vocabulary"])
 def test_console_scripts_point_to_callables(name):
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=name)
     assert callable(script.load())
@@ -116,6 +117,31 @@ def test_sibling_imports_are_written_as_transformers_expects(path):
             assert node.level == 1 and node.module in siblings, f"{path.name}:{node.lineno}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "conversion").glob("*.py")), ids=by_name)
+def test_the_converters_import_their_own_package_relatively(path):
+    """The package may have another name: `convert_checkpoint.py` makes one of the folder that it lies in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        assert not any(name.partition(".")[0] in ("qwen1", "conversion") for name in names), (
+            f"{path.name}:{node.lineno}"
+        )
+
+
+def test_every_folder_with_modules_is_packaged():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {name.removeprefix("qwen1.") for name in packaged} - {"qwen1"} == folders
+
+
+def test_every_module_is_type_checked():
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["modules"]
+    modules = {f"qwen1.{path.stem}" for path in MODULES} | {
+        f"qwen1.conversion.{path.stem}" for path in (ROOT / "conversion").glob("*.py")
+    }
+    assert {name.removesuffix(".__init__") for name in modules} == set(checked)
+
+
 def test_import_registers_auto_classes_without_remote_code():
     printed = run_python(
         """
@@ -151,7 +177,7 @@ def test_import_loads_nothing_heavy_of_its_own():
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizer
-heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "torch._dynamo", "torch._inductor"}
+heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "qwen1.conversion", "torch._dynamo", "torch._inductor"}
 before = heavy & set(sys.modules)
 import qwen1
 print(sorted((heavy & set(sys.modules)) - before))
