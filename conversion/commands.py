@@ -149,7 +149,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 def inspect_command(
     source: SourceArgument,
     params: ParamsOption = None,
-    scan: Annotated[bool, typer.Option(help="Read every tensor: checksums, NaN and infinity.")] = False,
+    scan: Annotated[bool, typer.Option("--scan", help="Read every tensor: checksums, NaN and infinity.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a checkpoint is, what it needs, and what is missing or odd. Ends with 3 if it can't be used."""
@@ -169,8 +169,10 @@ def inspect_command(
 @app.command("upgrade", epilog=_example("upgrade ./Qwen-7B-Chat ./Qwen-7B-Chat-upgraded"))
 @_reported
 def upgrade_command(
-    source: SourceArgument,
-    target: Annotated[Path | None, typer.Argument(metavar="[DST]", help="Folder to write.")] = None,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="QWen folder of any release.")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="Folder to write; must not exist or be empty.")
+    ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Change SRC itself; replaced files stay as NAME.bak.")
     ] = False,
@@ -243,6 +245,7 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the logits of two checkpoints, each loaded by its own class. Ends with 3 if they differ."""
+    _check_device(device)
     comparison = compare(
         first,
         second,
@@ -257,6 +260,14 @@ def verify_command(
         progress=_print_step,
     )
     _report_comparison(comparison, as_json)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown, or torch is built without it
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"Device {name!r} can't be used ({reason}): use cpu, or one that torch finds.") from error
 
 
 def _report_comparison(comparison: Comparison, as_json: bool) -> None:

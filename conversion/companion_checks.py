@@ -114,9 +114,12 @@ class CompanionChecks:
         if not is_chat(self._settings.get(GENERATION_CONFIG)):
             return None
         try:
-            end = end_ids(self._config, self._folder)[1]
+            ends = end_ids(self._config, self._folder)
         except CheckpointError:  # a damaged vocabulary, which is reported by itself
             return None
+        if ends is None:
+            return None
+        end = ends[1]
         return end if self._architecture is None or end < self._architecture.rows else None
 
     def _template_end_of_turn(self) -> int | None:

@@ -78,7 +78,11 @@ def code_files() -> list[PlannedFile]:
 
 def legal_files(folder: Path) -> list[PlannedFile]:
     """Licences and notices, which go wherever the weights go."""
-    return [CopiedFile(path.name, path) for path in sorted(folder.iterdir()) if _LEGAL.fullmatch(path.name)]
+    return [
+        CopiedFile(path.name, path)
+        for path in sorted(folder.iterdir())
+        if _LEGAL.fullmatch(path.name) and path.is_file()
+    ]
 
 
 def optional_json(path: Path) -> dict[str, Any] | None:
@@ -94,22 +98,29 @@ def optional_json(path: Path) -> dict[str, Any] | None:
 
 
 def is_chat(generation: Mapping[str, Any] | None) -> bool:
-    """Whether QWen's generation settings are those of a chat model, as they are unless they say "raw"."""
-    return (generation or {}).get("chat_format", "chatml") == "chatml"
+    """Whether generation settings are those of a QWen chat model, as they are unless they say "raw"."""
+    return generation is not None and generation.get("chat_format", "chatml") == "chatml"
 
 
-def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
-    """Ids of `<|endoftext|>` and `<|im_end|>`, from the vocabulary, or counted from `eos_token_id` where there is none.
+def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
+    """Ids of `<|endoftext|>` and `<|im_end|>`; None where the tokenizer has no such tokens.
+
+    They are those of the vocabulary, else of `tokenizer.json`. In a folder without any tokenizer they are counted from
+    `eos_token_id`, as QWen's control tokens follow one another.
 
     Raises:
-        CheckpointError: a damaged vocabulary, or neither.
+        CheckpointError: a damaged vocabulary or tokenizer.
     """
     if (folder / VOCABULARY).is_file():
         special = _load_vocabulary(folder)[1]
         return special[ENDOFTEXT], special[IMEND]
+    if (folder / TOKENIZER_JSON).is_file():
+        added = read_json(folder / TOKENIZER_JSON).get("added_tokens") or []
+        ids = {token["content"]: token["id"] for token in added}
+        return (ids[ENDOFTEXT], ids[IMEND]) if {ENDOFTEXT, IMSTART, IMEND} <= ids.keys() else None
     end = config.get("eos_token_id", _PUBLISHED_END)
-    if not isinstance(end, int):
-        raise CheckpointError(f"eos_token_id={end!r} is not an id, and there is no {VOCABULARY}: put it into {folder}.")
+    if type(end) is not int or copied_tokenizer(folder, but=(TOKENIZER_CONFIG, TEMPLATE)):
+        return None
     return end, end + SPECIAL_TOKENS.index(IMEND)
 
 
@@ -132,7 +143,7 @@ def qwen_generation(generation: Mapping[str, Any] | None, end_of_text: int, end_
     Pipelines and servers know no stop words, so without it they would never stop.
     """
     if generation is None:
-        generation = {"chat_format": "chatml", "pad_token_id": end_of_text}
+        return {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
     if not is_chat(generation):
         return {**generation, "eos_token_id": generation.get("eos_token_id", end_of_text)}
     ends = as_list(generation.get("eos_token_id", end_of_text))
@@ -221,9 +232,32 @@ def qwen2_tokenizer(folder: Path, chat: bool, length: int) -> list[PlannedFile]:
     return [TextFile(TOKENIZER_JSON, text), json_file(TOKENIZER_CONFIG, config), *templates]
 
 
-def copied_tokenizer(folder: Path) -> list[PlannedFile]:
+def copied_tokenizer(folder: Path, but: tuple[str, ...] = ()) -> list[PlannedFile]:
     """Tokenizer files of a folder as they are."""
-    return [CopiedFile(name, folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [
+        CopiedFile(name, folder / name) for name in TOKENIZER_FILES if name not in but and (folder / name).is_file()
+    ]
+
+
+def llama_tokenizer(folder: Path) -> list[PlannedFile]:
+    """LLaMA's tokenizer as it is; its original format tells nothing about it, so that is written."""
+    files = copied_tokenizer(folder)
+    if [file.name for file in files] != ["tokenizer.model"]:
+        return files
+    named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>"}
+    return [*files, json_file(TOKENIZER_CONFIG, named)]
+
+
+def qwen2_tokenizer_of_json(folder: Path) -> list[PlannedFile]:
+    """The tokenizer of a QWen folder that has `tokenizer.json` and no vocabulary, for Qwen2."""
+    config = {**(optional_json(folder / TOKENIZER_CONFIG) or {}), "tokenizer_class": "Qwen2Tokenizer"}
+    config.pop("auto_map", None)
+    own = (TOKENIZER_CONFIG, TEMPLATE)
+    return [
+        *copied_tokenizer(folder, own),
+        json_file(TOKENIZER_CONFIG, config),
+        *template_files(folder, plain_template()),
+    ]
 
 
 def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen2Config
 
@@ -150,9 +151,16 @@ def _parse(config_class: Any, config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"config.json can't be used: {' '.join(str(error).split())}") from error
 
 
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Name of the method by which weights are quantised, None where they are not."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    return str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization)
+
+
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if method := quantization_method(config):
         raise CheckpointError(
             f"The weights are quantised ({method}), so they can't be converted: convert the full ones, then quantise."
         )
@@ -233,6 +241,7 @@ def read_llama(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
         length=params.get("max_seq_len") or LLAMA_2_LENGTH,
         tied="output.weight" not in shapes,
         qkv_bias=False,
+        settings={"bos_token_id": 1, "eos_token_id": 2},  # those of its tokenizer
     )
 
 
@@ -310,6 +319,7 @@ def qwen2_config(architecture: Architecture, dtype: str, scaling: RopeScaling | 
         "sliding_window": None,
         "tie_word_embeddings": architecture.tied,
         "torch_dtype": dtype,
+        "transformers_version": transformers.__version__,  # without it, some releases take the tokenizer for another
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": architecture.rows,
@@ -336,6 +346,7 @@ def qwen_config(architecture: Architecture) -> dict[str, Any]:
     Raises:
         CheckpointError: impossible values.
     """
+    settings = {name: value for name, value in (architecture.settings or {}).items() if value is not None}
     try:
         config = QWenConfig(
             vocab_size=architecture.rows,
@@ -353,7 +364,7 @@ def qwen_config(architecture: Architecture) -> dict[str, Any]:
             tie_word_embeddings=architecture.tied,
             use_flash_attn="auto",
             architectures=["QWenLMHeadModel"],
-            **{name: value for name, value in (architecture.settings or {}).items() if value is not None},
+            **{"eos_token_id": None, **settings},  # not that of QWen, which is the default
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"The configuration can't be converted: {error}") from error

@@ -9,25 +9,29 @@ from typing import Any
 
 import torch
 
+from ..tokenization_qwen import IMEND
 from .companions import (
     GENERATION_CONFIG,
+    TOKENIZER_JSON,
     VOCABULARY,
     code_files,
     copied_tokenizer,
     end_ids,
     is_chat,
     legal_files,
+    llama_tokenizer,
     optional_json,
     qwen2_generation,
     qwen2_tokenizer,
+    qwen2_tokenizer_of_json,
     qwen_tokenizer,
 )
 from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
 from .errors import CheckpointError
-from .names import Architecture, Recipe, as_qwen, compose, hf_to_qwen
+from .names import Recipe, as_qwen, compose, hf_to_qwen
 from .sources import Kind, Source
-from .upgrading import Plan, job_of
-from .writing import PlannedFile, Progress, json_file, plan_outputs, plan_shards, write_folder
+from .upgrading import Plan, job_of, refuse_inside
+from .writing import CopiedFile, PlannedFile, Progress, json_file, plan_outputs, plan_shards, write_folder
 
 TARGETS = ("qwen2", "qwen")
 
@@ -80,29 +84,49 @@ def _plan_qwen2(source: Source, dtype: torch.dtype | None, scaling: RopeScaling 
     lost = check_qwen2(source.config)
     recipes = _without_zero_biases(source, source.to_hf())
     generation = optional_json(folder / GENERATION_CONFIG)
-    end_of_text, end_of_turn = end_ids(source.config, folder)
+    ends = end_ids(source.config, folder)
     settings = dict(architecture.settings or {})
-    settings["eos_token_id"] = end_of_turn if is_chat(generation) else end_of_text
+    if ends is not None:
+        settings["eos_token_id"] = ends[1] if is_chat(generation) else ends[0]
     config = qwen2_config(replace(architecture, settings=settings), _dtype_name(dtype or source.dtype), scaling)
-    plan = Plan(notes=_length_notes(architecture, lost, config))
-    plan.files = [
-        json_file("config.json", config),
-        json_file(GENERATION_CONFIG, qwen2_generation(generation, end_of_text, end_of_turn)),
-    ]
-    if (folder / VOCABULARY).is_file():
-        plan.files += qwen2_tokenizer(folder, is_chat(generation), config["max_position_embeddings"])
-    else:
-        plan.notes.append(f"There is no {VOCABULARY}, so no tokenizer is written.")
+    plan = Plan(notes=_length_notes(source, lost, config))
+    plan.files = [json_file("config.json", config), *_qwen2_tokenizer(plan, folder, ends, is_chat(generation), config)]
+    if ends is not None:
+        plan.files.append(json_file(GENERATION_CONFIG, qwen2_generation(generation, *ends)))
+        if generation is None:
+            plan.notes.append(f"There is no {GENERATION_CONFIG}: texts end at {ends[0]}, as those of a base model.")
+    elif generation is not None:
+        plan.files.append(CopiedFile(GENERATION_CONFIG, folder / GENERATION_CONFIG))
     return plan, recipes
 
 
-def _length_notes(architecture: Architecture, lost: list[str], config: dict[str, Any]) -> list[str]:
-    rope, limit = config["rope_scaling"], config["max_position_embeddings"]
-    notes = [*lost, f"max_position_embeddings is {limit}; the model was trained on {architecture.length} tokens."]
-    if rope is None:
-        notes.append("For longer texts choose --rope-scaling yarn:FACTOR or dynamic.")
-    else:
+def _qwen2_tokenizer(
+    plan: Plan, folder: Path, ends: tuple[int, int] | None, chat: bool, config: dict[str, Any]
+) -> list[PlannedFile]:
+    if (folder / VOCABULARY).is_file():
+        return qwen2_tokenizer(folder, chat, config["max_position_embeddings"])
+    if (folder / TOKENIZER_JSON).is_file() and ends is not None:
+        return qwen2_tokenizer_of_json(folder)
+    files = copied_tokenizer(folder)
+    plan.notes.append(
+        f"The tokenizer has no {IMEND}: it is kept as it is."
+        if files and ends is None
+        else f"There is no {VOCABULARY}, so no tokenizer is written."
+    )
+    return files if ends is None else []
+
+
+def _length_notes(source: Source, lost: list[str], config: dict[str, Any]) -> list[str]:
+    rope, limit, length = config["rope_scaling"], config["max_position_embeddings"], source.architecture.length
+    before = source.config.get("max_position_embeddings", source.config.get("n_positions", length))
+    notes = list(lost)
+    if limit != before:
+        reason = "the trained length" if rope is None else f"the trained length is {length}"
+        notes.append(f"max_position_embeddings becomes {limit}, {reason}; it was {before}.")
+    if rope is not None:
         notes.append(f"Longer texts are stretched by {rope['type']} scaling with factor {rope['factor']:g}.")
+    elif lost:
+        notes.append("For longer texts choose --rope-scaling yarn:FACTOR or dynamic.")
     return notes
 
 
@@ -143,7 +167,7 @@ def _tokenizer(plan: Plan, source: Source) -> list[PlannedFile]:
     if source.kind is Kind.QWEN2:
         files, note = qwen_tokenizer(source.folder)
     else:
-        files, note = copied_tokenizer(source.folder), "LLaMA's tokenizer is kept as it is, and can't chat."
+        files, note = llama_tokenizer(source.folder), "LLaMA's tokenizer is kept as it is, and can't chat."
         if not files:
             note = "There is no tokenizer, so none is written."
     if note is not None:
@@ -165,4 +189,5 @@ def convert(source: Source, target: Path, plan: Plan, progress: Progress) -> boo
     Raises:
         CheckpointError, OSError: see `write_folder`.
     """
+    refuse_inside(source, target)
     return write_folder(target, plan.files, job_of("convert", source, plan.files), progress)

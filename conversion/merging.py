@@ -274,7 +274,7 @@ def _replacements(source: Source, adapter: Adapter) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: a shape that doesn't fit.
     """
-    shapes = source.shapes
+    shapes = dict(source.shapes)
     shapes.setdefault(_HEAD_WEIGHT, shapes[_EMBEDDING_WEIGHT])
     found = {}
     for name, shape in shapes.items():

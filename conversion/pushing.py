@@ -160,7 +160,7 @@ def _modules(value: Any) -> Iterator[str]:
 
 def _check_vocabulary(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("qwen.tiktoken", "tokenizer.json")):
-        raise CheckpointError(f"{folder} has neither qwen.tiktoken nor tokenizer.json: run `upgrade` on the folder.")
+        raise CheckpointError(f"{folder} has neither qwen.tiktoken nor tokenizer.json: put one of them into it.")
 
 
 # --- model card ---

@@ -42,7 +42,7 @@ _DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 """torch dtype -> its name in a safetensors header."""
 
-# Mapped pages count as resident memory until their file is let go, which is done whenever so many bytes were read.
+# Mapped pages count as resident memory until their files are let go, which is done before more bytes than these are.
 _HELD_BYTES = 128 * 2**20
 _BLOCK = 2**20
 
@@ -303,7 +303,7 @@ class Weights:
         self.extras: dict[str, Any] = {}
         self._stored: dict[str, str] = {}
         self._checked: set[Path] = set()
-        self._open: SafetensorsFile | PickleFile | None = None
+        self._open: dict[Path, SafetensorsFile | PickleFile] = {}
         self._held = 0
         for number, path in enumerate(self.files):
             container = _container(path)(path)
@@ -330,19 +330,19 @@ class Weights:
         if info.file not in self._checked:
             check_file(info.file)
             self._checked.add(info.file)
-        if self._open is None or self._open.path != info.file or self._held > _HELD_BYTES:
-            self._open = None  # before the next is opened, so that both are never mapped
-            self._open = _container(info.file)(info.file)
-            self._held = 0
+        if self._held + info.nbytes > _HELD_BYTES:
+            self.close()
+        if info.file not in self._open:
+            self._open[info.file] = _container(info.file)(info.file)
         self._held += info.nbytes
         try:
-            return self._open.tensor(self._stored[name])
+            return self._open[info.file].tensor(self._stored[name])
         except (SafetensorError, RuntimeError, KeyError) as error:
             raise _unreadable(info.file, error) from error
 
     def close(self) -> None:
-        """Let go of the file that was read last."""
-        self._open = None
+        """Let go of all files."""
+        self._open, self._held = {}, 0
 
     @property
     def nbytes(self) -> int:

@@ -190,6 +190,8 @@ def open_source(path: Path, params: Path | None = None) -> Source:
         raise CheckpointError(f"{path} doesn't exist.")
     if (path / WORK_FOLDER / MOVES_FILE).is_file():
         raise CheckpointError(f"An upgrade of {path} was interrupted: run upgrade --in-place again, which finishes it.")
+    if params is not None and (path / "config.json").is_file():
+        raise CheckpointError(f"--params is for LLaMA's original format, but {path} has a config.json: leave it out.")
     found = read_source_config(path) if path.is_dir() and params is None else None
     if found is None:
         return _open_llama(path, params)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..configuration_qwen import AUTO_MAP
+from ..tokenization_qwen import IMEND
 from .companions import (
     GENERATION_CONFIG,
     OLD_CODE,
@@ -23,6 +26,7 @@ from .companions import (
     template_files,
     upgraded_tokenizer_config,
 )
+from .configurations import quantization_method
 from .errors import CheckpointError
 from .names import IGNORED, Recipe, keep
 from .reading import PICKLE, SAFETENSORS
@@ -50,6 +54,7 @@ _ALIASES = {
 """Spellings that programs outside read from the file itself, and the published ones of the same values."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_TRAINING = re.compile(r"(checkpoint-\d+|global_step\d+|runs)/|(trainer_state|adapter_config)\.json$")
 _LEFTOVER = re.compile(r"__pycache__/|\.bak\d*$")
 
 
@@ -99,16 +104,17 @@ def plan_upgrade(source: Source, max_shard_size: str = "5GB", link: bool = True)
 
 def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -> None:
     weights, folder = source.weights, source.folder
-    if quantization := source.config.get("quantization_config"):
-        plan.notes.append(f"Quantised weights ({quantization.get('quant_method')}) are taken over without a check.")
+    if method := quantization_method(source.config):
+        plan.notes.append(f"Quantised weights ({method}) are taken over without a check.")
     else:
         source.check()
     if all(file.suffix == ".safetensors" for file in weights.files):
-        plan.files += [CopiedFile(file.name, file, link, weights=True) for file in weights.files]
+        counts = Counter(info.file for info in weights.infos.values())
+        plan.files += [CopiedFile(file.name, file, link, counts[file]) for file in weights.files]
         if (folder / f"{SAFETENSORS}.index.json").is_file():
             plan.files.append(CopiedFile(f"{SAFETENSORS}.index.json", folder / f"{SAFETENSORS}.index.json"))
         return
-    surplus = ("lm_head.weight",) if source.architecture.tied else ()
+    surplus = ("lm_head.weight",) if source.config.get("tie_word_embeddings") else ()
     names = [name for name in weights.infos if not IGNORED.fullmatch(name) and name not in surplus]
     outputs = plan_outputs([Recipe(name, (name,), keep) for name in names], weights, None)
     plan.files += plan_shards(outputs, weights, max_shard_size)
@@ -118,10 +124,16 @@ def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -
 
 def _plan_settings(plan: Plan, source: Source) -> None:
     folder = source.folder
-    generation = optional_json(folder / GENERATION_CONFIG)
+    generation, ends = optional_json(folder / GENERATION_CONFIG), end_ids(source.config, folder)
+    if ends is None:
+        plan.notes.append(f"The tokenizer has no {IMEND}: its files and {GENERATION_CONFIG} stay as they are.")
+        return
     if generation is None:
-        plan.notes.append(f"There is no {GENERATION_CONFIG}: one for chats is written (chat_format chatml).")
-    plan.files.append(json_file(GENERATION_CONFIG, qwen_generation(generation, *end_ids(source.config, folder))))
+        plan.notes.append(
+            f"There is no {GENERATION_CONFIG}: texts end at {ends[0]} only, as those of a base model. For a chat model "
+            f'write "chat_format": "chatml" and "eos_token_id": [{ends[1]}, {ends[0]}] into it.'
+        )
+    plan.files.append(json_file(GENERATION_CONFIG, qwen_generation(generation, *ends)))
     tokenizer = optional_json(folder / TOKENIZER_CONFIG)
     plan.files.append(json_file(TOKENIZER_CONFIG, upgraded_tokenizer_config(tokenizer)))
     plan.files += template_files(folder)
@@ -140,13 +152,14 @@ def _plan_rest(plan: Plan, folder: Path) -> None:
             continue
         if name in OLD_CODE:
             plan.retired.append(name)
-        elif path.suffix in (*_PICKLES, ".safetensors") or path.name.endswith(".index.json"):
+        elif _TRAINING.match(name) or path.suffix in (*_PICKLES, ".safetensors") or name.endswith(".index.json"):
             left_out.append(name)
         else:
             plan.files.append(CopiedFile(name, path))
     left_out = [name for name in left_out if name not in plan.retired]
     if left_out:
-        plan.notes.append(f"Left out, as no part of the model: {', '.join(left_out)}.")
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        plan.notes.append(f"Left out, as no part of the model: {', '.join(left_out[:5])}{more}.")
 
 
 def upgrade(source: Source, target: Path, plan: Plan, progress: Progress) -> bool:
@@ -158,12 +171,20 @@ def upgrade(source: Source, target: Path, plan: Plan, progress: Progress) -> boo
     Raises:
         CheckpointError, OSError: see `write_folder`.
     """
-    here = source.folder.resolve()
-    if here == target.resolve():
+    if source.folder.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the source itself: use --in-place.")
-    if here in target.resolve().parents:  # the next run would take it for a part of the source
-        raise CheckpointError(f"{target} is inside the source: name a folder beside it.")
+    refuse_inside(source, target)
     return write_folder(target, plan.files, job_of("upgrade", source, plan.files), progress)
+
+
+def refuse_inside(source: Source, target: Path) -> None:
+    """Refuse a target inside the source, of which the next run would take it for a part.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if source.path.is_dir() and target.resolve().is_relative_to(source.path.resolve()):
+        raise CheckpointError(f"{target} is inside the source: name a folder beside it.")
 
 
 def job_of(command: str, source: Source, files: Sequence[PlannedFile]) -> dict[str, Any]:
@@ -173,6 +194,7 @@ def job_of(command: str, source: Source, files: Sequence[PlannedFile]) -> dict[s
         "config": source.config,
         "files": [[file.name, file.kind] for file in files if file.tensors],
         "source": describe_files(source.weights.files),
+        "version": __version__,
     }
 
 

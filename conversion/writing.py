@@ -25,7 +25,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import CheckpointError
 from .names import Recipe
-from .reading import DTYPE_CODES, SAFETENSORS, Weights, meta_tensors, same_bytes
+from .reading import DTYPE_CODES, SAFETENSORS, Weights, check_file, meta_tensors, same_bytes
 
 JOB_FILE, LOCK_FILE = ".qwen1.job.json", ".qwen1.lock"
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)
@@ -100,23 +100,33 @@ def plan_outputs(recipes: Sequence[Recipe], weights: Weights, dtype: torch.dtype
     return outputs
 
 
-def write_safetensors(file: BinaryIO, outputs: Sequence[Output], weights: Weights, progress: Progress) -> None:
-    """Write a safetensors file a tensor at a time, so that only one is ever held.
+def _ordered(outputs: Sequence[Output]) -> list[Output]:
+    """Tensors of wide dtypes first, as the format demands for alignment."""
+    return sorted(outputs, key=lambda output: -output.dtype.itemsize)
 
-    The library writes whole files from memory only. Tensors of wide dtypes come first, as it demands for alignment.
-    """
-    ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+
+def safetensors_header(outputs: Sequence[Output]) -> bytes:
+    """What a safetensors file of these tensors begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for output in ordered:
+    for output in _ordered(outputs):
         end = position + output.nbytes
         code = DTYPE_CODES[output.dtype]
         header[output.recipe.name] = {"dtype": code, "shape": list(output.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for output in ordered:
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(file: BinaryIO, outputs: Sequence[Output], weights: Weights, progress: Progress) -> None:
+    """Write a safetensors file a tensor at a time, so that only one is ever held; the library writes from memory only.
+
+    Raises:
+        CheckpointError: a damaged file, or a value that is not a finite number.
+    """
+    file.write(safetensors_header(outputs))
+    for output in _ordered(outputs):
         _write_tensor(file, output.produce(weights))  # which no name here keeps alive while the next is read
         progress.advance(output.recipe.name, output.nbytes)
     weights.close()
@@ -168,9 +178,14 @@ class PlannedFile(ABC):
     def nbytes(self) -> int:
         """Its size in bytes."""
 
+    @property
+    def file_size(self) -> int:
+        """The same with whatever the container adds."""
+        return self.nbytes
+
     def disk_bytes(self, folder: Path) -> int:
         """Disk space that it will take in a folder."""
-        return self.nbytes
+        return self.file_size
 
     @abstractmethod
     def write(self, path: Path, progress: Progress) -> None:
@@ -212,17 +227,17 @@ class CopiedFile(PlannedFile):
 
     Attributes:
         link: give the same data a second name, where the file system has such.
-        weights: whether it holds tensors, and so takes its time.
+        weights: number of tensors in it; the checksums that are known of such a file are compared.
     """
 
     source: Path
     link: bool = False
-    weights: bool = False
+    weights: int = 0
 
     @property
     def tensors(self) -> int:
-        """One for all of them."""
-        return int(self.weights)
+        """Their number."""
+        return self.weights
 
     @property
     def kind(self) -> list[Any]:
@@ -240,11 +255,17 @@ class CopiedFile(PlannedFile):
         return 0 if linked else self.nbytes
 
     def write(self, path: Path, progress: Progress) -> None:
-        """Link it, or copy it where that is impossible."""
+        """Link it, or copy it where that is impossible.
+
+        Raises:
+            CheckpointError: weights that a known checksum shows to be damaged.
+        """
+        if self.weights:
+            check_file(self.source)
         if not (self.link and self._linked(path)):
             shutil.copyfile(self.source, path)
         if self.weights:
-            progress.advance(self.name, self.nbytes)
+            progress.advance(self.name, self.nbytes, self.weights)
 
     def _linked(self, path: Path) -> bool:
         try:
@@ -280,6 +301,11 @@ class ShardFile(PlannedFile):
     def nbytes(self) -> int:
         """Size of its tensors in bytes."""
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def file_size(self) -> int:
+        """The same with the header."""
+        return len(safetensors_header(self.outputs)) + self.nbytes
 
     def write(self, path: Path, progress: Progress) -> None:
         """Convert and write tensor by tensor."""
@@ -353,6 +379,8 @@ def write_folder(target: Path, files: Sequence[PlannedFile], job: Mapping[str, A
         _check_equal(target, files)
         _finish(target)
         return False
+    if os.path.ismount(target):  # which nothing can be renamed to
+        raise CheckpointError(f"{target} is a mount point: name a folder in it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(partial):
         write_files(partial, files, job, progress)
@@ -460,7 +488,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _write_missing(folder: Path, files: Sequence[PlannedFile], progress: Progress) -> None:
-    missing = [file for file in files if not (file.tensors and (folder / file.name).is_file())]
+    missing = [file for file in files if not (file.tensors and _is_complete(folder / file.name, file))]
     _check_space(folder, sum(file.disk_bytes(folder) for file in missing))
     weights = [file for file in files if file.tensors]
     progress.begin(sum(file.tensors for file in weights), sum(file.nbytes for file in weights))
@@ -477,6 +505,11 @@ def _write_missing(folder: Path, files: Sequence[PlannedFile], progress: Progres
             temporary.unlink(missing_ok=True)
             raise
         temporary.replace(path)
+
+
+def _is_complete(path: Path, file: PlannedFile) -> bool:
+    """Whether a renamed file has its whole size, as after a loss of power it may not."""
+    return path.is_file() and path.stat().st_size == file.file_size
 
 
 def _check_space(folder: Path, wanted: int) -> None:

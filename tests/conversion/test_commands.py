@@ -191,6 +191,19 @@ def test_verify_takes_given_ids(run, golden, tmp_path):
     assert run("verify", source, source, "--ids", "1,320").exit_code == 1
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(run, golden, device):
+    source = golden / "model" / "aug_plain"
+    result = run("verify", source, source, "--device", device)
+    assert result.exit_code == 1 and device in result.stderr
+
+
+def test_params_are_refused_where_there_is_a_configuration(run, golden, tmp_path):
+    params = golden / "llama_meta" / "mp1" / "params.json"
+    result = run("convert", golden / "model" / "aug_plain", tmp_path / "new", "--to", "qwen2", "--params", params)
+    assert result.exit_code == 1 and "--params is for LLaMA" in result.stderr
+
+
 def test_push_lists_files_and_card_without_a_network(run, checkpoint_folder):
     result = run("push", checkpoint_folder, "somebody/tiny", "--dry-run")
     assert result.exit_code == 0

@@ -306,6 +306,7 @@ def test_params_and_shapes_make_the_architecture():
         rope_theta=5e5,
         length=LLAMA_2_LENGTH,
         qkv_bias=False,
+        settings={"bos_token_id": 1, "eos_token_id": 2},
     )
 
 

@@ -127,10 +127,13 @@ def test_a_single_file_without_settings_needs_params(tmp_path, golden, converted
 def test_a_model_that_shares_its_embedding_becomes_tied(tmp_path, golden, converted):
     state = torch.load(golden / "llama_meta" / "mp1" / "consolidated.00.pth", weights_only=True)
     state["output.weight"] = state["tok_embeddings.weight"]
-    torch.save(state, tmp_path / "consolidated.00.pth")
-    shutil.copy(golden / "llama_meta" / "mp1" / "params.json", tmp_path)
-    folder, _ = converted(tmp_path, "qwen")
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save(state, source / "consolidated.00.pth")
+    shutil.copy(golden / "llama_meta" / "mp1" / "params.json", source)
+    folder, _ = converted(source, "qwen")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True and (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert torch.equal(QWenLMHeadModel.from_pretrained(folder).lm_head.weight, state["tok_embeddings.weight"])
 
@@ -208,10 +211,29 @@ def test_qwen2_comes_back_bit_for_bit(converted, golden, name):
     assert differing <= {"_name_or_path", "max_window_layers", "transformers_version", "eos_token_id"}
 
 
+def test_a_target_inside_the_source_is_refused(editable):
+    folder = editable("model/aug_plain")
+    source = open_source(folder)
+    with pytest.raises(CheckpointError, match="inside the source"):
+        convert(source, folder / "new", plan_conversion(source, "qwen2"), Progress())
+
+
+def test_a_foreign_tokenizer_goes_along_to_qwen2_too(golden, converted, tmp_path):
+    llama = tmp_path / "llama"
+    shutil.copytree(golden / "llama_meta" / "mp1", llama)
+    (llama / "tokenizer.model").write_bytes(b"sentencepiece")
+    qwen, _ = converted(llama, "qwen")
+    assert json.loads((qwen / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    folder, notes = converted(qwen, "qwen2")
+    assert (folder / "tokenizer.model").exists() and any("<|im_end|>" in note for note in notes)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
+
+
 def test_lost_stretching_is_told_and_the_length_is_the_trained_one(converted, golden):
     folder, notes = converted(golden / "model" / "aug_ntk_logn", "qwen2")
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 32
     assert any("NTK and LogN" in note and "32 tokens" in note for note in notes)
+    assert any("max_position_embeddings becomes 32" in note for note in notes)
     assert any("--rope-scaling" in note for note in notes)
 
 
@@ -420,6 +442,9 @@ def test_other_control_tokens_of_qwen2_are_kept(tmp_path, converted, golden, pub
     text = "<|im_start|>user\n你好 <tool_call> <|object_ref_start|> Grüße<|im_end|>"
     assert ours(text).input_ids == theirs(text).input_ids
     assert {151646, 151657} <= set(ours(text).input_ids)
+    back, _ = converted(folder, "qwen2")
+    assert AutoTokenizer.from_pretrained(back)(text).input_ids == theirs(text).input_ids
+    assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == 151643
     again = tmp_path / "again"
     upgrade(open_source(folder), again, plan_upgrade(open_source(folder)), Progress())
     assert (again / "tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()

@@ -475,7 +475,7 @@ def test_many_random_shapes_go_there_and_back():
             {name[3:]: tuple(tensor.shape) for name, tensor in split.items() if name.startswith("00/")},
             files,
         )
-        assert replace(found, length=LLAMA.length) == architecture
+        assert replace(found, length=LLAMA.length, settings=architecture.settings) == architecture
         way = compose(llama_to_hf(found, files, 0 if vocabulary else 1), hf_to_qwen(found, torch.bfloat16))
         back = convert_tensors(qwen_to_hf(as_qwen(found)), convert_tensors(way, split))
         assert identical({name: back[name] for name in tensors}, tensors)

@@ -563,7 +563,7 @@ def pickle_weights(folder):
         (remove("tokenization_qwen.py"), "tokenization_qwen.py doesn't exist, but auto_map names it"),
         (set_config(auto_map=None), "no auto_map with AutoModelForCausalLM.*run `upgrade`"),
         (set_config(auto_map={"AutoModelForCausalLM": "a/b--modeling_qwen.X"}), "a/b--modeling_qwen.py doesn't exist"),
-        (remove("qwen.tiktoken"), "neither qwen.tiktoken nor tokenizer.json: run `upgrade`"),
+        (remove("qwen.tiktoken"), "neither qwen.tiktoken nor tokenizer.json: put one"),
         (write("README.md", "---\na: [\n---\n"), "README.md begins with no valid YAML.*mend it"),
         (write("README.md", "---\n- a\n---\n"), "README.md begins with no valid YAML.*mend it"),
         (write("README.md", b"\xff"), "README.md .*isn't UTF-8"),

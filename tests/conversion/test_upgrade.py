@@ -277,15 +277,53 @@ def test_chats_end_at_im_end_as_well(release, upgraded, eos, expected):
     assert json_of(upgraded(source) / "generation_config.json") == {**before, "eos_token_id": expected}
 
 
-def test_missing_generation_settings_are_those_of_a_chat_and_told(release, upgraded):
+def test_missing_generation_settings_are_those_of_a_base_model_and_told(release, upgraded):
     source = release()
     (source / "generation_config.json").unlink()
-    assert "There is no generation_config.json" in notes_of(source)
-    assert json_of(upgraded(source) / "generation_config.json") == {
-        "chat_format": "chatml",
-        "eos_token_id": [258, 256],
-        "pad_token_id": 256,
-    }
+    assert "There is no generation_config.json" in notes_of(source) and "[258, 256]" in notes_of(source)
+    assert json_of(upgraded(source) / "generation_config.json") == {"eos_token_id": 256, "pad_token_id": 256}
+
+
+def test_control_tokens_are_looked_up_in_tokenizer_json_too(release, upgraded, byte_tokenizer):
+    """A folder converted from Qwen2.5 has no vocabulary, and its eos_token_id is that of <|im_end|> already."""
+    source = release(eos_token_id=258)
+    (source / "qwen.tiktoken").unlink()
+    backend = {"added_tokens": [{"content": text, "id": i} for text, i in byte_tokenizer.special_tokens.items()]}
+    (source / "tokenizer.json").write_text(json.dumps(backend))
+    assert json_of(upgraded(source) / "generation_config.json")["eos_token_id"] == [258, 256]
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "tokenizer.model"])
+def test_settings_of_a_foreign_tokenizer_stay_byte_for_byte(release, upgraded, tokenizer):
+    source = release(eos_token_id=2)
+    for name in ("qwen.tiktoken", "chat_template.jinja"):
+        (source / name).unlink(missing_ok=True)
+    (source / tokenizer).write_text('{"added_tokens": [{"content": "</s>", "id": 2}]}')
+    target = upgraded(source)
+    for name in ("generation_config.json", "tokenizer_config.json", tokenizer):
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert not (target / "chat_template.jinja").exists() and "<|im_end|>" in notes_of(source)
+
+
+def test_a_known_checksum_is_compared_before_a_file_is_linked(release, tmp_path):
+    source = release("safetensors", shards=1)
+    (source / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    assert "model.safetensors is damaged" in refusal(run_upgrade, source, tmp_path / "new")
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "mounted"))
+    assert "mount point" in refusal(run_upgrade, release(), tmp_path / "mounted")
+
+
+def test_what_training_leaves_behind_is_left_out(release, upgraded):
+    source = release()
+    for name in ("checkpoint-500/config.json", "runs/events", "trainer_state.json", "adapter_config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    target = upgraded(source)
+    assert not {"checkpoint-500", "runs", "trainer_state.json", "adapter_config.json"} & names_in(target)
+    assert "checkpoint-500" in notes_of(source)
 
 
 # --- tokenizer ---
@@ -336,7 +374,7 @@ def test_a_missing_vocabulary_is_told_and_ids_are_counted_from_the_configuration
     (source / "generation_config.json").unlink()
     assert "There is no qwen.tiktoken" in notes_of(source)
     target = upgraded(source)
-    assert json_of(target / "generation_config.json")["eos_token_id"] == [302, 300]
+    assert json_of(target / "generation_config.json")["eos_token_id"] == 300
     assert "qwen.tiktoken" not in names_in(target)
 
 
@@ -520,9 +558,13 @@ def test_quantised_weights_are_taken_over_as_they_are(release, upgraded):
     assert "quantize_config.json" in names_in(target)
 
 
-def test_quantised_pickles_are_refused(release, tmp_path):
-    source = release(tensors={"transformer.wte.qweight": torch.ones(1)}, quantization_config={"quant_method": "gptq"})
-    assert "gptq" in refusal(run_upgrade, source, tmp_path / "new")
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, "gptq"])
+def test_quantised_pickles_become_safetensors_as_they_are(release, upgraded, quantization):
+    tensors = {"transformer.h.0.attn.c_attn.qweight": torch.arange(8, dtype=torch.int32)}
+    source = release(tensors=tensors, shards=1, quantization_config=quantization)
+    assert "gptq" in notes_of(source)
+    written = load_file(upgraded(source) / "model.safetensors")
+    assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
 def broken(tensors, kind):

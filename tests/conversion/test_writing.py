@@ -335,15 +335,17 @@ def test_what_is_no_size_is_refused(weights, size):
 
 
 def test_a_linked_file_shares_its_data_with_the_source(weights, tmp_path):
-    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=True)
+    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=1)
     assert file.disk_bytes(tmp_path) == 0
     file.write(tmp_path / "linked", Progress())
     assert (tmp_path / "linked").samefile(weights.files[0])
 
 
 def test_a_link_to_a_link_shares_its_data_too(weights, tmp_path):
-    (tmp_path / "link").symlink_to(weights.files[0])
-    CopiedFile("model.safetensors", tmp_path / "link", link=True, weights=True).write(tmp_path / "linked", Progress())
+    (tmp_path / "link.safetensors").symlink_to(weights.files[0])
+    CopiedFile("model.safetensors", tmp_path / "link.safetensors", link=True, weights=1).write(
+        tmp_path / "linked", Progress()
+    )
     assert not (tmp_path / "linked").is_symlink() and (tmp_path / "linked").samefile(weights.files[0])
 
 
@@ -352,7 +354,7 @@ def test_a_file_on_another_file_system_is_copied(weights, tmp_path, monkeypatch)
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=True)
+    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=1)
     progress = Counter()
     file.write(tmp_path / "copied", progress)
     assert not (tmp_path / "copied").samefile(weights.files[0]) and file.equals(tmp_path / "copied")
@@ -367,14 +369,14 @@ def test_a_copy_that_was_to_be_a_link_needs_free_space_as_well(weights, tmp_path
 
     monkeypatch.setattr(os, "link", refuse)
     disk(100)
-    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=True)
+    file = CopiedFile("model.safetensors", weights.files[0], link=True, weights=1)
     with pytest.raises(OSError, match="are needed"):
         file.write(tmp_path / "copied", Progress())
     assert not (tmp_path / "copied").exists()
 
 
 def test_without_links_files_are_copied(weights, tmp_path):
-    file = CopiedFile("model.safetensors", weights.files[0], weights=True)
+    file = CopiedFile("model.safetensors", weights.files[0], weights=1)
     assert file.disk_bytes(tmp_path) == file.nbytes == weights.files[0].stat().st_size
     file.write(tmp_path / "copied", Progress())
     assert not (tmp_path / "copied").samefile(weights.files[0]) and file.equals(tmp_path / "copied")
@@ -428,8 +430,8 @@ def test_the_target_may_be_a_link_to_a_folder_elsewhere(weights, tmp_path, targe
 
 def test_progress_ends_at_all_tensors_and_all_bytes(write, weights, interrupted):
     progress = Counter()
-    copied = CopiedFile("more.safetensors", weights.files[0], weights=True)
-    linked = CopiedFile("link.safetensors", weights.files[0], link=True, weights=True)
+    copied = CopiedFile("more.safetensors", weights.files[0], weights=1)
+    linked = CopiedFile("link.safetensors", weights.files[0], link=True, weights=1)
     write(weights, files=[copied, linked], progress=progress)
     assert progress.total == progress.done == [8, 6 * 500 + 2 * copied.nbytes]
 
@@ -532,7 +534,7 @@ def test_the_same_run_goes_on_with_complete_shards(interrupted, write, weights, 
 
 def test_what_was_taken_over_is_not_taken_over_again(weights, target):
     """Neither links nor copies, which take longest."""
-    files = [CopiedFile(f"{i}.safetensors", weights.files[0], link=i == 1, weights=True) for i in range(3)]
+    files = [CopiedFile(f"{i}.safetensors", weights.files[0], link=i == 1, weights=1) for i in range(3)]
     with pytest.raises(KeyboardInterrupt):
         write_folder(target, files, job(weights), Interruption(2))
     before = shards_in(partial_of(target))
@@ -672,12 +674,10 @@ def test_only_what_is_missing_needs_space(interrupted, write, weights, disk):
 def test_links_need_no_space(weights, target, opened, disk):
     large = opened({"large": torch.zeros(10**5)}, "large.safetensors")
     disk(2**20 + 10**5)
-    copied = CopiedFile("model.safetensors", large.files[0], weights=True)
+    copied = CopiedFile("model.safetensors", large.files[0], weights=1)
     with pytest.raises(OSError, match="are needed"):
         write_folder(target, [copied], {}, Progress())
-    assert write_folder(
-        target, [CopiedFile("model.safetensors", large.files[0], link=True, weights=True)], {}, Progress()
-    )
+    assert write_folder(target, [CopiedFile("model.safetensors", large.files[0], link=True, weights=1)], {}, Progress())
 
 
 # --- two processes ---
