@@ -97,9 +97,12 @@ def optional_json(path: Path) -> dict[str, Any] | None:
 # --- which tokens end a text ---
 
 
-def is_chat(generation: Mapping[str, Any] | None) -> bool:
-    """Whether generation settings are those of a QWen chat model, as they are unless they say "raw"."""
-    return generation is not None and generation.get("chat_format", "chatml") == "chatml"
+def is_chat(generation: Mapping[str, Any] | None, end_of_turn: int | None = None) -> bool:
+    """Whether generation settings are those of a chat model: they say so, or say nothing and end at `<|im_end|>`."""
+    settings = generation or {}
+    if "chat_format" in settings:
+        return settings["chat_format"] == "chatml"
+    return end_of_turn is not None and end_of_turn in as_list(settings.get("eos_token_id"))
 
 
 def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
@@ -144,7 +147,7 @@ def qwen_generation(generation: Mapping[str, Any] | None, end_of_text: int, end_
     """
     if generation is None:
         return {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    if not is_chat(generation):
+    if not is_chat(generation, end_of_turn):
         return {**generation, "eos_token_id": generation.get("eos_token_id", end_of_text)}
     ends = as_list(generation.get("eos_token_id", end_of_text))
     return {**generation, "eos_token_id": [end_of_turn, *(end for end in ends if end != end_of_turn)]}

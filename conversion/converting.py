@@ -85,12 +85,13 @@ def _plan_qwen2(source: Source, dtype: torch.dtype | None, scaling: RopeScaling 
     recipes = _without_zero_biases(source, source.to_hf())
     generation = optional_json(folder / GENERATION_CONFIG)
     ends = end_ids(source.config, folder)
+    chat = ends is not None and is_chat(generation, ends[1])
     settings = dict(architecture.settings or {})
     if ends is not None:
-        settings["eos_token_id"] = ends[1] if is_chat(generation) else ends[0]
+        settings["eos_token_id"] = ends[1] if chat else ends[0]
     config = qwen2_config(replace(architecture, settings=settings), _dtype_name(dtype or source.dtype), scaling)
     plan = Plan(notes=_length_notes(source, lost, config))
-    plan.files = [json_file("config.json", config), *_qwen2_tokenizer(plan, folder, ends, is_chat(generation), config)]
+    plan.files = [json_file("config.json", config), *_qwen2_tokenizer(plan, folder, ends, chat, config)]
     if ends is not None:
         plan.files.append(json_file(GENERATION_CONFIG, qwen2_generation(generation, *ends)))
         if generation is None:
