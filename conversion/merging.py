@@ -44,6 +44,7 @@ from .errors import CheckpointError
 from .names import Recipe, keep
 from .reading import SAFETENSORS, TensorInfo, Weights, read_json
 from .sources import Source, open_source
+from .stored import ADAPTER_CONFIG, ADAPTERS
 from .upgrading import job_of, plan_upgrade, upgraded_config
 from .writing import (
     CopiedFile,
@@ -56,9 +57,6 @@ from .writing import (
     plan_shards,
     write_folder,
 )
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 MERGEABLE = (
     "LORA",
@@ -155,10 +153,10 @@ def open_adapter(folder: Path) -> Adapter:
         raise CheckpointError(f"{config_file} doesn't exist: {_elsewhere(folder)}.")
     config = read_json(config_file)
     _check_method(folder, config)
-    for name in ADAPTER_FILES:
+    for name in ADAPTERS:
         if (folder / name).is_file():
             return Adapter(folder, config, Weights([folder / name]))
-    raise CheckpointError(f"{folder} has no weights: looked for {' and '.join(ADAPTER_FILES)}. Download them.")
+    raise CheckpointError(f"{folder} has no weights: looked for {' and '.join(ADAPTERS)}. Download them.")
 
 
 def _elsewhere(folder: Path) -> str:

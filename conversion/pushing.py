@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
+from .companions import end_ids
 from .errors import CheckpointError
 from .reading import SAFETENSORS, Weights, open_weights, read_json
 from .sources import Kind, detect_kind
@@ -231,16 +232,23 @@ def _read_card(path: Path) -> str | None:
 
 def _front_matter(checkpoint: _Checkpoint) -> ModelCardData:
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
-    if checkpoint.kind is Kind.LLAMA:  # of whose languages nothing is known
-        data.tags = ["llama"]
-    else:
+    data.tags = ["llama"] if checkpoint.kind is Kind.LLAMA else ["qwen"]
+    if checkpoint.kind.is_qwen:
+        data.tags.append("custom_code")
+    if not _is_foreign(checkpoint):
         data.language = ["zh", "en"]
-        data.tags = ["qwen", "custom_code"] if checkpoint.kind.is_qwen else ["qwen"]
     if licence := _licence(checkpoint):
         text = (checkpoint.folder / licence).read_text(encoding="utf-8", errors="replace")
         slug = re.sub(r"[^a-z0-9]+", "-", text.strip().partition("\n")[0].lower()).strip("-")[:60]
         data.license, data.license_name, data.license_link = "other", slug or "see-file", licence
     return data
+
+
+def _is_foreign(checkpoint: _Checkpoint) -> bool:
+    """Whether the model comes from LLaMA, of whose languages nothing is known and whose tokenizer can't chat."""
+    if checkpoint.kind.is_qwen:
+        return end_ids(checkpoint.config, checkpoint.folder) is None
+    return checkpoint.kind is Kind.LLAMA
 
 
 def _licence(checkpoint: _Checkpoint) -> str | None:
@@ -268,7 +276,8 @@ def _usage(checkpoint: _Checkpoint, repo_id: str) -> str:
     if is_qwen:
         path = folder / "generation_config.json"
         chat_format = read_json(path).get("chat_format", "chatml") if path.is_file() else "chatml"
-        return load + (_CHAT_METHOD if chat_format == "chatml" else _CONTINUATION)
+        chats = chat_format == "chatml" and not _is_foreign(checkpoint)
+        return load + (_CHAT_METHOD if chats else _CONTINUATION)
     path = folder / "tokenizer_config.json"
     has_template = (folder / "chat_template.jinja").is_file() or (path.is_file() and "chat_template" in read_json(path))
     return load + (_CHAT_TEMPLATE if has_template else _CONTINUATION)

@@ -16,7 +16,7 @@ from .reports import FileReport, Findings, are, first_of, plural
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _CONTAINERS = (SAFETENSORS, PICKLE)
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
 _WEIGHT_FILE = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|{MODEL_PARALLEL.pattern}")
@@ -79,7 +79,7 @@ class StoredWeights:
                 return shards
         if numbers := [int(match[1]) for name in names if (match := MODEL_PARALLEL.fullmatch(name))]:
             return [f"consolidated.{number:02d}.pth" for number in range(max(numbers) + 1)]
-        if ADAPTER_CONFIG in names and (adapters := [name for name in _ADAPTERS if name in names]):
+        if ADAPTER_CONFIG in names and (adapters := [name for name in ADAPTERS if name in names]):
             return adapters[:1]
         self._findings.problems.append(
             f"No weights are in {self.folder}: no {SAFETENSORS}, no {PICKLE}, no consolidated.00.pth. Download them."

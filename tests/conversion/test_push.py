@@ -599,3 +599,11 @@ def test_names_that_no_repository_can_have(small_folder, offline, name):
 def test_a_tokenizer_json_is_vocabulary_enough(checkpoint_folder, offline):
     (checkpoint_folder / "qwen.tiktoken").rename(checkpoint_folder / "tokenizer.json")
     assert files_to_push(checkpoint_folder)
+
+
+def test_the_card_of_a_model_from_llama_promises_neither_languages_nor_chat(checkpoint_folder):
+    (checkpoint_folder / "qwen.tiktoken").unlink()
+    (checkpoint_folder / "tokenizer.json").write_text('{"added_tokens": [{"content": "</s>", "id": 2}]}')
+    card = model_card(checkpoint_folder, "somebody/tiny")
+    assert "language:" not in card and "model.chat(" not in card and "model.generate(" in card
+    assert "custom_code" in card
