@@ -65,7 +65,9 @@ def test_installed_package_is_this_tree():
     assert Path(qwen1.__file__).resolve() == ROOT / "__init__.py"
 
 
-@pytest.mark.parametrize("name", ["qwen1-chat", "qwen1-checkpoint", "qwen1-extend-vocabulary"])
+@pytest.mark.parametrize(
+    "name", ["qwen1-chat", "qwen1-checkpoint", "qwen1-extend-vocabulary", "qwen1-finetune", "qwen1-tiny-chat"]
+)
 def test_console_scripts_point_to_callables(name):
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=name)
     assert callable(script.load())

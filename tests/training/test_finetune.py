@@ -1,0 +1,510 @@
+"""The program qwen1-finetune: full training, adapters, checkpoints, what is refused, several processes."""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerCallback
+
+from qwen1 import QWenLMHeadModel
+from qwen1 import finetune as program
+from qwen1.conversion.merging import merge_lora
+from qwen1.conversion.writing import Progress
+from qwen1.training import finetuning
+from qwen1.training.errors import TrainingError
+from qwen1.training.finetuning import last_checkpoint, main, parse_arguments, run
+
+IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
+DROPOUT = {
+    "resid_pdrop": 0.2,
+    **dict.fromkeys(["attn_pdrop", "attn_dropout_prob", "embd_pdrop", "emb_dropout_prob"], 0.1),
+}
+STEPS = ["--max_steps", "3"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    turns = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * (i + 1)}] for i in range(12)]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
+    return path
+
+
+@pytest.fixture
+def checkpoint_folder(checkpoint_folder):
+    edit_json(checkpoint_folder / "generation_config.json", _from_model_config=None)  # as in the published files
+    return checkpoint_folder
+
+
+@pytest.fixture
+def options(checkpoint_folder, data, tmp_path):
+    """Make the words of a command line: (*options, where the output goes) -> list."""
+
+    def make(*more, output="out", data=data):
+        words = ["--model_name_or_path", checkpoint_folder, "--data_path", data, "--output_dir", tmp_path / output]
+        words += ["--model_max_length", 128, "--per_device_train_batch_size", 2, "--logging_steps", 1]
+        words += ["--learning_rate", 1e-3, "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
+        return [str(word) for word in (*words, *more)]
+
+    return make
+
+
+@pytest.fixture
+def failed(capsys):
+    """What the program says about why it ends with this status: (words, status) -> standard error."""
+
+    def fail(words, status=1):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == status
+        return capsys.readouterr().err
+
+    return fail
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Hide packages."""
+
+    def hide(*names):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else find(name, *a))
+
+    return hide
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfterSaving(TrainerCallback):
+    """Ends a training behind the checkpoint of a step, as a crash does."""
+
+    def __init__(self, step, error=Killed):
+        self.step, self.error = step, error
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.error
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def weights(folder, name="model.safetensors"):
+    return load_file(folder / name)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+# --- all weights ---
+
+
+def test_full_training_with_evaluation(options, tmp_path, checkpoint_folder, capsys):
+    main(options(*STEPS, "--eval_fraction", 0.2, "--eval_strategy", "steps", "--eval_steps", 2, "--packing"))
+    log = history(tmp_path / "out")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    evaluated = [line for line in log if "eval_loss" in line]
+    assert evaluated
+    for line in evaluated:
+        assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp().item(), rel=1e-4)
+    assert "Training data: 10 examples" in (said := capsys.readouterr().err) and "Evaluation data: 2 examples" in said
+    before, after = weights(checkpoint_folder), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and not same(before, after)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "use_cache" not in config or config["use_cache"] is True
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "out")
+    assert model.generation_config.chat_format == "chatml"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= 464
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_evaluation_at_the_end(options, data):
+    trainer = run(parse_arguments(options(*STEPS, "--eval_data_path", data)))
+    assert trainer.state.log_history[-1]["eval_perplexity"] > 1
+
+
+def test_plain_texts(options, tmp_path, checkpoint_folder):
+    edit_json(checkpoint_folder / "generation_config.json", chat_format="raw")
+    (tmp_path / "texts.txt").write_text("one text\n\nanother\n\n" + "long " * 40)
+    main(options(*STEPS, "--plain_texts", "--packing", "--attn_implementation", "eager", data=tmp_path / "texts.txt"))
+    assert not same(weights(checkpoint_folder), weights(tmp_path / "out"))
+    assert QWenLMHeadModel.from_pretrained(tmp_path / "out").generation_config.chat_format == "raw"
+
+
+@pytest.mark.parametrize("settings", [{"chat_format": "raw"}, {"chat_format": None, "_from_model_config": True}])
+def test_a_base_model_becomes_a_chat_model(options, tmp_path, checkpoint_folder, settings):
+    edit_json(checkpoint_folder / "generation_config.json", **settings)
+    main(options("--max_steps", 1))
+    assert QWenLMHeadModel.from_pretrained(tmp_path / "out").generation_config.chat_format == "chatml"
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["chat", "base"])
+def test_lora_with_gradient_checkpointing_can_be_merged(options, tmp_path, checkpoint_folder, base):
+    if base:
+        edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
+    main(options(*STEPS, "--use_lora", "--lora_r", 4, "--gradient_checkpointing"))
+    losses = [line["loss"] for line in history(tmp_path / "out") if "loss" in line]
+    assert len(losses) == 3
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == (["wte", "lm_head"] if base else None)
+    adapter = weights(tmp_path / "out", "adapter_model.safetensors")
+    assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert merge_lora(checkpoint_folder, tmp_path / "out", tmp_path / "merged", progress=Progress())
+    untouched = QWenLMHeadModel.from_pretrained(checkpoint_folder)
+    before = logits(untouched)
+    expected = logits(PeftModel.from_pretrained(untouched, tmp_path / "out"))
+    found = logits(QWenLMHeadModel.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 1e-3
+
+
+def test_lora_is_repeatable(options, tmp_path):
+    for output in ("first", "second"):
+        main(options("--max_steps", 2, "--use_lora", output=output))
+        torch.rand(3)  # somebody else's use of the global generator
+    adapters = [weights(tmp_path / output, "adapter_model.safetensors") for output in ("first", "second")]
+    assert same(*adapters)
+
+
+def test_an_adapter_is_trained_on(options, tmp_path):
+    main(options("--max_steps", 1, "--use_lora", "--lora_r", 4, output="first"))
+    main(options("--max_steps", 2, "--use_lora", "--lora_weight_path", tmp_path / "first"))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert not same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("first", "out")))
+
+
+def test_layers_that_do_not_exist(options, failed):
+    said = failed(options(*STEPS, "--use_lora", "--lora_target_modules", "q_proj"))
+    assert "qwen1-finetune: No adapter can be put on this model:" in said and "q_proj" in said
+
+
+def test_missing_packages(options, failed, without):
+    without("peft", "bitsandbytes")
+    assert "--use_lora needs peft: pip install peft" in failed(options(*STEPS, "--use_lora"))
+
+
+def test_bitsandbytes_is_missing(options, failed, without):
+    without("bitsandbytes")
+    said = failed(options(*STEPS, "--use_lora", "--q_lora"))
+    assert "--q_lora needs bitsandbytes: pip install bitsandbytes" in said
+
+
+def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_folder):
+    edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
+    load, asked = finetuning.AutoModelForCausalLM.from_pretrained, {}
+
+    def from_pretrained(name, quantization_config, device_map, **kwargs):
+        asked.update(settings=quantization_config, device_map=device_map)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(finetuning, "_require", lambda *names: None)
+    monkeypatch.setattr(finetuning, "BitsAndBytesConfig", dict)  # the real one asks for the package's version
+    monkeypatch.setattr(finetuning.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    main(options(*STEPS, "--use_lora", "--q_lora", "--gradient_checkpointing"))
+    assert asked["settings"] == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
+    assert asked["device_map"] == {"": torch.device("cpu")}
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] is None
+
+
+def test_q_lora(options, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    main(options(*STEPS, "--use_lora", "--q_lora"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], torch.float32),
+        (["--bf16"], torch.float32),
+        (["--bf16", "--use_lora"], torch.bfloat16),
+        (["--use_lora"], torch.float32),
+        (["--model_dtype", "float16"], torch.float16),
+    ],
+)
+def test_dtype(options, words, expected):
+    model_arguments, _, lora, training = parse_arguments(options(*words))
+    assert finetuning.load_model(model_arguments, lora, training)[0].dtype == expected
+
+
+def test_chat_models_are_told_by_their_name_where_nothing_else_says(tiny_model):
+    model = tiny_model()
+    assert finetuning.is_chat_model(model, "Qwen/Qwen-7B-Chat")
+    assert not finetuning.is_chat_model(model, "Chat/Qwen-7B")
+    model.generation_config.update(chat_format="raw", allow_custom_entries=True)
+    assert not finetuning.is_chat_model(model, "Qwen-7B-Chat")
+
+
+# --- checkpoints ---
+
+
+def kill(monkeypatch, step, error=Killed):
+    callbacks = [KillAfterSaving(step, error)]
+    monkeypatch.setattr(finetuning, "train", functools.partial(finetuning.train, callbacks=callbacks))
+
+
+RESUMED = {
+    "plain": [],
+    "dropout": [],
+    "packing": ["--packing", "--gradient_accumulation_steps", 2],
+    "lora": ["--use_lora", "--lora_dropout", 0.2],
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_training_is_bit_identical(options, tmp_path, checkpoint_folder, monkeypatch, case):
+    if case == "dropout":
+        edit_json(checkpoint_folder / "config.json", **DROPOUT)
+    words = [*RESUMED[case], "--max_steps", 5, "--save_strategy", "steps", "--save_steps", 3]
+    main(options(*words, output="whole"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch, 3)
+        main(options(*words))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-3"]
+    half_written = tmp_path / "out" / "checkpoint-4"
+    half_written.mkdir()
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-3"
+    trainer = run(parse_arguments(options(*words, "--resume_from_checkpoint", "True")))
+    assert trainer.state.global_step == 5
+    name = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
+    assert same(weights(tmp_path / "whole", name), weights(tmp_path / "out", name))
+    losses = [[line["loss"] for line in history(tmp_path / o) if "loss" in line] for o in ("whole", "out")]
+    assert losses[0] == losses[1]
+
+
+def test_dropout_is_on(options, checkpoint_folder, tmp_path):
+    main(options("--max_steps", 2, output="without"))
+    edit_json(checkpoint_folder / "config.json", **DROPOUT)
+    main(options("--max_steps", 2, output="with"))
+    assert not same(weights(tmp_path / "without"), weights(tmp_path / "with"))
+
+
+def test_resume_from_a_named_checkpoint(options, tmp_path, failed):
+    words = ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1]
+    main(options(*words))
+    expected = weights(tmp_path / "out")
+    main(options(*words, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1"))
+    assert same(weights(tmp_path / "out"), expected)
+    said = failed(options(*words, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-9"))
+    assert "checkpoint-9 is no complete checkpoint: pass True for the last one" in said
+
+
+def test_resume_without_a_checkpoint_starts(options, tmp_path):
+    main(options("--max_steps", 1, "--resume_from_checkpoint", "True"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_interrupted(options, failed, monkeypatch):
+    kill(monkeypatch, 1, KeyboardInterrupt)
+    said = failed(options(*STEPS, "--save_strategy", "steps", "--save_steps", 1), status=130)
+    assert "Interrupted. --resume_from_checkpoint True goes on" in said
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize("held", ["config.json", "adapter_config.json", "model.safetensors", "checkpoint-3"])
+def test_a_folder_with_a_model_is_refused(options, tmp_path, failed, held):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / held).mkdir() if held.startswith("checkpoint") else (tmp_path / "out" / held).write_text("{}")
+    said = failed(options(*STEPS))
+    assert f"{tmp_path / 'out'} holds {held} of an earlier run: name another --output_dir" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [held]
+
+
+def test_a_model_is_overwritten_on_request(options, tmp_path):
+    out = tmp_path / "out"
+    (out / "checkpoint-9").mkdir(parents=True)
+    (out / "model-00001-of-00002.safetensors").write_text("stale")
+    (out / "model.safetensors.index.json").write_text("{}")
+    (out / "notes.txt").write_text("kept")
+    main(options("--max_steps", 1, "--overwrite_output_dir"))
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not (out / "checkpoint-9").exists() and (out / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--q_lora"], "--q_lora needs --use_lora"),
+        (["--lora_weight_path", "x"], "--lora_weight_path needs --use_lora"),
+        (["--lora_r", "0"], "--lora_r 0 must be at least 1"),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0 must be from 0 to below 1"),
+        (["--model_max_length", "1"], "--model_max_length 1 must be at least 2"),
+        (["--eval_fraction", "1"], "--eval_fraction 1.0 must be from 0 to below 1"),
+        (
+            ["--eval_fraction", "0.1", "--eval_data_path", "x"],
+            "--eval_data_path and --eval_fraction exclude each other",
+        ),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_strategy steps needs --eval_data_path or"),
+        (["--no_such_option"], "unrecognized arguments|not used by the HfArgumentParser"),
+        (["--eval_strategy", "sometimes"], "sometimes"),
+        (["--lora_bias", "some"], "invalid choice: 'some'"),
+    ],
+)
+def test_wrong_usage(options, failed, words, reason):
+    said = failed(options(*words), status=2)
+    assert any(part in said for part in reason.split("|"))
+    assert said.startswith("usage: qwen1-finetune --model_name_or_path FOLDER")
+    assert len(said) < 600
+
+
+def test_the_folder_of_the_model_is_no_output(options, failed, checkpoint_folder):
+    said = failed(options("--output_dir", checkpoint_folder), status=2)
+    assert f"--output_dir {checkpoint_folder} is the folder of the model: name another one" in said
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert not end.value.code
+    assert said.index("Fine-tune a QWen model") < 200
+    assert "--lora_target_modules" in said and "--gradient_checkpointing" in said
+
+
+def test_published_options_and_defaults(options):
+    words = options()
+    del words[words.index("--learning_rate") : words.index("--learning_rate") + 2]
+    published = ["--evaluation_strategy=no", "--warmup_ratio", "0.01", "--lazy_preprocess", "True"]
+    *_, training = parse_arguments([*words, *published])
+    assert (training.learning_rate, training.warmup_steps, training.adam_beta2) == (1e-5, 0.01, 0.95)
+    *_, lora, training = parse_arguments([*words, "--use_lora", "--learning_rate=1e-4"])
+    assert (training.learning_rate, lora.lora_r, lora.lora_alpha) == (1e-4, 64, 16)
+    assert parse_arguments([*words, "--use_lora"])[-1].learning_rate == 3e-4
+
+
+def test_bad_data(options, tmp_path, failed):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n')
+    assert f"qwen1-finetune: {bad}, line 1: 'messages' must be a list" in failed(options(data=bad))
+    assert "none.jsonl" in failed(options(data=tmp_path / "none.jsonl"))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_nothing_left_to_train_on(options, data, failed):
+    assert "none fits into --model_max_length 8; raise it" in failed(options("--model_max_length", 8))
+    data.write_text(data.read_text().splitlines()[0])
+    assert "--eval_fraction 0.5 leaves nothing to train on" in failed(options("--eval_fraction", 0.5))
+    *_, training = parse_arguments(options())
+    with pytest.raises(TrainingError, match="no examples"):
+        finetuning.train(None, None, [], None, training, packing=False, max_length=8)
+
+
+def test_no_qwen_model(options, checkpoint_folder, failed, tmp_path):
+    words = options(*STEPS)
+    words[words.index(str(checkpoint_folder))] = str(tmp_path / "nowhere")
+    assert "nowhere" in failed(words)
+    model = QWenLMHeadModel.from_pretrained(checkpoint_folder)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(checkpoint_folder)
+    assert "and 300 rows in its embedding: it must be a QWen model" in failed(options(*STEPS))
+
+
+# --- reports ---
+
+
+def test_tensorboard(options, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    main(options("--max_steps", 1, "--report_to", "tensorboard"))
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_tensorboard_is_missing(options, failed, without):
+    without("tensorboard", "tensorboardX")
+    said = failed(options("--max_steps", 1, "--report_to", "tensorboard"))
+    assert "--report_to tensorboard needs tensorboard: pip install tensorboard" in said
+
+
+# --- the script ---
+
+
+def test_entry_point(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qwen1-finetune", "--q_lora"])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 2
+
+
+def test_the_file_makes_its_own_package(repository, monkeypatch):
+    name, made = "qwen1", sys.modules["qwen1"]
+    loaded = []
+    monkeypatch.setattr(importlib.util, "module_from_spec", lambda spec: loaded.append(spec) or made)
+    monkeypatch.setattr(type(importlib.util.find_spec(name).loader), "exec_module", lambda self, module: None)
+    assert program._make_package() == name and sys.modules[name] is made
+    assert loaded[0].origin == str(repository / "__init__.py")
+    monkeypatch.setattr(importlib.util, "spec_from_file_location", lambda *a: None)
+    with pytest.raises(ImportError, match="run this program in its own repository"):
+        program._make_package()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(options, tmp_path, repository):
+    words = ["--max_steps", 3, "--lr_scheduler_type", "constant"]
+    whole = run(
+        parse_arguments(
+            options(
+                *words,
+                "--gradient_accumulation_steps",
+                1,
+                "--train_sampling_strategy",
+                "sequential",
+                "--per_device_train_batch_size",
+                4,
+                output="whole",
+            )
+        )
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Without a GPU, `--multi_gpu` starts processes as it does with several; `--cpu` would want MPI and start one only.
+    launch = ["--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no"]
+    launch += ["--main_process_port", port, repository / "finetune.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, launch)]
+    done = subprocess.run(
+        [*command, *options(*words, "--train_sampling_strategy", "sequential", "--ddp_backend", "gloo")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / ".partial").exists()
+    (loss,) = [line["train_loss"] for line in history(tmp_path / "out") if "train_loss" in line]
+    (expected,) = [line["train_loss"] for line in whole.state.log_history if "train_loss" in line]
+    assert loss == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,1 @@
+"""Training on conversations and texts: data files, token ids with a loss mask, packing, and the finetuning program."""

@@ -1,0 +1,529 @@
+"""The program `qwen1-finetune`, and the training loop behind it.
+
+Options keep the names of the published `finetune.py`; all of transformers' `TrainingArguments` are options too. Exit
+codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from .data import read_conversations, read_texts
+from .errors import DataError, TrainingError
+from .examples import Encoded, Example, encode_all
+from .packing import Collator, ExampleDataset, PackedDataset, pack
+
+logger = logging.get_logger(__name__)
+
+FAILED, INTERRUPTED = 1, 130
+
+_RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ADAPTER_CONFIG = "adapter_config.json"
+_LARGEST_EXPONENT = 700.0  # of what a float can hold
+
+# In place of a list of more than a hundred options.
+_USAGE = "%(prog)s --model_name_or_path FOLDER --data_path FILE --output_dir FOLDER [options]; --help lists them"
+
+_EXAMPLES = """Fine-tune a QWen model on your own conversations or texts.
+
+All weights:  qwen1-finetune --model_name_or_path Qwen-1_8B-Chat --data_path data.json --output_dir out --bf16
+LoRA:         ... --use_lora          then: qwen1-checkpoint merge-lora Qwen-1_8B-Chat out merged
+QLoRA:        ... --use_lora --q_lora
+Many devices: accelerate launch finetune.py ...
+Taken up:     ... --resume_from_checkpoint True
+"""
+
+
+# --- options ---
+
+
+def _option(help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of the QWen model to start from."})
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "Dtype of the weights. auto: float32 where all of them are trained, because small steps get lost in 16 bits; "
+        "with LoRA or DeepSpeed, which keep what is trained in float32 themselves, that of --bf16 or --fp16.",
+        "auto",
+    )
+    attn_implementation: str | None = _option("eager, sdpa, flash_attention_2, flex_attention or qwen_varlen.")
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained on."""
+
+    _argument_group_name = "data"
+
+    data_path: str = field(metadata={"help": "Conversations: a JSON list or JSON Lines. With --plain_texts: texts."})
+    eval_data_path: str | None = _option("Data of the same form to evaluate on.")
+    eval_fraction: float = _option("Part of the data to evaluate on instead, such as 0.05; drawn by the seed.", 0.0)
+    model_max_length: int = _option("Tokens of an example, and of a packed row.", 2048)
+    packing: bool = _option("Lay several examples end to end in a row; none sees another. Saves padding.", False)
+    plain_texts: bool = _option(
+        "Continue pretraining on texts: .txt with blank lines between, or {'text': ...}.", False
+    )
+    lazy_preprocess: bool = _option("Taken from published scripts, without effect.", False)
+
+
+@dataclass
+class LoraArguments:
+    """Whether and how an adapter is trained in place of the weights."""
+
+    _argument_group_name = "LoRA"
+
+    use_lora: bool = _option("Train an adapter; needs peft.", False)
+    q_lora: bool = _option("Hold the base in 4 bits (nf4); needs bitsandbytes, and --use_lora.", False)
+    lora_r: int = _option("Rank of the adapter.", 64)
+    lora_alpha: int = _option("Scale of the adapter: alpha / r.", 16)
+    lora_dropout: float = _option("Dropout in front of the adapter.", 0.05)
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["c_attn", "c_proj", "w1", "w2"], metadata={"help": "Layers that get an adapter."}
+    )
+    lora_weight_path: str = _option("Folder of an adapter to go on training.", "")
+    lora_bias: Literal["none", "all", "lora_only"] = _option("Biases to train.", "none")
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """Transformers' options with defaults for this model."""
+
+    _argument_group_name = "training (transformers' TrainingArguments)"
+
+    output_dir: str = field(metadata={"help": "Folder for the trained model; checkpoints go there too."})
+    overwrite_output_dir: bool = _option("Put the result in place of a model in the folder.", False)
+    lr_scheduler_type: str = _option("Course of the learning rate.", "cosine")
+    warmup_steps: float = _option("Steps in which the learning rate rises; below 1: part of all steps.", 0.03)
+    weight_decay: float = _option("Decay of the weights.", 0.1)
+    adam_beta2: float = _option("Second beta of AdamW.", 0.95)
+    logging_steps: float = _option("Steps between lines of the log.", 10)
+    report_to: str = _option("none, tensorboard, wandb ...", "none")
+
+
+Arguments = tuple[ModelArguments, DataArguments, LoraArguments, FinetuningArguments]
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read the command line; options that transformers has renamed since 2023 are understood.
+
+    Raises:
+        SystemExit: wrong usage, with status 2.
+    """
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, FinetuningArguments],  # type: ignore[list-item]
+        prog="qwen1-finetune",
+        usage=_USAGE,
+        description=_EXAMPLES,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    pairs = [(name, equals, value) for name, equals, value in (item.partition("=") for item in argv)]
+    words = [_RENAMED.get(name, name) + equals + value for name, equals, value in pairs]
+    try:
+        model, data, lora, training = parser.parse_args_into_dataclasses(words)
+    except (ValueError, ImportError) as error:  # combinations that TrainingArguments refuses
+        parser.error(str(error))
+    if all(name != "--learning_rate" for name, _, _ in pairs):
+        training.learning_rate = 3e-4 if lora.use_lora else 1e-5  # as published
+    if problem := _find_problem(model, data, lora, training):
+        parser.error(problem)
+    return model, data, lora, training
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option, and the examples as they are."""
+
+
+def _find_problem(
+    model: ModelArguments, data: DataArguments, lora: LoraArguments, training: FinetuningArguments
+) -> str | None:
+    """What is wrong with the options together."""
+    evaluated = data.eval_data_path is not None or data.eval_fraction > 0
+    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    output, source = Path(training.output_dir).resolve(), Path(model.model_name_or_path).resolve()
+    problems = {
+        "--q_lora needs --use_lora": lora.q_lora and not lora.use_lora,
+        "--lora_weight_path needs --use_lora": bool(lora.lora_weight_path) and not lora.use_lora,
+        "--q_lora works neither with FSDP nor with DeepSpeed's ZeRO 3: leave one of them out": lora.q_lora
+        and (bool(training.fsdp) or is_deepspeed_zero3_enabled()),
+        f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
+        f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
+        f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
+        f"--eval_fraction {data.eval_fraction} must be from 0 to below 1": not 0 <= data.eval_fraction < 1,
+        "--eval_data_path and --eval_fraction exclude each other": data.eval_data_path is not None
+        and data.eval_fraction > 0,
+        f"--eval_strategy {strategy} needs --eval_data_path or --eval_fraction": training.eval_strategy != "no"
+        and not evaluated,
+        f"--output_dir {training.output_dir} is the folder of the model: name another one": output == source,
+    }
+    return next((text for text, wrong in problems.items() if wrong), None)
+
+
+# --- data ---
+
+
+def load_examples(
+    tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int, *, progress: bool = True
+) -> tuple[Encoded, Encoded | None]:
+    """Read and encode the data: (to train on, to evaluate on or None).
+
+    Raises:
+        DataError: bad data, or none of it left.
+        OSError: a file can't be read.
+    """
+    read: Any = read_texts if data.plain_texts else read_conversations
+    items = read(data.data_path)
+    held_out = read(data.eval_data_path) if data.eval_data_path else []
+    if data.eval_fraction:
+        random.Random(seed).shuffle(items)
+        count = max(1, round(len(items) * data.eval_fraction))
+        held_out, items = items[:count], items[count:]
+        if not items:
+            raise DataError(f"{data.data_path}: --eval_fraction {data.eval_fraction} leaves nothing to train on.")
+    sets = []
+    for name, part in (("Training data", items), ("Evaluation data", held_out)):
+        encoded = encode_all(tokenizer, part, data.model_max_length, description=name, progress=progress)
+        if part and not encoded.examples:
+            raise DataError(f"{name}: none fits into --model_max_length {data.model_max_length}; raise it.")
+        if part and progress:
+            print(f"{name}: {encoded.report()}", file=sys.stderr)
+        sets.append(encoded)
+    return sets[0], sets[1] if held_out else None
+
+
+# --- model ---
+
+
+def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> tuple[Any, Any]:
+    """Load (model, tokenizer), with an adapter around the model's layers if asked for.
+
+    Raises:
+        TrainingError: no model that can be trained here, or a package is missing.
+        OSError: files are missing.
+    """
+    if lora.use_lora:
+        _require("peft", "--use_lora")
+    options: dict[str, Any] = {"dtype": _choose_dtype(model, lora, training)}
+    if lora.q_lora:
+        _require("bitsandbytes", "--q_lora")
+        options |= {"quantization_config": _four_bits(training), "device_map": {"": training.device}}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
+    embedding: Any = loaded.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if not hasattr(tokenizer, "im_start_id") or len(tokenizer) > rows:
+        raise TrainingError(
+            f"{model.model_name_or_path} has a {type(tokenizer).__name__} of {len(tokenizer)} tokens and {rows} rows "
+            "in its embedding: it must be a QWen model, with a row for each token (model.resize_token_embeddings)."
+        )
+    if lora.use_lora:
+        loaded = add_adapter(loaded, lora, training, is_chat=is_chat_model(loaded, model.model_name_or_path))
+    return loaded, tokenizer
+
+
+def is_chat_model(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model was taught to chat: by its generation settings, else by its name, as published."""
+    chat_format = getattr(model.generation_config, "chat_format", None)
+    return "chat" in Path(name).name.lower() if chat_format is None else chat_format == "chatml"
+
+
+def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *, is_chat: bool) -> Any:
+    """Put peft's LoRA around the layers of a model, whose own weights are frozen.
+
+    A base model has hardly seen the control tokens of a chat, so its embedding and head are trained in full, unless
+    the base is in 4 bits; as published.
+
+    Raises:
+        TrainingError: the layers or the adapter don't fit the model.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if lora.q_lora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()  # else nothing in front of the first adapter asks for a gradient
+    try:
+        if lora.lora_weight_path:
+            return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+        config = LoraConfig(
+            r=lora.lora_r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=lora.lora_target_modules,
+            lora_dropout=lora.lora_dropout,
+            bias=lora.lora_bias,
+            task_type="CAUSAL_LM",
+            modules_to_save=None if is_chat or lora.q_lora else ["wte", "lm_head"],
+        )
+        return get_peft_model(model, config)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"No adapter can be put on this model: {error}") from error
+
+
+def _choose_dtype(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> torch.dtype:
+    if model.model_dtype != "auto":
+        return getattr(torch, model.model_dtype)
+    if lora.use_lora or training.deepspeed:
+        return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return torch.float32
+
+
+def _four_bits(training: TrainingArguments) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32,
+    )
+
+
+def _require(package: str, option: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise TrainingError(f"{option} needs {package}: pip install {package}")
+
+
+# --- the loop ---
+
+
+class QWenTrainer(Trainer):
+    """Transformers' loop, without a cache of keys and values, and with the perplexity of evaluations."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; not by `config.use_cache`, which would be saved with the model."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with `eval_perplexity` beside `eval_loss`."""
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], _LARGEST_EXPONENT))
+        super().log(logs, *args, **kwargs)
+
+
+def train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example] | None,
+    args: TrainingArguments,
+    *,
+    packing: bool,
+    max_length: int,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> QWenTrainer:
+    """Train a model on encoded examples and return the trainer, whose `state.log_history` has the losses.
+
+    With `args.resume_from_checkpoint` True, the last complete checkpoint in `args.output_dir` is taken up, if there is
+    one, and the result is that of a training without interruption; a path takes up that checkpoint. The final model is
+    not saved here, see `save_trained`.
+
+    Args:
+        model: a QWen model, or peft's around one.
+        tokenizer: its tokenizer, saved with each checkpoint.
+        train_examples: `input_ids` and `labels`.
+        eval_examples: the same, or None.
+        args: transformers' settings.
+        packing: lay examples end to end in rows.
+        max_length: of a row, in tokens.
+        callbacks: transformers' callbacks.
+
+    Raises:
+        TrainingError: nothing to train on, no such checkpoint, or tensorboard is asked for and missing.
+        ValueError: an example is longer than `max_length`.
+    """
+    if not train_examples:
+        raise TrainingError("There are no examples to train on.")
+    if "tensorboard" in (args.report_to or ()) and not any(
+        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
+    ):
+        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
+    checkpoint = _checkpoint_to_resume(args)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    pad = tokenizer.pad_token_id
+
+    def dataset(examples: Sequence[Example]) -> Any:
+        return PackedDataset(examples, pack(examples, max_length, seed)) if packing else ExampleDataset(examples)
+
+    use_cache = model.config.use_cache
+    trainer = QWenTrainer(
+        model=model,
+        args=args,
+        data_collator=Collator(int(pad), packing),
+        train_dataset=dataset(train_examples),
+        eval_dataset=dataset(eval_examples) if eval_examples else None,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    model.config.use_cache = use_cache  # transformers turns it off, and would save it so
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint in a folder; one that a killed run left half-written is passed over."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        if _is_complete(path):
+            return path
+        logger.warning(f"{path} is incomplete and passed over.")
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # transformers writes it last
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    wanted: Any = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("", "false", "no", "0"):
+        return None
+    if str(wanted).lower() in ("true", "yes", "1"):
+        found = last_checkpoint(str(args.output_dir))
+        return None if found is None else str(found)
+    if not _is_complete(Path(wanted)):
+        raise TrainingError(f"--resume_from_checkpoint {wanted} is no complete checkpoint: pass True for the last one.")
+    return str(wanted)
+
+
+# --- the folder of the result ---
+
+
+def check_output(args: FinetuningArguments) -> None:
+    """Refuse a folder with another model, or make room in it.
+
+    Raises:
+        TrainingError: there is a model or a checkpoint, and the run neither takes it up nor may overwrite it.
+    """
+    folder = Path(args.output_dir)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    models = [path for name in ("config.json", _ADAPTER_CONFIG, "*.safetensors") for path in folder.glob(name)]
+    if _checkpoint_to_resume(args) is not None or not (checkpoints or models):
+        return
+    if not args.overwrite_output_dir:
+        raise TrainingError(
+            f"{folder} holds {(models or checkpoints)[0].name} of an earlier run: name another --output_dir, go on "
+            "with --resume_from_checkpoint True, or pass --overwrite_output_dir."
+        )
+    for path in checkpoints:  # or a later run would resume from them
+        shutil.rmtree(path)
+
+
+def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
+    """Save model or adapter, with the tokenizer; the file that makes the folder a model appears last.
+
+    All processes call it; one writes.
+    """
+    folder = Path(folder)
+    partial = folder / ".partial"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        written = sorted(partial.iterdir(), key=lambda path: path.name in ("config.json", _ADAPTER_CONFIG))
+        for stale in folder.glob("*.safetensors*"):  # shards of a model that had more of them
+            stale.unlink()
+        for path in written:
+            os.replace(path, folder / path.name)
+        partial.rmdir()
+        trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+
+
+# --- the program ---
+
+
+def run(arguments: Arguments) -> QWenTrainer:
+    """Train as the options say, and save the result.
+
+    Raises:
+        DataError, TrainingError, OSError: see `load_examples`, `load_model`, `check_output` and `train`.
+    """
+    model_arguments, data, lora, args = arguments
+    first = args.process_index == 0
+    if first:
+        check_output(args)
+    set_seed(args.seed)  # transformers' loop does so too, but after an adapter has drawn its first weights
+    model, tokenizer = load_model(model_arguments, lora, args)
+    examples, held_out = load_examples(tokenizer, data, args.seed, progress=first)
+    if lora.use_lora and first:
+        model.print_trainable_parameters()
+    trainer = train(
+        model,
+        tokenizer,
+        examples.examples,
+        held_out.examples if held_out else None,
+        args,
+        packing=data.packing,
+        max_length=data.model_max_length,
+    )
+    if held_out and args.eval_strategy == "no":
+        trainer.evaluate()
+    if not data.plain_texts and not lora.use_lora:  # a base model has learnt to chat
+        model.generation_config.update(chat_format="chatml", allow_custom_entries=True)
+        model.generation_config._from_model_config = False  # else transformers makes it anew when the model is loaded
+    save_trained(trainer, args.output_dir)
+    return trainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; ends the process with its exit status where it isn't 0.
+
+    Args:
+        argv: words of the command line; None for those of this process.
+    """
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        run(arguments)
+    except (DataError, TrainingError, OSError) as error:
+        if arguments[-1].process_index == 0:
+            print(f"qwen1-finetune: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print("Interrupted. --resume_from_checkpoint True goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
