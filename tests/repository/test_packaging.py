@@ -15,6 +15,12 @@ import qwen1
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(ROOT.glob("*.py"))
+PACKAGES = {
+    ".".join(path.parent.relative_to(ROOT).parts): path.parent
+    for path in (*ROOT.glob("__init__.py"), *ROOT.glob("[a-z]*/**/__init__.py"))
+    if path.relative_to(ROOT).parts[0] not in ("build", "dist", "tests")
+}
+"""The name of each package below `qwen1`, which itself is the empty one, and its folder."""
 HUB_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -119,29 +125,29 @@ def test_sibling_imports_are_written_as_transformers_expects(path):
             assert node.level == 1 and node.module in siblings, f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conversion").glob("*.py")), ids=by_name)
-def test_the_converters_import_their_own_package_relatively(path):
+INNER_MODULES = sorted(path for name, folder in PACKAGES.items() if name for path in folder.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", INNER_MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_inner_modules_import_their_own_package_relatively(path):
     """The package may have another name: `convert_checkpoint.py` makes one of the folder that it lies in."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-        assert not any(name.partition(".")[0] in ("qwen1", "conversion") for name in names), (
+        assert not any(name.partition(".")[0] in ("qwen1", "conversion", "training") for name in names), (
             f"{path.name}:{node.lineno}"
         )
 
 
 def test_every_folder_with_modules_is_packaged():
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert {name.removeprefix("qwen1.") for name in packaged} - {"qwen1"} == folders
+    assert {name.removeprefix("qwen1").removeprefix(".") for name in packaged} == set(PACKAGES)
 
 
 def test_every_module_is_type_checked():
     checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["modules"]
-    modules = {f"qwen1.{path.stem}" for path in MODULES} | {
-        f"qwen1.conversion.{path.stem}" for path in (ROOT / "conversion").glob("*.py")
-    }
-    assert {name.removesuffix(".__init__") for name in modules} == set(checked)
+    modules = {f"qwen1.{name}.{path.stem}" for name, folder in PACKAGES.items() for path in folder.glob("*.py")}
+    assert {name.replace("..", ".").removesuffix(".__init__") for name in modules} == set(checked)
 
 
 def test_import_registers_auto_classes_without_remote_code():
@@ -179,7 +185,7 @@ def test_import_loads_nothing_heavy_of_its_own():
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizer
-heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "qwen1.conversion", "torch._dynamo", "torch._inductor"}
+heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "qwen1.conversion", "qwen1.training", "torch._dynamo", "torch._inductor"}
 before = heavy & set(sys.modules)
 import qwen1
 print(sorted((heavy & set(sys.modules)) - before))
