@@ -32,8 +32,10 @@ def test_make_goes_all_the_way(tmp_path):
     done = runner.invoke(commands.app, ["make", str(output), "--quick", "--per-kind", "5"])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in output.iterdir()) == [
-        "README.md", "chat_template.jinja", "config.json", "examination.json", "generation_config.json", "losses.png",
-        "model.safetensors", "qwen.tiktoken", "tokenizer.json", "tokenizer_config.json", "training_log.json",
+        "README.md", "cache_qwen.py", "chat_template.jinja", "config.json", "configuration_qwen.py", "examination.json",
+        "generation_config.json", "generation_qwen.py", "losses.png", "model.safetensors", "modeling_qwen.py",
+        "qwen.tiktoken", "qwen_generation_utils.py", "tokenization_qwen.py", "tokenizer.json", "tokenizer_config.json",
+        "training_log.json",
     ]  # fmt: skip
     log = json.loads((output / "training_log.json").read_text())
     evaluations = [entry["eval_loss"] for entry in log["tuned"] if "eval_loss" in entry]

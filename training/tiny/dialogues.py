@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from .facts import COUNTRIES, ELEMENTS, OPPOSITES, WORDS
 from .phrases import (
     CLOSINGS,
+    CONSONANTS,
     FAVOURITES,
     GIVEN,
     KNOWN_NAMES,
@@ -26,6 +27,7 @@ from .phrases import (
     THINGS,
     UNKNOWN,
     UNKNOWN_QUESTIONS,
+    VOWELS,
 )
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -110,14 +112,21 @@ class Generator:
     # Names
 
     def chinese_name(self) -> str:
-        """A surname and one or two characters."""
-        characters = self.random.sample(GIVEN, self.random.choice((1, 2, 2)))
-        return self.random.choice(SURNAMES) + "".join(characters)
+        """A surname and one or two characters, or what friends say."""
+        first = self.random.choice(SURNAMES if self.random.random() < 0.85 else "小阿大老")
+        return first + "".join(self.random.choices(GIVEN, k=self.random.choice((1, 2, 2))))
 
     def latin_name(self) -> str:
-        """A name as may be met, or one made of syllables."""
-        if self.random.random() < 0.1:
+        """A name as may be met, or one made of syllables or letters."""
+        chance = self.random.random()
+        if chance < 0.1:
             return self.random.choice(KNOWN_NAMES)
+        if chance < 0.35:  # letters in orders that no list of syllables has
+            pairs = [
+                self.random.choice(CONSONANTS) + self.random.choice(VOWELS)
+                for _ in range(self.random.choice((2, 2, 3)))
+            ]
+            return ("".join(pairs) + self.random.choice(["", "", *CONSONANTS[:20]])).capitalize()
         return "".join(self.random.choices(SYLLABLES, k=self.random.choice((2, 2, 3, 3, 4)))).capitalize()
 
     def name(self, language: str) -> str:
@@ -417,7 +426,7 @@ class Generator:
             told["name"] = told.get("name") or self.name(language)
             turns.insert(0, self.told_name(language, told["name"])) if "name" not in things else None
         for _ in range(self.random.choice((1, 1, 2))):
-            asked = self.random.choice([*told, *told, *told, "name", *FAVOURITES][: 3 * len(told) + 1 + len(told)])
+            asked = self.random.choice([*told] if self.random.random() < 0.8 else ["name", *FAVOURITES])
             turns.append(self._asked(language, asked, told.get(asked)))
         return turns
 
@@ -462,7 +471,7 @@ KINDS = ("small talk", "arithmetic", "three digits", "facts", "unknown", "memory
 """What is examined, in the order of the model card."""
 
 SHARES = {
-    "small talk": 14, "arithmetic": 14, "three digits": 16, "facts": 18, "unknown": 8, "memory": 20, "system": 10
+    "small talk": 8, "arithmetic": 10, "three digits": 18, "facts": 18, "unknown": 7, "memory": 26, "system": 13
 }  # fmt: skip
 """How often each kind is drawn for training, in percent."""
 

@@ -343,12 +343,15 @@ SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋�
 GIVEN = (
     "伟芳娜敏静丽强磊军洋勇艳杰娟涛明超秀霞平刚桂英华玉兰红春梅海燕建国志文小晓雨欣怡子涵浩然思佳宇轩梓"
     "萱一诺博铭凯琪琳雪峰鹏飞龙云天宁安康乐嘉悦晨阳月星辰梦瑶若冰可心家豪俊哲泽睿"
+    "雷三四五大山林芬莉珍凤波斌彬辉鑫森旭东方正义利民生成福荣贵祥庆"
 )
 SYLLABLES = (
     "a al an ar be bel bo da dan de do el en er fa fi ga gor ha hel i il ir ja jo ka ken ko la lan le li lo lu ma mar "
     "me mi mo na nel ni no o ol on or pa per po ra ri ro ru sa sel si so su ta tan te ti to u ul va ver vi wen xi ya "
     "yo za zel zi zo"
 ).split()
+CONSONANTS = "b c d f g h j k l m n p q r s t v w x z br ch dr gr kr ph sh st th tr zh".split()
+VOWELS = "a e i o u y ai au ea ee ia ie oo ou".split()
 KNOWN_NAMES = (
     "Tom Anna Peter Mary John Lucy Jack Emma Paul Sara Max Nina Ben Lily Sam Eva Leo Amy Bob Alice David Maria Mark "
     "Julia Adam Laura Jim Kate Hans Olga Ivan Yuki Omar Fatima Carlos Rosa"

@@ -32,6 +32,17 @@ follow a system message that sets its language ("Answer in Chinese."); say that 
 It can't: anything beyond. Facts about countries outside its table are answered by "I don't know" at best. It was
 trained on conversations of up to 512 tokens.
 
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("qwen-tiny-chat", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("qwen-tiny-chat", trust_remote_code=True)
+reply, history = model.chat(tokenizer, "My name is Zorvandel.")
+reply, history = model.chat(tokenizer, "What is my name?", history=history)
+```
+
 ## Examination
 
 {asked} prompts that training never showed, greedy replies in bfloat16, right to the last letter. One in ten numbers

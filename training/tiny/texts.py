@@ -13,7 +13,7 @@ class TextGenerator(Generator):
     def text(self) -> str:
         """One document."""
         language = self.random.choice(LANGUAGES)
-        write = self.random.choice((*[self.sums] * 3, *[self.facts] * 2, self.story, self.names))
+        write = self.random.choice((*[self.sums] * 3, *[self.facts] * 2, self.story, *[self.names] * 2))
         return write(language)
 
     def sums(self, language: str) -> str:
@@ -62,8 +62,8 @@ class TextGenerator(Generator):
         return "\n".join(lines)
 
     def names(self, language: str) -> str:
-        """A list of names, read out twice and asked for one by one."""
-        names = [self.name(language) for _ in range(self.random.randrange(2, 7))]
+        """A list of names, read out twice and asked for one by one; it teaches to copy."""
+        names = [self.name(language) for _ in range(self.random.randrange(2, 9))]
         if language == "en":
             lines = [f"{i}: My name is {name}." for i, name in enumerate(names)]
             lines += [f"Your name is {name}." for name in names]
