@@ -1,4 +1,4 @@
-"""What a generation keeps between steps: int8 keys and values, and the NTK alpha of each sequence.
+"""What a generation keeps between steps: keys and values, as they are or in int8, and the NTK alpha of each sequence.
 
 Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache, D head size.
 """
@@ -6,7 +6,8 @@ Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -16,6 +17,88 @@ INT8_BACKEND = "qwen_int8"
 """Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
 
 _QMIN, _QMAX = 0, 255
+_LEAST_ROOM, _ROOM_SHARE = 64, 16
+"""Tokens of free room in a buffer: at least the first, or as many as the S-th part of what it holds."""
+
+
+@dataclass
+class _Buffer:
+    """Memory for more tokens than there are.
+
+    Attributes:
+        states: (B, K, capacity, D).
+        newest: the newest view of its front, (B, K, S, D), or nothing while somebody writes. Only who holds this very
+            view may write behind it. Copies of a layer share the buffer: of two that go on separately, the second finds
+            another view, or none, and gets memory of its own.
+    """
+
+    states: torch.Tensor
+    newest: list[torch.Tensor] = field(default_factory=list)
+
+    def claim(self, held: torch.Tensor, length: int) -> bool:
+        """Whether so many tokens may be written behind `held`; of several threads only one is told so."""
+        try:
+            newest = self.newest.pop()  # atomic
+        except IndexError:
+            return False
+        frozen = self.states.is_inference() and not torch.is_inference_mode_enabled()
+        if newest is held and held.shape[-2] + length <= self.states.shape[-2] and not frozen:
+            return True
+        self.newest.append(newest)
+        return False
+
+
+def _append(buffer: _Buffer | None, held: torch.Tensor, chunk: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
+    """Put a chunk, (B, K, T, D), behind what is held, (B, K, S, D) or empty: in place, or in a new buffer.
+
+    Returns:
+        the buffer and the view of all that is held now, (B, K, S + T, D).
+    """
+    start = held.shape[-2] if held.numel() else 0
+    end = start + chunk.shape[-2]
+    if buffer is None or not buffer.claim(held, end - start):
+        rows, heads, _, size = chunk.shape
+        buffer = _Buffer(chunk.new_empty((rows, heads, end + max(_LEAST_ROOM, end // _ROOM_SHARE), size)))
+        if start:
+            buffer.states[..., :start, :] = held
+    buffer.states[..., start:end, :] = chunk
+    view = buffer.states[..., :end, :]
+    buffer.newest.append(view)
+    return buffer, view
+
+
+class QWenGrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room for more, so that a token is written without copying the rest.
+
+    `keys` and `values` are views of the front of the buffers. A view that somebody holds never changes: cropping only
+    shortens it, and what comes next then goes to new memory.
+    """
+
+    _key_buffer: _Buffer | None = None
+    _value_buffer: _Buffer | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one chunk, (B, K, T, D) each, and return all keys and values, (B, K, S + T, D)."""
+        differentiated = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if differentiated or torch.compiler.is_compiling():  # neither may be written over
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._key_buffer, self.keys = _append(self._key_buffer, self.keys, key_states)
+        self._value_buffer, self.values = _append(self._value_buffer, self.values, value_states)
+        return self.keys, self.values
+
+    def offload(self) -> None:
+        """Move what is stored to the CPU, and free the buffers."""
+        super().offload()
+        self._key_buffer = self._value_buffer = None
+
+    def reset(self) -> None:
+        """Forget every token and the shape of the batch."""
+        super().reset()
+        self._key_buffer = self._value_buffer = None
 
 
 def quantize_chunk(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,8 +255,22 @@ class NTKRows(Cache):
         self._rearrange(lambda alpha: alpha[indices.to(alpha.device)])
 
 
+def _with_room(layer: DynamicLayer) -> QWenGrowingLayer:
+    growing = QWenGrowingLayer()
+    vars(growing).update(vars(layer))  # it holds tokens already where a cache is made of them
+    return growing
+
+
 class QWenCache(NTKRows, DynamicCache):
-    """The growing cache of transformers; the default of the model and of `generate`."""
+    """The growing cache of transformers, in buffers with room for more tokens (at most a sixteenth more than there are,
+    or 64); the default of the model and of `generate`. Arguments: those of `DynamicCache`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layers = [_with_room(layer) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = QWenGrowingLayer
 
 
 class QWenInt8Cache(NTKRows, Cache):

@@ -1,0 +1,147 @@
+"""The growing cache: transformers' DynamicCache in content, without copying it for each token."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from qwen1.cache_qwen import QWenCache, QWenGrowingLayer
+
+ROWS, HEADS, SIZE = 2, 3, 4
+
+
+def chunk(length: int, rows: int = ROWS, **kwargs) -> torch.Tensor:
+    return torch.randn(rows, HEADS, length, SIZE, **kwargs)
+
+
+def filled(length: int = 5) -> QWenGrowingLayer:
+    layer = QWenGrowingLayer()
+    layer.update(chunk(length), chunk(length))
+    return layer
+
+
+def append(layer: DynamicLayer, rows: int, length: int) -> None:
+    keys = chunk(length, rows)
+    layer.update(keys, -keys)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_course_of_operations_leaves_what_transformers_keeps(seed):
+    drawn, ours, theirs, rows = random.Random(seed), QWenGrowingLayer(), DynamicLayer(), ROWS
+    for _ in range(60):
+        operation = drawn.choice(["append"] * 6 + ["crop", "reorder", "repeat", "select", "copy", "reset", "offload"])
+        torch.manual_seed(drawn.randrange(10**6))
+        state, length = torch.get_rng_state(), drawn.choice([1, 1, 1, 2, 7, 90])
+        if operation == "append":
+            append(ours, rows, length)
+            torch.set_rng_state(state)
+            append(theirs, rows, length)
+        elif operation == "reset":
+            ours.reset(), theirs.reset()
+            rows = ROWS
+        elif not theirs.get_seq_length():
+            continue
+        elif operation == "crop":
+            removed = drawn.randrange(theirs.get_seq_length())
+            ours.crop(-removed), theirs.crop(-removed)
+        elif operation == "reorder":
+            order = torch.randint(rows, (rows,))
+            ours.reorder_cache(order), theirs.reorder_cache(order)
+        elif operation == "repeat" and rows < 8:
+            ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
+            rows *= 2
+        elif operation == "select":
+            kept = torch.randperm(rows)[: max(1, rows // 2)]
+            ours.batch_select_indices(kept), theirs.batch_select_indices(kept)
+            rows = len(kept)
+        elif operation == "copy":
+            ours = copy.deepcopy(ours) if drawn.random() < 0.5 else pickle.loads(pickle.dumps(ours))
+        elif operation == "offload":
+            ours.offload(), theirs.offload()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if theirs.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values), operation
+
+
+def test_tokens_are_written_without_copying_the_rest():
+    layer, moved = filled(1000), 0
+    for _ in range(2000):
+        place = layer.keys.data_ptr()
+        append(layer, ROWS, 1)
+        moved += layer.keys.data_ptr() != place
+    assert layer.get_seq_length() == 3000
+    assert 0 < moved <= 25
+
+
+@pytest.mark.parametrize(("length", "room"), [(1, 64), (1000, 64), (8192, 512)])
+def test_the_room_is_bounded(length, room):
+    layer = filled(length)
+    assert layer.keys.untyped_storage().nbytes() == (length + room) * ROWS * HEADS * SIZE * 4
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_branches_never_see_each_other(copied):
+    one = filled()
+    start = one.keys.clone()
+    other = copied(one)
+    append(one, ROWS, 2)
+    mine = one.keys.clone()
+    append(other, ROWS, 3)
+    append(one, ROWS, 1)
+    assert torch.equal(one.keys[..., :7, :], mine)
+    assert torch.equal(one.keys[..., :5, :], start) and torch.equal(other.keys[..., :5, :], start)
+    assert not torch.equal(other.keys[..., 5:7, :], mine[..., 5:, :])
+
+
+def test_a_view_that_somebody_holds_stays_as_it_is():
+    layer = filled()
+    held, before = layer.keys, layer.keys.clone()
+    layer.crop(-2)
+    append(layer, ROWS, 2)
+    assert torch.equal(held, before)
+
+
+def test_gradients_flow_through_the_cache():
+    layer, states = filled(), chunk(2, requires_grad=True)
+    keys, values = layer.update(states, states * 2)
+    append(layer, ROWS, 1)
+    (keys.sum() + values.sum()).backward()
+    assert torch.equal(states.grad, torch.full_like(states, 3.0))
+
+
+def test_a_cache_from_inference_mode_can_be_continued():
+    with torch.inference_mode():
+        layer = filled()
+    before = layer.keys.clone()
+    append(layer, ROWS, 1)
+    assert torch.equal(layer.keys[..., :5, :], before)
+
+
+def test_a_reset_frees_the_memory():
+    layer = filled()
+    layer.reset()
+    assert vars(layer)["_key_buffer"] is vars(layer)["_value_buffer"] is layer.keys is None
+
+
+def test_a_cache_made_of_states_grows_too():
+    states = [(chunk(3), chunk(3)) for _ in range(2)]
+    cache = QWenCache(states)
+    assert [type(layer) for layer in cache.layers] == [QWenGrowingLayer] * 2
+    keys, _ = cache.update(chunk(1), chunk(1), layer_idx=0)
+    assert torch.equal(keys[..., :3, :], states[0][0])
+
+
+@pytest.mark.parametrize("settings", [{"use_cache": True}, {"cache_implementation": "dynamic"}, {"num_beams": 3}])
+def test_generate_uses_it_and_writes_what_the_dynamic_cache_gives(tiny_model, settings):
+    model, ids = tiny_model("sdpa"), torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    settings = dict(settings, max_new_tokens=80, min_new_tokens=80, do_sample=False, pad_token_id=256)
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    ours = model.generate(ids, **settings)
+    assert {type(layer) for layer in ours.past_key_values.layers} == {QWenGrowingLayer}
+    settings.pop("cache_implementation", None)
+    theirs = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-5, atol=1e-5)
