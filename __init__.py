@@ -27,12 +27,13 @@ from .modeling_qwen import (
     RotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from .qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+from .qwen_generation_utils import ChatHistory, decode_tokens, get_stop_words_ids, make_context
 from .tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChatHistory",
     "FlashSelfAttention",
     "QWenAttention",
     "QWenBlock",

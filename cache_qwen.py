@@ -5,7 +5,9 @@ Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,9 +58,15 @@ def _append(buffer: _Buffer | None, held: torch.Tensor, chunk: torch.Tensor) -> 
     """
     start = held.shape[-2] if held.numel() else 0
     end = start + chunk.shape[-2]
-    if buffer is None or not buffer.claim(held, end - start):
-        rows, heads, _, size = chunk.shape
-        buffer = _Buffer(chunk.new_empty((rows, heads, end + max(_LEAST_ROOM, end // _ROOM_SHARE), size)))
+    rows, heads, _, size = chunk.shape
+    if start and (held.shape[0], held.shape[1], held.shape[3]) != (rows, heads, size):  # else they would be broadcast
+        raise ValueError(
+            f"The cache holds {tuple(held.shape)} (B, K, S, D), which can't go on with {tuple(chunk.shape)}."
+        )
+    dtype = torch.promote_types(held.dtype, chunk.dtype)
+    if buffer is None or buffer.states.dtype != dtype or not buffer.claim(held, end - start):
+        capacity = end + max(_LEAST_ROOM, end // _ROOM_SHARE)
+        buffer = _Buffer(chunk.new_empty((rows, heads, capacity, size), dtype=dtype))
         if start:
             buffer.states[..., :start, :] = held
     buffer.states[..., start:end, :] = chunk
@@ -74,6 +82,8 @@ class QWenGrowingLayer(DynamicLayer):
     shortens it, and what comes next then goes to new memory.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
     _key_buffer: _Buffer | None = None
     _value_buffer: _Buffer | None = None
 
@@ -286,6 +296,68 @@ class QWenInt8Cache(NTKRows, Cache):
             super().__init__(layer_class_to_replicate=QWenInt8Layer)
         else:
             super().__init__(layers=[QWenInt8Layer() for _ in range(config.num_hidden_layers)])
+
+
+class KeptCache:
+    """Keys and values of a conversation between two turns. What is kept never changes: a turn goes on with a branch.
+
+    Args:
+        model: which made it, a `QWenLMHeadModel`; remembered, but not kept alive.
+        ids: token ids of the conversation, at least as many as the cache has tokens.
+        cache: of one sequence, which nobody uses from now on.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[int], cache: QWenCache):
+        self._model = weakref.ref(model)
+        self._weights = _weights_state(model)
+        self._ids = list(ids[: cache.get_seq_length()])
+        self._cache = cache
+
+    def branch(self, model: Any, prompt: Sequence[int]) -> QWenCache | None:
+        """A cache with as much of the beginning of a prompt as is kept, or None where nothing of it can be used.
+
+        At least the last token of the prompt is left to be read. Nothing is used if the model or its weights have
+        changed, or if the prompt is as long as to ask for another NTK alpha than the keys are rotated by.
+
+        Args:
+            model: that is to go on.
+            prompt: token ids of the whole prompt.
+        """
+        if self._model() is not model or self._weights != _weights_state(model):
+            return None
+        length = _common_length(self._ids, prompt[:-1])
+        if not length or not self._has_alpha_of(model, len(prompt)):
+            return None
+        branch = copy.copy(self._cache)
+        branch.layers = [copy.copy(layer) for layer in branch.layers]
+        if length < len(self._ids):
+            branch.crop(length - len(self._ids))
+        if (state := getattr(branch, "qwen_ntk", None)) is not None:
+            set_ntk_alpha(branch, state.alpha)
+        return branch
+
+    def _has_alpha_of(self, model: Any, length: int) -> bool:
+        state: NTKState | None = getattr(self._cache, "qwen_ntk", None)
+        if state is None or not model.config.use_dynamic_ntk:
+            return state is None and not model.config.use_dynamic_ntk
+        return bool((state.alpha.cpu() == model.transformer.choose_alpha(torch.tensor([[length - 1]]))).all())
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens at the beginning are the same."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _weights_state(model: Any) -> tuple:
+    """Differs after weights were trained, loaded, moved or replaced, and after adapters were merged or switched."""
+    weights = [(id(p), p.device, p.dtype, 0 if p.is_inference() else p._version) for p in model.parameters()]
+    adapters = [
+        (tuple(layer.merged_adapters), tuple(layer.active_adapters), layer.disable_adapters)
+        for layer in model.modules()
+        if hasattr(layer, "merged_adapters")  # a layer of peft
+    ]
+    return (*weights, *adapters)
 
 
 def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:

@@ -20,10 +20,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from .cache_qwen import INT8_BACKEND, QWenInt8Cache, set_ntk_alpha
+from .cache_qwen import INT8_BACKEND, KeptCache, QWenCache, QWenInt8Cache, set_ntk_alpha
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     DEFAULT_WINDOW,
+    ChatHistory,
     HistoryType,
     SeededSampling,
     StopWordsCriteria,
@@ -53,12 +54,14 @@ class ChatSettings:
         other_kwargs: arguments of `generate` that are no settings.
         stops: sequences that end a reply.
         window: tokens of context.
+        default_cache: whether keys and values are in a growing cache of one sequence, which a history can carry.
     """
 
     generation_config: GenerationConfig
     other_kwargs: dict[str, Any]
     stops: list[TokensType]
     window: int
+    default_cache: bool
 
 
 class QWenGenerationMixin(_GenerativeModel):
@@ -79,6 +82,7 @@ class QWenGenerationMixin(_GenerativeModel):
         stop_words_ids: list[TokensType] | None = None,
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
+        reuse_cache: bool = True,
         **generate_kwargs: Any,
     ) -> tuple[str, HistoryType] | Generator[str, None, None]:
         """Answer a query within a conversation.
@@ -94,22 +98,30 @@ class QWenGenerationMixin(_GenerativeModel):
             generation_config: in place of the model's own.
             max_window_size: tokens of context; whole turns are left out from the front. Default: the generation
                 configuration's, else 6144.
+            reuse_cache: take up the keys and values that the history carries, as far as they agree with the prompt, and
+                let the returned one carry them. Only what the model's default cache holds is carried.
             generate_kwargs: anything that `generate` takes, such as `max_new_tokens`, `top_p`, `seed`.
 
         Returns:
-            the response, and the history with this turn.
+            the response, and the history with this turn, a `ChatHistory`.
 
         Raises:
             ValueError: a base model, a query that alone is longer than the window, or arguments of the wrong form.
         """
         if stream:
-            generate_kwargs.update(generation_config=generation_config, max_window_size=max_window_size)
+            generate_kwargs |= {"generation_config": generation_config, "max_window_size": max_window_size}
+            generate_kwargs["reuse_cache"] = reuse_cache
             return self.chat_stream(tokenizer, query, history, system, stop_words_ids, **generate_kwargs)
         turns = checked_history(history)
         settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
         context = fitting_context(tokenizer, query, turns, system, settings.window)
-        (reply,) = self._generate_replies(tokenizer, [context], settings)
-        return reply, [*turns, (query, reply)] if append_history else turns
+        inputs = self._chat_inputs(tokenizer, [context], settings)
+        cache = self._conversation_cache(history, context, settings) if reuse_cache else None
+        sequences = _sequences_of(self.generate(**inputs, **_as_argument(cache)))
+        (reply,) = self._read_replies(tokenizer, sequences, len(context), settings, count=1)
+        said = ChatHistory([*turns, (query, reply)] if append_history else turns)
+        said.kept = None if cache is None else KeptCache(self, sequences[0].tolist(), cache)
+        return reply, said
 
     def chat_stream(
         self,
@@ -121,12 +133,14 @@ class QWenGenerationMixin(_GenerativeModel):
         logits_processor: LogitsProcessorList | None = None,
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
+        reuse_cache: bool = True,
         **generate_kwargs: Any,
     ) -> Generator[str, None, None]:
         """As `chat`, yielding the response so far each time it has grown.
 
         Closing the generator stops the generation at once. Arguments are checked by the call itself, not by the first
-        `next`.
+        `next`. A `ChatHistory` that is passed in carries the keys and values of this turn too when the stream has ended
+        or was closed; its turns stay as they are. A new one comes from `new_history`.
         """
         if generate_kwargs.pop("streamer", None) is not None:
             raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
@@ -135,15 +149,24 @@ class QWenGenerationMixin(_GenerativeModel):
             raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
         context = fitting_context(tokenizer, query, checked_history(history), system, settings.window)
         inputs = self._chat_inputs(tokenizer, [context], settings)
+        cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         criteria = inputs.pop("stopping_criteria", None) or ()
         autocast = _callers_autocast(self.device.type)
 
         def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
             every = StoppingCriteriaList([*criteria, *stopping_criteria])
+            arguments = {**inputs, **_as_argument(cache), "logits_processor": logits_processor}
             with autocast:
-                self.generate(**inputs, logits_processor=logits_processor, streamer=streamer, stopping_criteria=every)
+                output = self.generate(**arguments, streamer=streamer, stopping_criteria=every)
+            if cache is not None and isinstance(history, ChatHistory):
+                history.kept = KeptCache(self, _sequences_of(output)[0].tolist(), cache)
 
         return stream_text(stream_tokens(generate), tokenizer, settings.stops)
+
+    @staticmethod
+    def new_history() -> ChatHistory:
+        """A history without turns that can carry keys and values, for `chat_stream`, which returns none."""
+        return ChatHistory()
 
     def batch_chat(
         self,
@@ -187,7 +210,10 @@ class QWenGenerationMixin(_GenerativeModel):
             fitting_context(tokenizer, *conversation, settings.window)
             for conversation in zip(queries, turns, systems, strict=True)
         ]
-        replies = self._generate_replies(tokenizer, contexts, settings)
+        inputs = self._chat_inputs(tokenizer, contexts, settings)
+        sequences = _sequences_of(self.generate(**inputs))
+        length = inputs["input_ids"].shape[1]
+        replies = self._read_replies(tokenizer, sequences, length, settings, count=len(contexts))
         if append_history:
             turns = [[*turns[row], (query, replies[row])] for row, query in enumerate(queries)]
         return replies, turns
@@ -219,7 +245,9 @@ class QWenGenerationMixin(_GenerativeModel):
         settings.stop_words_ids = stops = [list(stop) for stop in dict.fromkeys(map(tuple, stops))]
         if max_window_size is None:
             max_window_size = getattr(merged, "max_window_size", None) or DEFAULT_WINDOW
-        return ChatSettings(settings, other_kwargs, stops, max_window_size)
+        return ChatSettings(
+            settings, other_kwargs, stops, max_window_size, self._has_default_cache(merged, other_kwargs)
+        )
 
     def _chat_inputs(
         self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
@@ -238,17 +266,35 @@ class QWenGenerationMixin(_GenerativeModel):
             **settings.other_kwargs,
         }
 
-    def _generate_replies(
-        self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
+    @staticmethod
+    def _read_replies(
+        tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor, length: int, settings: ChatSettings, count: int
     ) -> list[str]:
-        inputs = self._chat_inputs(tokenizer, contexts, settings)
-        output = self.generate(**inputs)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        copies = len(sequences) // len(contexts)  # num_return_sequences: the first of each is the reply
-        replies = []
-        for reply in sequences[::copies, inputs["input_ids"].shape[1] :].tolist():
-            replies.append(decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip())
-        return replies
+        """The texts behind prompts of `length` tokens, one for each of `count` conversations."""
+        copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
+        replies = sequences[::copies, length:].tolist()
+        return [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
+
+    def _conversation_cache(
+        self, history: Iterable[Sequence[str]] | None, context: TokensType, settings: ChatSettings
+    ) -> QWenCache | None:
+        """A branch of what the history carries, or an empty cache; None where another kind of cache is asked for."""
+        if not settings.default_cache or self.training:
+            return None
+        kept: KeptCache | None = getattr(history, "kept", None)
+        branch = None if kept is None else kept.branch(self, context)
+        return QWenCache(config=self.config) if branch is None else branch
+
+    def _has_default_cache(self, generation_config: Any, other_kwargs: dict[str, Any]) -> bool:
+        """Whether generation keeps one sequence in the model's growing cache and nothing else."""
+        others = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return (
+            not self.config.use_cache_quantization
+            and generation_config.use_cache is not False
+            and all(getattr(generation_config, name, None) is None for name in others)
+            and all((getattr(generation_config, name, 1) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+            and not {"past_key_values", "assistant_model", "custom_generate"} & other_kwargs.keys()
+        )
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -313,6 +359,15 @@ class QWenGenerationMixin(_GenerativeModel):
             model_kwargs["ntk_alpha"] = alpha
         elif int(cache.get_seq_length()) == 0:
             set_ntk_alpha(cache, alpha, planned=True)
+
+
+def _sequences_of(output: Any) -> torch.Tensor:
+    """Token ids of prompts and replies, (B, T), whatever form `generate` was asked to return."""
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+def _as_argument(cache: QWenCache | None) -> dict[str, QWenCache]:
+    return {} if cache is None else {"past_key_values": cache}
 
 
 def _callers_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -94,6 +94,39 @@ def make_context(
     )
 
 
+class ChatHistory(HistoryType):
+    """The turns of a conversation, a list, with the keys and values of what the model has read of it.
+
+    `chat` returns one, and takes up what it carries. Copies carry it too; it isn't pickled, and it goes when the last
+    history that has it goes, or by `drop_cache`. Turns may be changed in any way: what is kept is used only as far as
+    it agrees with them.
+
+    Attributes:
+        kept: `cache_qwen.KeptCache`, or None.
+    """
+
+    kept: Any = None
+
+    def drop_cache(self) -> None:
+        """Free the memory of keys and values; the next turn reads the conversation anew."""
+        self.kept = None
+
+    def copy(self) -> ChatHistory:
+        """Another list of the same turns, which also carries what is kept."""
+        other = ChatHistory(self)
+        other.kept = self.kept  # shared, since it never changes
+        return other
+
+    def __copy__(self) -> ChatHistory:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChatHistory:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[type, tuple[HistoryType]]:
+        return ChatHistory, (list(self),)
+
+
 def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
     """A copy of the history as a list of pairs; the caller's own list is never changed.
 

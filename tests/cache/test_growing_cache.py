@@ -120,6 +120,21 @@ def test_a_cache_from_inference_mode_can_be_continued():
     assert torch.equal(layer.keys[..., :5, :], before)
 
 
+def test_other_rows_are_refused():
+    layer = filled()
+    with pytest.raises(ValueError, match=r"holds \(2, 3, 5, 4\).*can't go on with \(1, 3, 1, 4\)"):
+        append(layer, 1, 1)
+    assert layer.get_seq_length() == 5
+
+
+def test_a_wider_dtype_is_not_narrowed():
+    ours, theirs = QWenGrowingLayer(), DynamicLayer()
+    for states in (chunk(3).bfloat16(), chunk(2), chunk(1).bfloat16()):
+        ours.update(states, states)
+        theirs.update(states, states)
+    assert ours.keys.dtype == torch.float32 and torch.equal(ours.keys, theirs.keys)
+
+
 def test_a_reset_frees_the_memory():
     layer = filled()
     layer.reset()

@@ -1,0 +1,236 @@
+"""Keys and values from turn to turn: less is read, nothing else changes."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+
+from qwen1 import ChatHistory, make_context
+from qwen1.cache_qwen import _common_length
+
+
+@pytest.fixture
+def model(chat_model):
+    """With a length of training that no conversation here exceeds, unless a test says otherwise."""
+    chat_model.config.seq_length = 4096
+    return chat_model
+
+
+@pytest.fixture
+def read(model):
+    """How many tokens the model was given since the last call: () -> int."""
+    counted = []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+
+    def since():
+        total = sum(counted)
+        counted.clear()
+        return total
+
+    return since
+
+
+def talk(model, tokenizer, *queries, history=None, **kwargs):
+    for query in queries:
+        _, history = model.chat(tokenizer, query, history, **kwargs)
+    return history
+
+
+def prompt_length(tokenizer, query, history) -> int:
+    return len(make_context(tokenizer, query, history, "You are a helpful assistant.")[1])
+
+
+def test_replies_are_those_without_it_and_only_new_tokens_are_read(model, byte_tokenizer, read):
+    plain, history = None, None
+    for query in ("What is this?", "你好", "And then?", "Why?"):
+        expected, plain = model.chat(byte_tokenizer, query, plain, reuse_cache=False, max_new_tokens=8)
+        full = read()
+        reply, history = model.chat(byte_tokenizer, query, history, max_new_tokens=8)
+        assert (reply, history) == (expected, plain)
+        assert read() < full or len(history) == 1
+    assert history.kept is not None and plain.kept is None
+
+
+def test_a_reply_that_is_text_is_not_read_again(model, byte_tokenizer, forced, read):
+    history = talk(model, byte_tokenizer, "a", logits_processor=forced("It is so."))
+    held = history.kept._cache.get_seq_length()
+    assert held == prompt_length(byte_tokenizer, "a", None) + len("It is so.")
+    read()
+    talk(model, byte_tokenizer, "b", history=history, logits_processor=forced("B"))
+    assert read() == prompt_length(byte_tokenizer, "b", history) - held + 1
+
+
+def test_streams_take_it_up_and_leave_it_behind(model, byte_tokenizer, read):
+    history, plain = model.new_history(), []
+    for query in ("first", "second", "third"):
+        *_, expected = model.chat_stream(byte_tokenizer, query, plain, reuse_cache=False)
+        full = read()
+        *_, reply = model.chat_stream(byte_tokenizer, query, history)
+        assert reply == expected
+        assert read() < full or query == "first"
+        history.append((query, reply))
+        plain.append((query, reply))
+        assert history.kept is not None
+
+
+def test_a_stream_that_is_closed_leaves_what_was_read(model, byte_tokenizer, read):
+    history = talk(model, byte_tokenizer, "first")
+    first = history.kept
+    stream = model.chat_stream(byte_tokenizer, "second", history, max_new_tokens=200, min_new_tokens=200)
+    next(stream)
+    stream.close()
+    assert history.kept is not first
+    expected = model.chat(byte_tokenizer, "third", history, reuse_cache=False)
+    assert model.chat(byte_tokenizer, "third", history) == expected
+
+
+def test_branches_of_a_conversation_are_apart(model, byte_tokenizer):
+    start = talk(model, byte_tokenizer, "first", "second")
+    plain = list(start)
+    for queries in (("left", "on"), ("right", "on"), ("left", "on")):
+        assert talk(model, byte_tokenizer, *queries, history=start) == talk(
+            model, byte_tokenizer, *queries, history=plain, reuse_cache=False
+        )
+
+
+def test_requests_at_once_are_apart(model, byte_tokenizer):
+    start = talk(model, byte_tokenizer, "first", "second")
+    queries = [f"question {i}" for i in range(6)]
+    expected = [model.chat(byte_tokenizer, query, list(start), reuse_cache=False)[0] for query in queries]
+    replies = [None] * len(queries)
+
+    def ask(i):
+        replies[i] = model.chat(byte_tokenizer, queries[i], start)[0]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(queries))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert replies == expected
+
+
+def change_turns(model, history):
+    history[0] = ("other", "words")
+    return {}
+
+
+def change_weights(model, history):
+    for weight in model.transformer.h[0].parameters():
+        weight.add_(0.05)
+    return {}
+
+
+def replace_weights(model, history):
+    model.transformer.wte = torch.nn.Embedding(*model.transformer.wte.weight.shape)
+    return {}
+
+
+CHANGES = {
+    "turns": change_turns,
+    "system": lambda model, history: {"system": "Be brief."},
+    "window": lambda model, history: {"max_window_size": 90},
+    "trained weights": change_weights,
+    "replaced weights": replace_weights,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_what_has_changed_is_read_anew(model, byte_tokenizer, change):
+    history = talk(model, byte_tokenizer, "first", "second")
+    settings = change(model, history)
+    expected = model.chat(byte_tokenizer, "third", list(history), **settings)
+    assert model.chat(byte_tokenizer, "third", history, **settings) == expected
+
+
+def test_another_model_reads_anew(model, byte_tokenizer, tiny_model, read):
+    history = talk(model, byte_tokenizer, "first")
+    other = tiny_model("sdpa", seed=5, seq_length=4096)
+    other.generation_config = model.generation_config
+    assert other.chat(byte_tokenizer, "second", history) == other.chat(byte_tokenizer, "second", list(history))
+
+
+def test_another_ntk_band_reads_anew(model, byte_tokenizer, read):
+    model.config.seq_length = 100
+    history = talk(model, byte_tokenizer, "first", max_new_tokens=4)
+    read()
+    query = "x" * 20
+    length = prompt_length(byte_tokenizer, query, history)
+    assert 100 < length < 200
+    reply, longer = model.chat(byte_tokenizer, query, history, max_new_tokens=4)
+    assert read() >= length
+    assert reply == model.chat(byte_tokenizer, query, list(history), reuse_cache=False, max_new_tokens=4)[0]
+    read()
+    model.chat(byte_tokenizer, "y", longer, max_new_tokens=4)  # the same band again
+    assert read() < prompt_length(byte_tokenizer, "y", longer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reuse_cache": False},
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_caches_are_not_carried(model, byte_tokenizer, settings):
+    history = talk(model, byte_tokenizer, "first")
+    _, history = model.chat(byte_tokenizer, "second", history, max_new_tokens=4, **settings)
+    assert isinstance(history, ChatHistory) and history.kept is None
+
+
+def test_int8_keys_are_not_carried(model, byte_tokenizer):
+    model.config.use_cache_quantization = True
+    assert talk(model, byte_tokenizer, "first").kept is None
+
+
+def test_it_goes_with_the_history_and_on_request(model, byte_tokenizer):
+    history = talk(model, byte_tokenizer, "first")
+    kept = weakref.ref(history.kept)
+    del history
+    gc.collect()
+    assert kept() is None
+    history = talk(model, byte_tokenizer, "first")
+    history.drop_cache()
+    assert history.kept is None and len(history) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, ChatHistory.copy], ids=["copy", "deepcopy", "method"])
+def test_copies_carry_it(model, byte_tokenizer, copied):
+    history = talk(model, byte_tokenizer, "first")
+    other = copied(history)
+    assert other == history and other is not history and other.kept is history.kept
+    other.append(("a", "b"))
+    assert len(history) == 1
+
+
+def test_it_is_not_pickled(model, byte_tokenizer):
+    history = talk(model, byte_tokenizer, "first")
+    other = pickle.loads(pickle.dumps(history))
+    assert type(other) is ChatHistory and other == history and other.kept is None
+
+
+def test_the_model_is_not_kept_alive(model, byte_tokenizer, tiny_model):
+    other = tiny_model("sdpa")
+    other.generation_config = model.generation_config
+    history, gone = talk(other, byte_tokenizer, "first"), weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    assert model.chat(byte_tokenizer, "second", history) == model.chat(byte_tokenizer, "second", list(history))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([1, 2], [1, 3], 1)]
+)
+def test_common_length(first, second, length):
+    assert _common_length(first, second) == length
