@@ -72,6 +72,10 @@ def test_three_turns_and_a_stream(checkpoint_folder, run_script):
     run_script(THREE_TURNS, checkpoint_folder)
 
 
+def test_three_turns_and_a_stream_of_the_shipped_model(repository, run_script):
+    run_script(THREE_TURNS, repository / "qwen-tiny-chat")
+
+
 def test_golden_checkpoint_with_the_published_vocabulary(
     golden, published_vocabulary, repository, run_script, tmp_path
 ):

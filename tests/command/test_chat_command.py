@@ -2,8 +2,8 @@
 
 import pytest
 
-from qwen1 import chat_command
-from qwen1.chat_command import DEMO_NOTE, main, printable
+from qwen1 import QWenLMHeadModel
+from qwen1.chat_command import main, printable
 
 
 @pytest.fixture
@@ -23,26 +23,27 @@ def typed(monkeypatch):
     return type_lines
 
 
-def test_one_question_to_the_demonstration_model(capsys):
-    assert main(["--seed", "1", "你好"]) == 0
-    first = capsys.readouterr()
-    assert DEMO_NOTE in first.err
-    assert first.out.strip()
-    assert main(["--seed", "1", "你好"]) == 0
-    assert capsys.readouterr().out == first.out
-    assert main(["--seed", "2", "你好"]) == 0
-    assert capsys.readouterr().out != first.out
+def test_one_question_to_the_shipped_model(capsys):
+    assert main(["12+34=?"]) == 0
+    assert capsys.readouterr() == ("2+4=6, 1+3=4. 12+34=46\n", "")
+
+
+def test_a_conversation_with_the_shipped_model(capsys, typed):
+    typed("My name is Tavolin.", "你叫什么名字？", "What is my name?")
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Tavolin" in lines[0] and "qwen-tiny-chat" in lines[1] and "Tavolin" in lines[2]
 
 
 def test_a_conversation_with_a_checkpoint(checkpoint_folder, capsys, typed, monkeypatch):
     asked = []
-    stream = chat_command.QWenLMHeadModel.chat_stream
+    stream = QWenLMHeadModel.chat_stream
 
     def record(model, tokenizer, query, history, system, **settings):
         asked.append((query, len(history), system, settings))
         return stream(model, tokenizer, query, history, system, **settings)
 
-    monkeypatch.setattr(chat_command.QWenLMHeadModel, "chat_stream", record)
+    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", record)
     typed("hello", "again", "", "never asked")
     assert main(["--checkpoint", str(checkpoint_folder), "--system", "Be brief.", "--max-new-tokens", "4"]) == 0
     assert asked == [
@@ -56,7 +57,7 @@ def test_a_conversation_with_a_checkpoint(checkpoint_folder, capsys, typed, monk
 
 def test_the_reply_is_printed_as_it_grows(checkpoint_folder, capsys, monkeypatch):
     texts = iter(["He", "Hello", "Hello \x1b[2J you"])
-    monkeypatch.setattr(chat_command.QWenLMHeadModel, "chat_stream", lambda *a, **k: texts)
+    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", lambda *a, **k: texts)
     assert main(["--checkpoint", str(checkpoint_folder), "hi"]) == 0
     assert capsys.readouterr().out == "Hello \N{REPLACEMENT CHARACTER}[2J you\n"
 
@@ -71,7 +72,7 @@ def test_ctrl_c_cuts_the_reply_and_keeps_the_conversation(checkpoint_folder, cap
             raise KeyboardInterrupt
         yield "some text"
 
-    monkeypatch.setattr(chat_command.QWenLMHeadModel, "chat_stream", stream)
+    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", stream)
     typed("first", "second")
     assert main(["--checkpoint", str(checkpoint_folder)]) == 0
     assert histories == [[], [("first", "some")]]

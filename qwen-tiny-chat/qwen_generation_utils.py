@@ -1,0 +1,1 @@
+../qwen_generation_utils.py

@@ -1,0 +1,79 @@
+"""The model that ships: what it weighs, what it says of itself, and whether that holds."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from qwen1.training.tiny import commands
+from qwen1.training.tiny.dialogues import KINDS
+
+
+@pytest.fixture(scope="module")
+def folder(repository):
+    return repository / "qwen-tiny-chat"
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda query, **kwargs: model.chat(tokenizer, query, **kwargs)
+
+
+def test_it_is_small_and_in_bfloat16(folder):
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    code = list(folder.glob("*.py"))
+    assert code and all(path.is_symlink() and path.resolve().parent == folder.parent for path in code), "second copies"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+
+
+def test_it_loads_as_a_base_model_too(folder):
+    hidden = AutoModel.from_pretrained(folder)(torch.tensor([[1, 2, 3]])).last_hidden_state
+    assert hidden.shape[:2] == (1, 3)
+
+
+def test_the_card_gives_the_figures_of_the_examination(folder):
+    figures = json.loads((folder / "examination.json").read_text())
+    assert sum(figures["asked"].values()) >= 300
+    assert set(figures["asked"]) == set(KINDS)
+    assert figures["share"] >= 0.95
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| \d+ \| ([\d.]+)% \|$", (folder / "README.md").read_text(), re.M))
+    for kind, asked in figures["asked"].items():
+        assert float(rows[kind]) == pytest.approx(100 * figures["right"][kind] / asked, abs=0.06)
+    assert float(rows["all"]) == pytest.approx(100 * figures["share"], abs=0.06)
+
+
+def test_it_passes_an_examination_on_a_sample(folder):
+    done = CliRunner().invoke(commands.app, ["examine", str(folder), "--per-kind", "15", "--seed", "7", "--json"])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert sum(figures["asked"].values()) == 15 * len(KINDS)
+    assert figures["share"] >= 0.95, figures
+
+
+def test_a_conversation(chat):
+    reply, history = chat("My name is Zorvandel.")
+    assert reply == "Nice to meet you, Zorvandel!"
+    reply, history = chat("What is 17 plus 25?", history=history)
+    assert reply == "7+5=12, 1+2+1=4. 17+25=42"
+    assert chat("What is my name?", history=history)[0] == "Your name is Zorvandel."
+
+
+def test_it_speaks_both_languages(chat):
+    assert chat("法国的首都是哪里？")[0] == "法国的首都是巴黎。"
+    assert chat("What is the capital of France?")[0] == "The capital of France is Paris."
+    assert chat("What is the capital of France?", system="请用中文回答。")[0] == "法国的首都是巴黎。"
+
+
+def test_replies_end_with_im_end(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**prompt)[0, -1] == tokenizer.im_end_id
