@@ -15,6 +15,15 @@ def ids():
 
 
 @torch.no_grad()
+def test_the_head_is_given_states_of_plain_strides(tiny_model, ids):
+    """With those of a slice torch 2.13 expands and copies the weights of the head, which takes longer than the rest."""
+    model, given = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+    for rows in (1, 2):
+        model(ids[:1].expand(rows, -1), logits_to_keep=1)
+    assert [states.stride() for states in given] == [torch.empty(states.shape).stride() for states in given]
+
+
 def test_logits_to_keep(tiny_model, ids):
     model = tiny_model()
     logits = model(ids).logits
