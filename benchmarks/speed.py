@@ -275,7 +275,7 @@ def plot(results: Results = RESULTS, output: Annotated[Path, typer.Option(help="
     axes.barh(names, ratios, xerr=[spread[0], [-value for value in spread[1]]], color="tab:blue", alpha=0.8)
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlabel="time, ours / transformers' Qwen2ForCausalLM (median and quartiles; lower is better)")
+    axes.set(xlabel="time, ours / theirs (median and quartiles)")
     figure.savefig(output, dpi=110)
 
 
