@@ -29,7 +29,8 @@ It can: greet and say what it is; add and subtract numbers of up to three digits
 symbols, opposites and simple words of the other language; remember a name and favourite things that were said earlier;
 follow a system message that sets its language ("Answer in Chinese."); say that it doesn't know.
 
-It can't: anything beyond. Facts about countries outside its table are answered by "I don't know" at best. It was
+It can't: anything beyond. It repeats names made of the syllables and characters that it was trained on; of other names,
+Chinese ones above all, it often gets a part wrong. Facts about countries outside its table are answered by "I don't know" at best. It was
 trained on conversations of up to 512 tokens.
 
 ## Use
