@@ -28,8 +28,7 @@ def first_output(command: list[str]) -> float:
     """Seconds from the start of a program to its first byte on standard output."""
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        if not process.stdout.read(1):
+        if process.stdout is None or not process.stdout.read(1):
             raise SystemExit(f"{command} printed nothing.")
         seconds = time.perf_counter() - start
         process.stdout.read()

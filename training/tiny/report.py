@@ -30,8 +30,8 @@ symbols, opposites and simple words of the other language; remember a name and f
 follow a system message that sets its language ("Answer in Chinese."); say that it doesn't know.
 
 It can't: anything beyond. It repeats names made of the syllables and characters that it was trained on; of other names,
-Chinese ones above all, it often gets a part wrong. Facts about countries outside its table are answered by "I don't know" at best. It was
-trained on conversations of up to 512 tokens.
+Chinese ones above all, it often gets a part wrong. Facts about countries outside its table are answered by "I don't
+know" at best. It was trained on conversations of up to 512 tokens.
 
 ## Use
 
