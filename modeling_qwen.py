@@ -42,6 +42,7 @@ FLASH_IMPLEMENTATION = "qwen_varlen"
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 _NTK_BANDS = 32
+_LONE_QUERY_ROWS = 4
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +59,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
@@ -219,6 +220,32 @@ def eager_attention_forward(
         attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
         return attn_output.transpose(1, 2), attn_weights
     return module._attn(query, key, value, attention_mask)
+
+
+def asks_alone(module: QWenAttention, query: torch.Tensor) -> bool:
+    """Whether `lone_query_attention` is the faster way: one token in bfloat16, on a processor with AVX-512."""
+    alone = query.shape[2] == 1 and query.dtype == torch.bfloat16 and module.num_key_value_groups == 1
+    return alone and query.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def lone_query_attention(
+    module: QWenAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's fused attention of a single token, (B, H, 1, D) -> (B, 1, H, D), with the token repeated.
+
+    On a CPU the kernel's products of bfloat16 matrices are twice as fast as those of a vector, which bounds a step of
+    decoding at long contexts. Arguments as `eager_attention_forward`.
+    """
+    repeated = query.repeat(1, 1, _LONE_QUERY_ROWS, 1)
+    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, repeated, key, value, attention_mask, **(kwargs | {"is_causal": False})
+    )
+    return output[:, :1], None
 
 
 def varlen_attention(
@@ -513,15 +540,14 @@ class QWenAttention(nn.Module):
             attention_mask: in the form that the attention implementation takes.
             past_key_values: cache that this call's keys and values are added to.
         """
-        query, key, value = self.c_attn(hidden_states).split(
-            (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
-        )
-        query = self._split_heads(query, self.num_heads, self.head_dim)
-        key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
+        together = self.projection_size + self.kv_projection_size  # queries and keys, which are rotated alike
+        rotated, value = self.c_attn(hidden_states).split((together, self.kv_projection_size), dim=-1)
         value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
 
         cos, sin, logn = position_embeddings
-        query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
+        rotated = self._split_heads(rotated, self.num_heads + self.num_key_value_heads, self.head_dim)
+        rotated = apply_rotary_pos_emb(rotated, (cos, sin))
+        query, key = rotated.split((self.num_heads, self.num_key_value_heads), dim=-2)
         if logn is not None:
             query = query * logn.type_as(query)
 
@@ -529,10 +555,7 @@ class QWenAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = self._choose_attention(query, kwargs)(
             self,
             query,
             key,
@@ -543,6 +566,12 @@ class QWenAttention(nn.Module):
             **kwargs,
         )
         return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
+
+    def _choose_attention(self, query: torch.Tensor, kwargs: dict[str, Any]) -> Callable:
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and kwargs.get("cache") is None and asks_alone(self, query):
+            return lone_query_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
 class QWenMLP(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwen1 import QWenAttention
-from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, mask_scores, repeat_kv
+from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, asks_alone, lone_query_attention, mask_scores, repeat_kv
 
 TOLERANCE = 1e-6
 
@@ -236,3 +236,44 @@ def test_a_registered_backend_gets_everything_it_needs(tiny_model, monkeypatch):
     assert isinstance(output, tuple) and output[0].shape == (1, 7, 64)
     expected = [(layer, (1, 4, 7, 16), (1, 2, 7, 16), 0.25, None, "state") for layer in (0, 1)]
     assert calls == expected
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_lone_query_sees_what_it_should(attention, qkv, dtype, padded):
+    query, key, value = qkv(1, 37, dtype)
+    visible = torch.ones(2, 1, 37, dtype=torch.bool)
+    visible[0, 0, :9] = not padded
+    mask = visible[:, None] if padded else None
+    module = attention()
+    output, weights = lone_query_attention(module, query, key, value, mask, scaling=module.scaling)
+    expected = reference(query, key, value, visible).transpose(1, 2)
+    assert output.shape == (2, 1, 4, 16) and weights is None
+    torch.testing.assert_close(output.double(), expected, atol=TOLERANCE if dtype == torch.float32 else 0.01, rtol=0)
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "DEFAULT"])
+def test_a_lone_query_is_one_token_in_bfloat16(attention, qkv, monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    module = attention()
+    assert asks_alone(module, qkv(1, 7, torch.bfloat16)[0]) == (capability == "AVX512")
+    assert not asks_alone(module, qkv(2, 7, torch.bfloat16)[0])
+    assert not asks_alone(module, qkv(1, 7)[0])
+    assert not asks_alone(attention(num_key_value_heads=2), qkv(1, 7, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_only_sdpa_repeats_a_lone_query(tiny_model, monkeypatch, implementation):
+    seen = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def attend(module, query, *rest, **kwargs):
+        seen.append(module.layer_idx)
+        return lone_query_attention(module, query, *rest, **kwargs)
+
+    monkeypatch.setattr("qwen1.modeling_qwen.lone_query_attention", attend)
+    model = tiny_model(attn_implementation=implementation).to(torch.bfloat16)
+    cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    assert not seen
+    model(torch.tensor([[4]]), past_key_values=cache)
+    assert seen == (list(range(model.config.num_hidden_layers)) if implementation == "sdpa" else [])
