@@ -13,21 +13,15 @@ measured to a JSON file, with machine and versions.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
+from measuring import RESULTS, Comparison, Dtype, Results, Rounds, compare, report
 from transformers import AutoTokenizer, LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -38,62 +32,10 @@ from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-RESULTS = Path(__file__).with_name("speed.json")
 PLOT = RESULTS.with_suffix(".png")
 TINY_CHAT = Path(__file__).parent.parent / "qwen-tiny-chat"
 WIDTH, LAYERS, HEADS, INTERMEDIATE, VOCABULARY = 1024, 16, 8, 2752, 151_936
 LONGEST = 16_384
-
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds of both sides in turn.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
-Results = Annotated[Path, typer.Option(help="JSON file to add the figures to.")]
-
-
-@dataclass
-class Comparison:
-    """Seconds of both sides, round by round.
-
-    Attributes:
-        name: what was measured.
-        ours, theirs: seconds.
-        limit: seconds in which the hardware could do it at best, where that was measured.
-    """
-
-    name: str
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-    limit: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Medians, the median of the ratios, and their quartiles."""
-        ratios = [mine / other for mine, other in zip(self.ours, self.theirs, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        row = {"ours_s": statistics.median(self.ours), "theirs_s": statistics.median(self.theirs)}
-        row |= {"ratio": middle, "quartiles": [low, high], "rounds": len(ratios)}
-        if self.limit is not None:
-            row |= {"limit_s": self.limit, "ours_to_limit": row["ours_s"] / self.limit}
-        return row
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def build(dtype: torch.dtype) -> tuple[QWenLMHeadModel, Qwen2ForCausalLM]:
@@ -124,31 +66,6 @@ def build(dtype: torch.dtype) -> tuple[QWenLMHeadModel, Qwen2ForCausalLM]:
     ours = ours.to(dtype).eval()
     ours.load_state_dict(convert_tensors(recipes, theirs.state_dict()))
     return ours, theirs
-
-
-def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Comparison:
-    """Time both in turn, each first in every other round, after a round that doesn't count."""
-    found = Comparison(name)
-    sides = [(ours, found.ours), (theirs, found.theirs)]
-    for number in range(rounds + 1):
-        for run, seconds in sides if number % 2 else reversed(sides):
-            start = time.perf_counter()
-            run()
-            seconds += [time.perf_counter() - start] if number else []
-    return found
-
-
-def report(found: Comparison, results: Path) -> None:
-    """Print a comparison, and add it to the JSON file."""
-    row = found.as_json()
-    print(f"{found.name}: ours {row['ours_s'] * 1e3:.1f} ms, theirs {row['theirs_s'] * 1e3:.1f} ms, ", end="")
-    print(f"ratio {row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})", end="")
-    print(f", {row['ours_to_limit']:.2f} of the limit" if found.limit else "", f"[{row['rounds']} rounds]")
-    kept = json.loads(results.read_text()) if results.exists() else {}
-    kept[found.name] = row | machine()
-    unfinished = results.with_suffix(".partial")
-    unfinished.write_text(json.dumps(kept, indent=2) + "\n")
-    unfinished.replace(results)
 
 
 def random_cache(cache: DynamicCache, rows: int, length: int, dtype: torch.dtype) -> DynamicCache:
