@@ -43,6 +43,7 @@ FLASH_IMPLEMENTATION = "qwen_varlen"
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 _NTK_BANDS = 32
 _LONE_QUERY_ROWS = 4
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class RMSNorm(nn.Module):
@@ -223,29 +224,14 @@ def eager_attention_forward(
 
 
 def asks_alone(module: QWenAttention, query: torch.Tensor) -> bool:
-    """Whether `lone_query_attention` is the faster way: one token in bfloat16, on a processor with AVX-512."""
-    alone = query.shape[2] == 1 and query.dtype == torch.bfloat16 and module.num_key_value_groups == 1
-    return alone and query.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether a query, (B, H, T, D), should be asked several times over: a single token, on a CPU, by torch's kernel.
 
-
-def lone_query_attention(
-    module: QWenAttention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """torch's fused attention of a single token, (B, H, 1, D) -> (B, 1, H, D), with the token repeated.
-
-    On a CPU the kernel's products of bfloat16 matrices are twice as fast as those of a vector, which bounds a step of
-    decoding at long contexts. Arguments as `eager_attention_forward`.
+    Its products of bfloat16 matrices are twice as fast there as those of a vector, with which it spends most of a step
+    of decoding at long contexts. With grouped heads it makes a matrix of their queries by itself.
     """
-    repeated = query.repeat(1, 1, _LONE_QUERY_ROWS, 1)
-    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, repeated, key, value, attention_mask, **(kwargs | {"is_causal": False})
-    )
-    return output[:, :1], None
+    alone = query.shape[2] == 1 and query.dtype == torch.bfloat16 and module.num_key_value_groups == 1
+    by_torch = module.config._attn_implementation == "sdpa" and query.device.type == "cpu"
+    return alone and by_torch and _HAS_AVX512
 
 
 def varlen_attention(
@@ -540,14 +526,15 @@ class QWenAttention(nn.Module):
             attention_mask: in the form that the attention implementation takes.
             past_key_values: cache that this call's keys and values are added to.
         """
-        together = self.projection_size + self.kv_projection_size  # queries and keys, which are rotated alike
-        rotated, value = self.c_attn(hidden_states).split((together, self.kv_projection_size), dim=-1)
+        query, key, value = self.c_attn(hidden_states).split(
+            (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
+        )
+        query = self._split_heads(query, self.num_heads, self.head_dim)
+        key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
         value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
 
         cos, sin, logn = position_embeddings
-        rotated = self._split_heads(rotated, self.num_heads + self.num_key_value_heads, self.head_dim)
-        rotated = apply_rotary_pos_emb(rotated, (cos, sin))
-        query, key = rotated.split((self.num_heads, self.num_key_value_heads), dim=-2)
+        query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
         if logn is not None:
             query = query * logn.type_as(query)
 
@@ -555,7 +542,13 @@ class QWenAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attn_output, attn_weights = self._choose_attention(query, kwargs)(
+        length = query.shape[2]
+        if asks_alone(self, query) and kwargs.get("cache") is None:  # an engine's holds several texts in a row
+            query, kwargs["is_causal"] = query.repeat(1, 1, _LONE_QUERY_ROWS, 1), False
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
             self,
             query,
             key,
@@ -565,13 +558,8 @@ class QWenAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
-
-    def _choose_attention(self, query: torch.Tensor, kwargs: dict[str, Any]) -> Callable:
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa" and kwargs.get("cache") is None and asks_alone(self, query):
-            return lone_query_attention
-        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output = self._merge_heads(attn_output[:, :length], self.num_heads, self.head_dim)
+        return self.c_proj(attn_output), attn_weights
 
 
 class QWenMLP(nn.Module):

@@ -1,13 +1,14 @@
 """The documented attention functions, masks, grouped heads and the registry."""
 
+import ast
 import math
 
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwen1 import QWenAttention
-from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, asks_alone, lone_query_attention, mask_scores, repeat_kv
+from qwen1 import QWenAttention, modeling_qwen
+from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, asks_alone, mask_scores, repeat_kv
 
 TOLERANCE = 1e-6
 
@@ -238,42 +239,45 @@ def test_a_registered_backend_gets_everything_it_needs(tiny_model, monkeypatch):
     assert calls == expected
 
 
+@pytest.mark.parametrize("avx512", [True, False])
+def test_a_lone_query_is_one_token_in_bfloat16(attention, qkv, monkeypatch, avx512):
+    monkeypatch.setattr(modeling_qwen, "_HAS_AVX512", avx512)
+    lone, pair, single = qkv(1, 7, torch.bfloat16)[0], qkv(2, 7, torch.bfloat16)[0], qkv(1, 7)[0]
+    module = attention(attn_implementation="sdpa")
+    assert asks_alone(module, lone) == avx512
+    assert not asks_alone(module, pair) and not asks_alone(module, single)
+    assert not asks_alone(attention(attn_implementation="eager"), lone)
+    assert not asks_alone(attention(attn_implementation="sdpa", num_key_value_heads=2), lone)
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_lone_query_sees_what_it_should(attention, qkv, dtype, padded):
-    query, key, value = qkv(1, 37, dtype)
-    visible = torch.ones(2, 1, 37, dtype=torch.bool)
-    visible[0, 0, :9] = not padded
-    mask = visible[:, None] if padded else None
-    module = attention()
-    output, weights = lone_query_attention(module, query, key, value, mask, scaling=module.scaling)
-    expected = reference(query, key, value, visible).transpose(1, 2)
-    assert output.shape == (2, 1, 4, 16) and weights is None
-    torch.testing.assert_close(output.double(), expected, atol=TOLERANCE if dtype == torch.float32 else 0.01, rtol=0)
+def test_a_lone_query_sees_what_it_should(tiny_model, monkeypatch, padded):
+    """Asked once or four times, a token gets the same logits, also behind left padding."""
+    model = tiny_model(attn_implementation="sdpa").to(torch.bfloat16)
+    ids = torch.arange(1, 25).view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padded] = 0
+    logits = {}
+    for avx512 in (False, True):
+        monkeypatch.setattr(modeling_qwen, "_HAS_AVX512", avx512)
+        cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        logits[avx512] = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    whole = model.float()(ids, attention_mask=mask).logits[:, -1:]
+    spread = whole.std()
+    for found in logits.values():
+        assert found.shape == whole.shape
+        assert (found.float() - whole).abs().max() < 0.05 * spread
 
 
-@pytest.mark.parametrize("capability", ["AVX512", "DEFAULT"])
-def test_a_lone_query_is_one_token_in_bfloat16(attention, qkv, monkeypatch, capability):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    module = attention()
-    assert asks_alone(module, qkv(1, 7, torch.bfloat16)[0]) == (capability == "AVX512")
-    assert not asks_alone(module, qkv(2, 7, torch.bfloat16)[0])
-    assert not asks_alone(module, qkv(1, 7)[0])
-    assert not asks_alone(attention(num_key_value_heads=2), qkv(1, 7, torch.bfloat16)[0])
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_only_sdpa_repeats_a_lone_query(tiny_model, monkeypatch, implementation):
-    seen = []
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-
-    def attend(module, query, *rest, **kwargs):
-        seen.append(module.layer_idx)
-        return lone_query_attention(module, query, *rest, **kwargs)
-
-    monkeypatch.setattr("qwen1.modeling_qwen.lone_query_attention", attend)
-    model = tiny_model(attn_implementation=implementation).to(torch.bfloat16)
-    cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    assert not seen
-    model(torch.tensor([[4]]), past_key_values=cache)
-    assert seen == (list(range(model.config.num_hidden_layers)) if implementation == "sdpa" else [])
+def test_engines_find_what_they_look_for(repository):
+    """vLLM reads the source of the attention: one call of a local interface, three parts of `c_attn`."""
+    tree = ast.parse((repository / "modeling_qwen.py").read_text(encoding="utf-8"))
+    (attention,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "QWenAttention")
+    (forward,) = (n for n in attention.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
+    (interface,) = (c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "get_interface")
+    (local,) = (n.target.id for n in ast.walk(forward) if isinstance(n, ast.AnnAssign) and n.value is interface)
+    (attend,) = (c for c in calls if isinstance(c.func, ast.Name) and c.func.id == local)
+    assert {k.arg: ast.unparse(k.value) for k in attend.keywords}["scaling"] == "self.scaling"
+    (split,) = (c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "split")
+    assert ast.unparse(split.func.value) == "self.c_attn(hidden_states)" and len(split.args[0].elts) == 3
