@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -29,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_qwen import QWenCache, QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenGenerationMixin
+from .loss_qwen import head_loss, holds_its_weight
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -62,9 +64,15 @@ class RMSNorm(nn.Module):
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
 
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x.float()).type_as(x) * self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        return self._norm(x.float()).type_as(x) * self.weight
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Quickly done again in the backward pass, for which it would keep a float32 copy and a half of its input.
+            return checkpoint(self._scaled, x, use_reentrant=False, preserve_rng_state=False)
+        return self._scaled(x)
 
     def extra_repr(self) -> str:
         """Size and epsilon, for `print(model)`."""
@@ -531,6 +539,8 @@ class QWenAttention(nn.Module):
         )
         query = self._split_heads(query, self.num_heads, self.head_dim)
         key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
+        if value.requires_grad:
+            value = value.contiguous()  # what is kept for the backward pass would hold all three parts of the product
         value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
 
         cos, sin, logn = position_embeddings
@@ -906,6 +916,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the loss where there are labels; other arguments as `QWenModel.forward`.
@@ -913,8 +924,15 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         Args:
             labels: (B, T), shifted here; -100 is left out of the loss.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or indices, (N,).
+            skip_logits: compute the loss a piece at a time and return no logits, which take most of the memory of a
+                training step. None: where gradients are computed in training and the head is a plain one.
             kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation.
+
+        Raises:
+            ValueError: as `QWenModel.forward`; `skip_logits=True` without labels, with `logits_to_keep`, or for a head
+                with an adapter, in few bits, on another device or in shards.
         """
+        skip = self._skips_logits(labels, logits_to_keep, skip_logits)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -925,6 +943,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             **kwargs,
         )
         states = outputs.last_hidden_state
+        if skip:
+            loss = head_loss(states, self.lm_head.weight, labels, **kwargs)
+            return CausalLMOutputWithPast(
+                loss=loss,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             # With the strides of a slice torch would copy the whole head for the product, 0.3 GB of a model of 0.5 B.
@@ -940,6 +966,22 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _skips_logits(
+        self, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, wanted: bool | None
+    ) -> bool:
+        plain = labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+        plain = plain and holds_its_weight(self.lm_head)
+        if wanted and not plain:
+            raise ValueError(
+                "skip_logits=True needs labels, no logits_to_keep, and a head that is a plain matrix at hand, without "
+                f"adapter, quantisation, offloading or sharding ({type(self.lm_head).__name__} here): leave it out."
+            )
+        if wanted is None:  # a loss of the caller's own, or a compiler, gets the logits
+            own_loss = self.loss_type == "ForCausalLM" and getattr(self, "_loss_function", None) is None
+            training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            return plain and own_loss and training
+        return wanted
 
 
 class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTrainedModel):

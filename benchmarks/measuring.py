@@ -99,6 +99,26 @@ def compare(
     return found
 
 
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def resident() -> int:
+    """Memory that this process holds, in bytes; Linux only, as the two that follow."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most that it has held since `forget_peak`, in bytes."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Count the peak anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def alone(script: Path, *arguments: str) -> dict[str, Any]:
     """What a script prints as JSON in its last line, run in a process of its own, where its memory can be measured."""
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, encoding="utf-8")

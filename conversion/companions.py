@@ -31,6 +31,7 @@ CODE_FILES = (
     "cache_qwen.py",
     "configuration_qwen.py",
     "generation_qwen.py",
+    "loss_qwen.py",
     "modeling_qwen.py",
     "qwen_generation_utils.py",
     "tokenization_qwen.py",

@@ -16,6 +16,7 @@ CODE = {
     "cache_qwen.py",
     "configuration_qwen.py",
     "generation_qwen.py",
+    "loss_qwen.py",
     "modeling_qwen.py",
     "qwen_generation_utils.py",
 }
