@@ -16,8 +16,9 @@ LONGEST = 16_384
 
 
 def configurations(**changes: Any) -> tuple[QWenConfig, Qwen2Config]:
-    """Of ours, with changes, and of theirs."""
-    shape = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    """Of ours, with changes, and of theirs; a `vocab_size` is that of both."""
+    shape: dict[str, Any] = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    shape["vocab_size"] = changes.pop("vocab_size", VOCABULARY)
     theirs = Qwen2Config(
         **shape,
         num_key_value_heads=HEADS,

@@ -13,7 +13,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import compiling
 import generating
+import loading
+import speculating
 import training_step
 import typer
 from measuring import RESULTS, Results
@@ -24,6 +27,13 @@ for command in (
     generating.decode,
     generating.long_decode,
     generating.conversation,
+    generating.long_text,
+    generating.batch,
+    compiling.compiled,
+    speculating.speculation,
+    speculating.continuous,
+    loading.load,
+    loading.imports,
     training_step.training,
 ):
     app.command()(command)

@@ -1,0 +1,94 @@
+"""Loading a checkpoint, its time and memory, and what importing the package adds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from measuring import (
+    RESULTS,
+    Comparison,
+    Dtype,
+    Results,
+    Rounds,
+    alone,
+    forget_peak,
+    peak,
+    report,
+    resident,
+    seconds_of,
+)
+from models import build
+from transformers import Qwen2ForCausalLM
+
+from qwen1 import QWenLMHeadModel
+
+CLASSES = {"ours": QWenLMHeadModel, "theirs": Qwen2ForCausalLM}
+BASE_IMPORT = "import torch, transformers; from transformers import PreTrainedModel, GenerationMixin"
+
+
+def load_one(side: str, folder: str) -> None:
+    """Print seconds, peak memory and size of the weights of one load in this process."""
+    loaded = []
+    before = resident()
+    forget_peak()
+    seconds = seconds_of(lambda: loaded.append(CLASSES[side].from_pretrained(folder)))
+    grown = peak() - before
+    # Mapped files are read when they are used first; a sum touches every weight, without making another copy.
+    with torch.inference_mode():
+        seconds += seconds_of(lambda: [weight.sum() for weight in loaded[0].parameters()])
+    grown = max(grown, peak() - before)
+    weights = sum(weight.nbytes for weight in loaded[0].parameters())
+    print(json.dumps({"seconds": seconds, "peak": grown, "weights": weights}))
+
+
+def load(
+    rounds: Rounds = 7,
+    dtype: Dtype = "bfloat16",
+    results: Results = RESULTS,
+    side: Annotated[str, typer.Option(hidden=True)] = "",
+    folder: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """`from_pretrained` of a checkpoint of 1 GB, until each weight has been read: time, and peak memory."""
+    if side:
+        load_one(side, folder)
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        for name, model in zip(CLASSES, build(getattr(torch, dtype)), strict=True):
+            model.save_pretrained(Path(parent, name))
+        model = None
+        time, memory = (Comparison(f"load 0.5 B parameters, torch.{dtype}", aim=1.0) for _ in range(2))
+        memory.name, memory.unit, memory.aim = f"peak memory of loading / the weights, torch.{dtype}", "B", 1.1
+        for number in range(rounds + 1):
+            for name in sorted(CLASSES, reverse=bool(number % 2)):
+                run = alone(Path(sys.argv[0]), "load", "--side", name, "--folder", str(Path(parent, name)))
+                if number:
+                    getattr(time, name).append(run["seconds"])
+                if number and name == "ours":
+                    memory.ours.append(run["peak"])
+                    memory.theirs.append(run["weights"])
+    report(time, results)
+    report(memory, results)
+
+
+def imports(rounds: Rounds = 10, results: Results = RESULTS) -> None:
+    """Seconds of a Python that imports the package, against one that imports torch and transformers only."""
+    import subprocess
+
+    def run(code: str) -> float:
+        return seconds_of(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+    found = Comparison("import of qwen1 / of torch and transformers alone")
+    for number in range(rounds + 1):
+        mine, other = run(BASE_IMPORT + "; import qwen1"), run(BASE_IMPORT)
+        if number:
+            found.ours.append(mine)
+            found.theirs.append(other)
+    report(found, results)
+    added = sorted(mine - other for mine, other in zip(found.ours, found.theirs, strict=True))
+    print(f"  added: {added[len(added) // 2]:.3f} s ({added[0]:.3f} to {added[-1]:.3f}); demanded: below 0.3 s")
