@@ -127,7 +127,8 @@ def alone(script: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _readable(value: float, unit: str) -> str:
+def readable(value: float, unit: str) -> str:
+    """Seconds or bytes with a unit of their size."""
     if unit == "B":
         return f"{value / 1e6:.0f} MB"
     return f"{value * 1e3:.1f} ms" if value < 10 else f"{value:.1f} s"
@@ -136,7 +137,7 @@ def _readable(value: float, unit: str) -> str:
 def report(found: Comparison, results: Path) -> None:
     """Print a comparison, and add it to the JSON file."""
     row = found.as_json()
-    ours, theirs = (_readable(row[side], found.unit) for side in ("ours", "theirs"))
+    ours, theirs = (readable(row[side], found.unit) for side in ("ours", "theirs"))
     low, high = row["quartiles"]
     aim = "" if found.aim is None else f", aim {found.aim}"
     limit = "" if found.limit is None else f", {row['ours_to_limit']:.2f} of the limit"

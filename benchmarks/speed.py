@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import compiling
 import generating
@@ -19,7 +19,7 @@ import loading
 import speculating
 import training_step
 import typer
-from measuring import RESULTS, Results
+from measuring import RESULTS, Results, readable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 for command in (
@@ -41,20 +41,42 @@ for command in (
 PLOT = RESULTS.with_suffix(".png")
 
 
+def table_of(rows: dict[str, Any]) -> str:
+    """All that was measured, as a table in Markdown."""
+    lines = ["| | ours | the other side | ratio (quartiles) | aim | rounds |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        low, high = row["quartiles"]
+        sides = " | ".join(readable(row[side], row["unit"]) for side in ("ours", "theirs"))
+        limit = f"; {row['ours_to_limit']:.2f} of the limit" if "limit" in row else ""
+        ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}){limit}"
+        lines.append(f"| {name} | {sides} | {ratio} | {row.get('aim', '')} | {row['rounds']} |")
+    return "\n".join(lines) + "\n"
+
+
+@app.command()
+def table(results: Results = RESULTS) -> None:
+    """Print all that was measured as a table in Markdown, which docs/speed.md shows."""
+    print(table_of(json.loads(results.read_text())), end="")
+
+
 @app.command()
 def plot(results: Results = RESULTS, output: Annotated[Path, typer.Option(help="PNG file.")] = PLOT) -> None:
-    """Draw the ratios of all that was measured."""
+    """Draw the ratios of all that was measured, and what they should at most be."""
     from matplotlib.figure import Figure
 
     rows = json.loads(results.read_text())
-    names, ratios = list(rows), [row["ratio"] for row in rows.values()]
-    spread = [[r - row["quartiles"][i] for r, row in zip(ratios, rows.values(), strict=True)] for i in (0, 1)]
-    figure = Figure(figsize=(8, 1 + 0.5 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10, 1 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(names, ratios, xerr=[spread[0], [-value for value in spread[1]]], color="tab:blue", alpha=0.8)
-    axes.axvline(1, color="black", linewidth=1)
+    for place, row in enumerate(rows.values()):
+        spread = [[row["ratio"] - row["quartiles"][0]], [row["quartiles"][1] - row["ratio"]]]
+        reached = row["ratio"] <= row.get("aim", float("inf"))
+        axes.barh(place, row["ratio"], xerr=spread, color="tab:blue" if reached else "tab:red", alpha=0.7)
+        if "aim" in row:
+            axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.axvline(1, color="gray", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlabel="time, ours / theirs (median and quartiles)")
+    axes.set(xlabel="ours / the other side: median and quartiles; black marks: aims", xlim=(0, None))
     figure.savefig(output, dpi=110)
 
 
