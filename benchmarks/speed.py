@@ -4,6 +4,7 @@
     python benchmarks/speed.py decode
     python benchmarks/speed.py long-decode
     python benchmarks/speed.py conversation
+    python benchmarks/speed.py tokenizer
     python benchmarks/speed.py plot
 
 Both sides run in one process, in the same dtype and with the same attention implementation, in turn: many short rounds,
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from measuring import RESULTS, Comparison, Dtype, Results, Rounds, compare, report
+from tokenizing import tokenizer
 from transformers import AutoTokenizer, LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -177,6 +179,9 @@ def conversation(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results
         partial(theirs.generate, ids, **settings),
     ]
     report(compare(f"first token of turn 10, {ids.shape[1]} tokens in all, {ours.dtype}", *runs, rounds), results)
+
+
+app.command()(tokenizer)
 
 
 @app.command()
