@@ -20,10 +20,12 @@ import binascii
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -40,10 +42,15 @@ logger = logging.get_logger(__name__)
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
 EXTRA_VOCAB_FILES_NAMES = {"extra_vocab_file": "qwen_extra.tiktoken"}
 
-PAT_STR = (
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
 )
+_BLANKS = r"\s+(?!\S)|\s+"
+PAT_STR = f"{_WORDS}|{_BLANKS}"
+# The same for tiktoken, whose engine tries the alternatives of a pattern that looks ahead one after another, but gives
+# a group without look-ahead to an automaton as a whole.
+GROUPED_PAT_STR = f"(?:{_WORDS})|{_BLANKS}"
 ENDOFTEXT = "<|endoftext|>"
 IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
@@ -101,6 +108,19 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 # keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
 # and 1,000,000 entries.
 LONG_BLANK = re.compile("[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+
+# Where long text may be cut without a change of ids, also before it is normalised: `PAT_STR` lets no piece go on from a
+# letter or digit into what is none, and the character behind the cut composes with none before it. Special tokens hold
+# no such place.
+CUT = re.compile("(?<=[0-9A-Za-z\u4e00-\u9fa5])(?=[ \n,.\uff0c\u3002\u3001])")
+CHUNK = 32_768  # characters that a thread encodes at a time
+
+# Characters that may change under NFC, or change or join a character before them. Left out are those that most text is
+# made of, in blocks or parts of blocks that have no such characters: text without a match is NFC already.
+UNSTABLE = re.compile(
+    "[^\x00-\u02ff\u0391-\u0482\u048a-\u052f\u1e00-\u1eff\u2002-\u205f\u20a0-\u20c0\u2190-\u2328\u232b-\u2426\u2460-\u2adb"
+    "\u3000-\u3029\u3041-\u3096\u30a0-\u30ff\u3400-\u9fff\uac00-\ud7a3\ufe0e\ufe0f\uff01-\uffee\U0001f000-\U0001faff]"
+)
 
 # What a special token could be built from in callers' text, by itself or together with what a template writes around it
 # or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
@@ -308,6 +328,15 @@ def _split_pattern(literals: frozenset[str]) -> re.Pattern[str]:
     return re.compile("(" + ("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)") + ")")
 
 
+def has_long_blank(text: str) -> bool:
+    """Whether there is a match of `LONG_BLANK`; mostly found out without a look at each character.
+
+    A run of 10,000 characters or more covers 16 of them from a multiple of 5000 on.
+    """
+    maybe = any(text[start : start + 16].isspace() for start in range(0, len(text), 5000))
+    return maybe and LONG_BLANK.search(text) is not None
+
+
 def split_long_blanks(text: str) -> Iterator[tuple[str, bool]]:
     r"""Cut long runs of white space out of NFC text, at places where `PAT_STR` cuts too.
 
@@ -326,6 +355,53 @@ def split_long_blanks(text: str) -> Iterator[tuple[str, bool]]:
         yield text[run.start() : end], True
         start = end
     yield text[start:], False
+
+
+def cut_text(text: str) -> list[str]:
+    """Cut text into chunks of `CHUNK` characters or little more, which have the ids of the whole one after another.
+
+    Where nothing can be cut the rest is one chunk.
+    """
+    chunks, start = [], 0
+    while len(text) - start > CHUNK and (place := CUT.search(text, start + CHUNK)):
+        chunks.append(text[start : place.start()])
+        start = place.start()
+    return [*chunks, text[start:]]
+
+
+def normalise(text: str, specials: re.Pattern[str]) -> str:
+    """Repair surrogates, and bring what is between special tokens to NFC; `specials` is a `_split_pattern`."""
+    if text.isascii() or not UNSTABLE.search(text):
+        return text
+    parts = specials.split(repair_surrogates(text))  # text, special, text, ..., text
+    parts[::2] = [NFC.normalize_str(part) if UNSTABLE.search(part) else part for part in parts[::2]]
+    return "".join(parts)
+
+
+def _jobs(chunks: list[str]) -> list[list[str]]:
+    """Put neighbours together that have `CHUNK` characters in all; a longer one stays alone."""
+    jobs, start, characters = [], 0, 0
+    for n, chunk in enumerate(chunks):
+        if n > start and characters + len(chunk) > CHUNK:
+            jobs.append(chunks[start:n])
+            start, characters = n, 0
+        characters += len(chunk)
+    return [*jobs, chunks[start:]] if chunks else []
+
+
+def _split_list(ids: list[int], separator: int) -> list[list[int]]:
+    """What `str.split` does, for a list."""
+    parts, start = [], 0
+    for _ in range(ids.count(separator)):
+        end = ids.index(separator, start)
+        parts.append(ids[start:end])
+        start = end + 1
+    return [*parts, ids[start:] if start else ids]
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- text for chat templates ---
@@ -395,8 +471,7 @@ def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
 class QWenTokenizerMixin(PreTrainedTokenizerBase):
     """What the two tokenizers share: special tokens, the `allowed_special` interface, decoding, saving, chat.
 
-    Subclasses set `special_tokens` before they call `PreTrainedTokenizerBase.__init__`, and implement
-    `_encode_ordinary_batch`.
+    Subclasses set `special_tokens` before they call `PreTrainedTokenizerBase.__init__`, and implement `_encode_texts`.
     """
 
     # `tokenizer_file` is for the fast class; that it is named lets both load from the path of a single vocabulary file.
@@ -407,8 +482,8 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
     special_tokens: dict[str, int]
     errors: str
 
-    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts in which no special token is to be seen; lone surrogates are repaired already."""
+    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
         raise NotImplementedError
 
     @staticmethod
@@ -555,16 +630,6 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
                     "disallowed_special=()."
                 )
 
-    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
-        split = _split_pattern(allowed).split
-        parts = [split(repair_surrogates(text)) for text in texts]  # text, special, text, ..., text
-        ordinary = iter(self._encode_ordinary_batch([part for line in parts for part in line[::2]]))
-        return [
-            [i for n, part in enumerate(line) for i in ([self.special_tokens[part]] if n % 2 else next(ordinary))]
-            for line in parts
-        ]
-
     def tokenize(  # type: ignore[override]
         self,
         text: str,
@@ -610,6 +675,8 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         encoded = iter(self._encode_texts(texts, allowed))
 
         def ids_of(sequence: Any) -> list[int] | None:
+            if isinstance(sequence, str):
+                return next(encoded)
             if sequence is None or _is_ids(sequence):
                 return None if sequence is None else list(sequence)
             return list(itertools.chain.from_iterable(next(encoded) for _ in _texts_of(sequence)))
@@ -636,6 +703,10 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         options["truncation"] = options.pop("truncation_strategy", False)
         padding = options.pop("padding_strategy", False)
         options["add_special_tokens"] = False  # this model adds none
+        joined = self._joined(sequences, options) if self._only_joins(options) else None
+        if joined and padding in (False, "do_not_pad"):
+            columns = joined if batched else {key: rows[0] for key, rows in joined.items()}
+            return BatchEncoding(columns, tensor_type=return_tensors, prepend_batch_axis=not batched)
         # transformers' slow and fast classes share these steps, but keep them in the slow class.
         tokenizer: Any = self
         prepare = functools.partial(PreTrainedTokenizer.prepare_for_model, tokenizer)
@@ -646,8 +717,8 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         pad_options = {
             key: options.pop(key, None) for key in ("pad_to_multiple_of", "padding_side", "return_attention_mask")
         }
-        columns: dict[str, list[Any]] = {"input_ids": []}
-        for first, second in sequences:
+        columns = joined or {"input_ids": []}
+        for first, second in [] if joined else sequences:
             for key, value in prepare(first, second, return_attention_mask=False, **options).items():
                 columns.setdefault(key, []).append(value)
         if return_tensors:  # ragged, so these cannot become tensors
@@ -655,6 +726,28 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             columns.pop("num_truncated_tokens", None)
         padded = self.pad(columns, padding=padding, max_length=options.get("max_length"), **pad_options)
         return BatchEncoding(dict(padded), tensor_type=return_tensors)
+
+    def _joined(
+        self, sequences: list[tuple[list[int], list[int] | None]], options: Mapping[str, Any]
+    ) -> dict[str, list[Any]]:
+        """The columns of a batch of which nothing is to be cut off, padded or added; warns of ids that are too many."""
+        rows = [first + second if second else first for first, second in sequences]
+        too_long = next((ids for ids in rows if len(ids) > self.model_max_length), [])
+        self._eventual_warn_about_too_long_sequence(too_long, None, options.get("verbose", True))
+        masks = options.get("return_attention_mask")
+        if masks or masks is None and rows and "attention_mask" in self.model_input_names:
+            return {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
+        return {"input_ids": rows}
+
+    def _only_joins(self, options: Mapping[str, Any]) -> bool:
+        """Whether `prepare_for_model` would do no more than join two sequences, for which it takes long."""
+        wanted = ("max_length", "return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+        token_types = options.get("return_token_type_ids")
+        return (
+            options["truncation"] in (False, "do_not_truncate")
+            and not any(options.get(name) for name in wanted)
+            and not ("token_type_ids" in self.model_input_names if token_types is None else token_types)
+        )
 
     # Ids to text
 
@@ -735,13 +828,13 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         if not tokenize:
             texts = [_unmask(text, mask) for text in rendered]
             return texts if batched else texts[0]
-        encoded = [self._encode_rendered(text, span, mask, edge) for text, span in zip(rendered, spans, strict=True)]
+        encoded, flags = self._encode_rendered(rendered, spans, mask, edge)
         options = self._chat_options(padding, truncation, max_length, tokenizer_kwargs)
         out = self._from_ids(
-            [(ids, None) for ids, _ in encoded], batched or bool(return_tensors), return_tensors=None, **options
+            [(ids, None) for ids in encoded], batched or bool(return_tensors), return_tensors=None, **options
         )
         if return_assistant_tokens_mask:
-            self._add_assistant_masks(out, [flags for _, flags in encoded], options)
+            self._add_assistant_masks(out, flags, options)
         out.convert_to_tensors(return_tensors)
         return out if return_dict else out["input_ids"]
 
@@ -789,38 +882,49 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         }
 
     def _encode_rendered(
-        self, rendered: str, spans: Collection[tuple[int, int]], mask: str, edge: str
-    ) -> tuple[list[int], list[int]]:
-        """Encode a rendered chat.
+        self, rendered: list[str], spans: list[list[tuple[int, int]]], mask: str, edge: str
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Encode rendered chats.
 
         Args:
-            rendered: the chat, in which `edge` marks where to cut and `mask` breaks special tokens in callers' text.
-            spans: character ranges of `rendered` that the assistant wrote.
+            rendered: the chats, in which `edge` marks where to cut and `mask` breaks special tokens in callers' text.
+            spans: character ranges of each that the assistant wrote.
 
         Returns:
-            (ids, flags): a flag is 1 if the assistant wrote any of the token.
+            (ids, flags) of each chat: a flag is 1 if the assistant wrote any of the token.
         """
-        parts = _split_pattern(frozenset(self.special_tokens) | {edge}).split(rendered)  # text, mark, text, ..., text
-        ordinary = self._encode_texts([_unmask(part, mask) for part in parts[::2]], frozenset())
-        ids: list[int] = []
+        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
+        chats = [split(text) for text in rendered]  # text, mark, text, ..., text
+        texts = [_unmask(part, mask) for chat in chats for part in chat[::2]]
+        encoded = iter(self._encode_texts(texts, frozenset()))
+        marks = {token: [i] for token, i in self.special_tokens.items()} | {edge: []}
+        ids = [[marks[part] if n % 2 else next(encoded) for n, part in enumerate(chat)] for chat in chats]
+        flags = [
+            self._flag_parts(chat, chat_ids, sorted(chat_spans), mask) if chat_spans else [0] * sum(map(len, chat_ids))
+            for chat, chat_ids, chat_spans in zip(chats, ids, spans, strict=True)
+        ]
+        return [list(itertools.chain.from_iterable(chat_ids)) for chat_ids in ids], flags
+
+    def _flag_parts(self, parts: list[str], ids: list[list[int]], spans: list[tuple[int, int]], mask: str) -> list[int]:
+        """1 for each token of a chat that overlaps one of `spans`, sorted ranges of characters.
+
+        Args:
+            parts: text, mark, text, ..., text.
+            ids: those of each part.
+        """
         flags: list[int] = []
-        position, first, spans = 0, 0, sorted(spans)
-        for n, part in enumerate(parts):
+        position, first = 0, 0
+        for n, (part, part_ids) in enumerate(zip(parts, ids, strict=True)):
             end = position + len(part)
             while first < len(spans) and spans[first][1] <= position:
                 first += 1
             last = first
             while last < len(spans) and spans[last][0] < end:
                 last += 1
-            if n % 2 == 0:
-                inside = [(start - position, stop - position) for start, stop in spans[first:last]]
-                ids += ordinary[n // 2]
-                flags += self._flag_tokens(ordinary[n // 2], part, inside, mask)
-            elif part != edge:
-                ids.append(self.special_tokens[part])
-                flags.append(int(last > first))
+            inside = [(start - position, stop - position) for start, stop in spans[first:last]]
+            flags += [int(bool(inside))] * len(part_ids) if n % 2 else self._flag_tokens(part_ids, part, inside, mask)
             position = end
-        return ids, flags
+        return flags
 
     def _flag_tokens(self, ids: list[int], part: str, spans: Collection[tuple[int, int]], mask: str) -> list[int]:
         """1 for each token of `part` that overlaps one of `spans`, character ranges that all reach into the part."""
@@ -828,6 +932,8 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         def byte_offset(character: int) -> int:
             return len(NFC.normalize_str(repair_surrogates(_unmask(part[: max(character, 0)], mask))).encode())
 
+        if not spans:
+            return [0] * len(ids)
         byte_spans = [(byte_offset(start), byte_offset(end)) for start, end in spans]
         ends = list(itertools.accumulate((len(self._token_bytes[i]) for i in ids), initial=0))
         return [int(_overlaps(start, end, byte_spans)) for start, end in itertools.pairwise(ends)]
@@ -928,7 +1034,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         self.decoder = tokens | {i: token for token, i in self.special_tokens.items()}
         self._bpe = tiktoken.Encoding(
             "qwen",
-            pat_str=PAT_STR,
+            pat_str=GROUPED_PAT_STR,
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_tokens,
         )
@@ -944,21 +1050,53 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
             "qwen_piece", pat_str=r"[\s\S]+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
         )
 
-    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
-        parts = [list(split_long_blanks(text if text.isascii() else NFC.normalize_str(text))) for text in texts]
-        flat = [part for line in parts for part, is_run in line if not is_run]
-        # Threads cost more than they save on a single text and on many tiny ones.
-        characters = sum(map(len, flat))
-        parallel = len(flat) > 1 and characters > max(10000, 100 * len(flat))
-        encoded = iter(self._bpe.encode_ordinary_batch(flat) if parallel else map(self._bpe.encode_ordinary, flat))
-        return [
-            [
-                i
-                for part, is_run in line
-                for i in (self._whole_piece_bpe.encode_ordinary(part) if is_run else next(encoded))
-            ]
-            for line in parts
-        ]
+    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        if any(len(text) > CHUNK for text in texts):
+            chunks = [cut_text(text) for text in texts]
+            encoded = iter(self._encode_chunks(list(itertools.chain.from_iterable(chunks)), allowed))
+            return [functools.reduce(operator.iadd, itertools.islice(encoded, len(line))) for line in chunks]
+        return self._encode_chunks(texts, allowed)
+
+    def _encode_chunks(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode texts, long ones already cut, with as many threads as are of use."""
+        jobs = _jobs(chunks)
+        encode = functools.partial(self._encode_job, allowed=allowed)
+        if len(jobs) < 2:
+            return [ids for job in jobs for ids in encode(job)]
+        with ThreadPoolExecutor(min(8, _cores(), len(jobs))) as pool:  # more would wait for the interpreter's lock
+            return list(itertools.chain.from_iterable(pool.map(encode, jobs)))
+
+    def _encode_job(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode chunks by one call of tiktoken, as every call makes its thread wait for the interpreter's lock.
+
+        For that they are joined by a special token that none of them holds.
+        """
+        mark, known = "", allowed
+        if len(chunks) > 1:
+            whole = "".join(chunks)
+            mark = next((token for token in reversed(self.special_tokens) if token not in whole), "")
+            if not mark:
+                return [self._encode_job([chunk], allowed)[0] for chunk in chunks]
+            known = allowed | {mark}
+        text = normalise(mark.join(chunks), _split_pattern(known))
+        if has_long_blank(text):
+            chunks = text.split(mark) if mark else [text]
+            return [self._encode_with_long_blanks(chunk, allowed) for chunk in chunks]
+        if not known or "<|" not in text:
+            return [self._bpe.encode_ordinary(text)]
+        ids = self._bpe.encode(text, allowed_special=known, disallowed_special=())
+        return _split_list(ids, self.special_tokens[mark]) if mark else [ids]
+
+    def _encode_with_long_blanks(self, text: str, allowed: frozenset[str]) -> list[int]:
+        """Encode normalised text that may hold runs of white space which are too long for tiktoken's pattern."""
+        ids: list[int] = []
+        for n, part in enumerate(_split_pattern(allowed).split(text)):
+            if n % 2:
+                ids.append(self.special_tokens[part])
+                continue
+            for stretch, is_run in split_long_blanks(part):
+                ids += (self._whole_piece_bpe if is_run else self._bpe).encode_ordinary(stretch)
+        return ids
 
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
@@ -1069,20 +1207,17 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         }
         return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
-    def _encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
-        # The backend's switch for special tokens is shared by all threads, so its steps are called one by one instead.
-        normalizer, pre_tokenizer, model = (
-            self._tokenizer.normalizer,
-            self._tokenizer.pre_tokenizer,
-            self._tokenizer.model,
-        )
+    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        split = _split_pattern(allowed).split
+        parts = [split(repair_surrogates(text)) for text in texts]  # text, special, text, ..., text
+        # The backend's switch for special tokens is shared by all threads, so its model is used in one without any.
+        backend = Tokenizer(self._tokenizer.model)
+        backend.normalizer, backend.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        ordinary = [part for line in parts for part in line[::2]]
+        encoded = iter(backend.encode_batch_fast(ordinary, add_special_tokens=False))
         return [
-            [
-                token.id
-                for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
-                for token in model.tokenize(piece)
-            ]
-            for text in texts
+            [i for n, part in enumerate(line) for i in ([self.special_tokens[part]] if n % 2 else next(encoded).ids)]
+            for line in parts
         ]
 
     def _encode_plus(  # type: ignore[override]

@@ -17,6 +17,7 @@ import compiling
 import generating
 import loading
 import speculating
+import tokenizing
 import training_step
 import typer
 from measuring import RESULTS, Results, readable
@@ -35,6 +36,7 @@ for command in (
     loading.load,
     loading.imports,
     training_step.training,
+    tokenizing.tokenizer,
 ):
     app.command()(command)
 

@@ -1,5 +1,6 @@
 """Text to ids: golden ids, special tokens, normalisation, batches, long runs, threads."""
 
+import itertools
 import random
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiktoken
 
-from qwen1.tokenization_qwen import PAT_STR, SPECIAL_TOKENS, QWenTokenizer, split_long_blanks
+from qwen1 import tokenization_qwen
+from qwen1.tokenization_qwen import (
+    CHUNK,
+    CUT,
+    LONG_BLANK,
+    NFC,
+    PAT_STR,
+    SPECIAL_TOKENS,
+    UNSTABLE,
+    QWenTokenizer,
+    cut_text,
+    has_long_blank,
+    split_long_blanks,
+)
 
 RUN = 10_000  # the length from which runs of white space are cut out of the text
 
@@ -264,6 +278,126 @@ def test_batches_are_encoded_as_single_texts(slow):
     assert slow(texts)["input_ids"] == [slow.encode(text) for text in texts]
 
 
+def reference_ids(tokenizer, text, allowed):
+    """What the docstring of the module says, step by step."""
+    parts = tokenization_qwen._split_pattern(allowed).split(tokenization_qwen.repair_surrogates(text))
+    return [
+        i
+        for n, part in enumerate(parts)
+        for i in (
+            [tokenizer.special_tokens[part]]
+            if n % 2
+            else tokenizer._bpe.encode_ordinary(unicodedata.normalize("NFC", part))
+        )
+    ]
+
+
+@pytest.mark.parametrize("allowed", [frozenset(), frozenset({"<|im_end|>"}), frozenset(SPECIAL_TOKENS)])
+def test_cut_and_joined_texts_have_their_own_ids(slow, monkeypatch, allowed):
+    """With chunks so small that all is cut and joined; a spare control token in the text is not taken for a mark."""
+    texts = [
+        "".join(f"{text} 你好，a1.b {SPECIAL_TOKENS[-1 - n % 3]}" for n, text in enumerate(random_texts(6, seed)))
+        for seed in range(100)
+    ]
+    texts += ["", "a", "\ud83d", "\ude00", "<|im_end|>\u0338", "e", "\u0301", "<|extra_", "204|>"]
+    expected = [reference_ids(slow, text, allowed) for text in texts]
+    for size in (1, 7, 60, 500, CHUNK):
+        monkeypatch.setattr(tokenization_qwen, "CHUNK", size)
+        assert slow(texts, allowed_special=allowed)["input_ids"] == expected
+        assert [slow.encode(text, allowed_special=allowed) for text in texts] == expected
+
+
+def test_text_is_cut_where_the_pattern_cuts(slow, monkeypatch):
+    monkeypatch.setattr(tokenization_qwen, "CHUNK", 5)
+    text = "The quick, brown fox. 敏捷的狐狸，跳过。 x1 2\n\n  a" + "b" * 20
+    assert cut_text(text) == [
+        "The quick",
+        ", brown",
+        " fox. 敏捷的狐狸",
+        "，跳过。 x1",
+        " 2\n\n  abbbbbbbbbbbbbbbbbbbb",
+    ]
+    assert [slow.decode(ids) for ids in slow._encode_chunks(cut_text(text), frozenset())] == cut_text(text)
+    assert not any(CUT.search(token + "<|endoftext|>") for token in SPECIAL_TOKENS)
+
+
+def test_texts_that_hold_every_special_token(small):
+    """None is left to join texts with."""
+    texts = ["".join(SPECIAL_TOKENS), "a"]
+    assert small(texts)["input_ids"] == [list(small.special_tokens.values()), [97]]
+
+
+def test_stable_characters_stay_as_they_are():
+    """Those that normalisation is left out for: themselves in NFC, no marks, and the second part of no composition."""
+    stable = [chr(code) for code in range(0x110000) if not UNSTABLE.match(chr(code))]
+    assert len(stable) > 45_000
+    text = "".join(stable)
+    assert NFC.normalize_str(text) == unicodedata.normalize("NFC", text) == text
+    assert not any(map(unicodedata.combining, stable))
+    decompositions = (unicodedata.decomposition(chr(code)).split() for code in range(0x110000))
+    seconds = {chr(int(parts[1], 16)) for parts in decompositions if len(parts) == 2 and parts[0][0] != "<"}
+    jamo = {chr(code) for code in [*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)]}
+    assert not (seconds | jamo) & set(stable)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4999, 5000, 9999, 12345])
+@pytest.mark.parametrize("blank", [" ", "\x85", "\u2028", "\u3000"])
+def test_no_long_blank_is_missed(before, blank):
+    text = "a" * before + blank * RUN + "b"
+    assert LONG_BLANK.search(text)
+    assert has_long_blank(text)
+    assert not has_long_blank("a" * before + blank * (RUN - 1) + "b")
+    assert all(
+        unicodedata.normalize("NFC", char).isspace() for char in map(chr, range(0x3001)) if LONG_BLANK.match(char * RUN)
+    )
+
+
+def test_long_blanks_beside_special_tokens(slow):
+    text = "<|im_end|>" + " " * RUN + "<|im_end|>" + " " * RUN + "a"
+    end = slow.im_end_id
+    assert slow([text, "b"])["input_ids"][0] == [
+        end, *slow.encode(" " * RUN), end, *slow.encode(" " * RUN + "a")
+    ]  # fmt: skip
+
+
+def test_threads_are_used_for_long_text(slow, monkeypatch):
+    used = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers):
+            used.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(tokenization_qwen, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(tokenization_qwen, "_cores", lambda: 3)
+    text = "hello world " * (3 * CHUNK // 12)
+    assert slow.encode(text) == slow._bpe.encode_ordinary(text)
+    slow([text[:CHUNK], text[:CHUNK]])
+    slow(["hello world"] * 100)
+    assert used == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": True}, {"return_attention_mask": False}, {"return_token_type_ids": True}, {"return_length": True}],
+)
+def test_rows_are_those_of_transformers(small_vocabulary, monkeypatch, options):
+    """Joining rows without `prepare_for_model` changes nothing."""
+    tokenizer = QWenTokenizer(small_vocabulary)
+    inputs = [(["hello", "ab", ""],), (["a", "bc"], ["hello", "d"]), ("ab",), ("ab", "c"), ("",), ([],)]
+    quick = [dict(tokenizer(*texts, **options)) for texts in inputs]
+    monkeypatch.setattr(QWenTokenizer, "_only_joins", lambda *_: False)
+    assert quick == [dict(tokenizer(*texts, **options)) for texts in inputs]
+
+
+def test_warning_of_long_text(fresh, caplog):
+    fresh.model_max_length = 2
+    fresh(["ab", "abc", "abcd"])
+    fresh("abcde")
+    assert caplog.text.count("(3 > 2)") == 1
+    assert "(5 > 2)" not in caplog.text
+
+
 def test_threads(small):
     """Ordinary and parsed text at once: neither may see the other's setting."""
     text = "<|im_end|>hello"
@@ -276,9 +410,13 @@ def test_threads(small):
         assert list(pool.map(encode, range(400))) == [parsed, ordinary] * 200
 
 
-def test_published_pattern(slow):
-    assert slow._bpe._pat_str == PAT_STR
+def test_grouped_pattern_has_the_pieces_of_the_published_one(slow):
     assert isinstance(slow._bpe, tiktoken.Encoding)
+    published = tiktoken.Encoding(
+        "published", pat_str=PAT_STR, mergeable_ranks=slow.mergeable_ranks, special_tokens=slow.special_tokens
+    )
+    for text in [*random_texts(3000, seed=2), *map("".join, itertools.product(" \t\n\r\u3000a.1's", repeat=4))]:
+        assert slow._bpe.encode_ordinary(text) == published.encode_ordinary(text)
 
 
 def test_no_attribute_is_called_tokenizer(small):
