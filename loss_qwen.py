@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_PIECE = 256  # tokens whose logits are held at once, in the dtype of the head
-_BLOCK = 64  # tokens whose logits are held in float32
+_PIECE = 512  # tokens whose logits are held at once, in the dtype of the head
+_BLOCK = 16  # tokens whose logits are held in float32
 _SLICE = 2**14  # rows of the head whose gradient is added up together
 
 

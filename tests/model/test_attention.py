@@ -8,7 +8,13 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwen1 import QWenAttention, modeling_qwen
-from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, asks_alone, mask_scores, repeat_kv
+from qwen1.modeling_qwen import (
+    FLASH_IMPLEMENTATION,
+    LONE_QUERY_IMPLEMENTATION,
+    lone_query_attention,
+    mask_scores,
+    repeat_kv,
+)
 
 TOLERANCE = 1e-6
 
@@ -239,34 +245,68 @@ def test_a_registered_backend_gets_everything_it_needs(tiny_model, monkeypatch):
     assert calls == expected
 
 
-@pytest.mark.parametrize("avx512", [True, False])
-def test_a_lone_query_is_one_token_in_bfloat16(attention, qkv, monkeypatch, avx512):
-    monkeypatch.setattr(modeling_qwen, "_HAS_AVX512", avx512)
-    lone, pair, single = qkv(1, 7, torch.bfloat16)[0], qkv(2, 7, torch.bfloat16)[0], qkv(1, 7)[0]
-    module = attention(attn_implementation="sdpa")
-    assert asks_alone(module, lone) == avx512
-    assert not asks_alone(module, pair) and not asks_alone(module, single)
-    assert not asks_alone(attention(attn_implementation="eager"), lone)
-    assert not asks_alone(attention(attn_implementation="sdpa", num_key_value_heads=2), lone)
-
-
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_lone_query_sees_what_it_should(tiny_model, monkeypatch, padded):
-    """Asked once or four times, a token gets the same logits, also behind left padding."""
+@pytest.mark.parametrize("chunk", [16, 5 * 2 * 4 * 16, 2**20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_lone_query_sees_what_it_should(attention, qkv, monkeypatch, dtype, chunk, padded):
+    monkeypatch.setattr(modeling_qwen, "_CHUNK_ELEMENTS", chunk)  # one key at a time, five, all
+    query, key, value = qkv(1, 37, dtype)
+    visible = torch.ones(2, 1, 37, dtype=torch.bool)
+    visible[0, 0, : 9 * padded] = False
+    output, weights = lone_query_attention(attention(), query, key, value, visible[:, None] if padded else None)
+    assert output.shape == (2, 1, 4, 16) and output.dtype == dtype and weights is None
+    expected = reference(query, key, value, visible).transpose(1, 2)
+    # All but the result is float32.
+    torch.testing.assert_close(output.double(), expected, atol=TOLERANCE, rtol=torch.finfo(dtype).eps)
+
+
+def test_lone_queries_share_key_heads(attention, qkv):
+    query, key, value = qkv(1, 37)
+    module = attention(num_key_value_heads=2)
+    output, _ = lone_query_attention(module, query, key[:, :2], value[:, :2], None)
+    repeated, _ = module._attn(query, repeat_kv(key[:, :2], 2), repeat_kv(value[:, :2], 2))
+    torch.testing.assert_close(output, repeated, atol=TOLERANCE, rtol=0)
+
+
+def test_a_lone_query_is_one_token_in_half_precision(attention, qkv):
+    def choose(query, cache=None, **changes):
+        return attention(**{"attn_implementation": "sdpa"} | changes)._choose_implementation(query, cache)
+
+    lone = qkv(1, 7, torch.bfloat16)[0]
+    assert choose(lone) == choose(lone.half()) == LONE_QUERY_IMPLEMENTATION
+    assert choose(lone, attn_implementation="eager") == "eager"
+    others = [lone.float(), qkv(2, 7, torch.bfloat16)[0], lone.to("meta"), lone.clone().requires_grad_()]
+    assert [choose(query) for query in others] == ["sdpa"] * 4
+    assert choose(lone, cache="an engine's") == "sdpa"
+    module = attention(attn_implementation="sdpa", attn_pdrop=0.5)
+    assert module._choose_implementation(lone, None) == LONE_QUERY_IMPLEMENTATION
+    assert module.train()._choose_implementation(lone, None) == "sdpa"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_in_half_precision_is_no_further_from_the_truth(tiny_model, monkeypatch, padded):
     model = tiny_model(attn_implementation="sdpa").to(torch.bfloat16)
     ids = torch.arange(1, 25).view(2, 12)
     mask = torch.ones_like(ids)
     mask[0, : 5 * padded] = 0
-    logits = {}
-    for avx512 in (False, True):
-        monkeypatch.setattr(modeling_qwen, "_HAS_AVX512", avx512)
+
+    def decode():
         cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-        logits[avx512] = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
-    whole = model.float()(ids, attention_mask=mask).logits[:, -1:]
-    spread = whole.std()
-    for found in logits.values():
-        assert found.shape == whole.shape
-        assert (found.float() - whole).abs().max() < 0.05 * spread
+        return model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+
+    seen = []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS,
+        LONE_QUERY_IMPLEMENTATION,
+        lambda module, *args, **kwargs: seen.append(module.layer_idx) or lone_query_attention(module, *args, **kwargs),
+    )
+    ours = decode()
+    assert seen == list(range(model.config.num_hidden_layers))
+    monkeypatch.setattr(QWenAttention, "_choose_implementation", lambda *_: "sdpa")
+    fused = decode()
+    truth = model.float()(ids, attention_mask=mask).logits[:, -1:]
+    assert (ours - truth).norm() < 1.2 * (fused - truth).norm()
 
 
 def test_engines_find_what_they_look_for(repository):
