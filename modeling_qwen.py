@@ -599,9 +599,10 @@ class QWenAttention(nn.Module):
         implementation = self.config._attn_implementation
         quick = implementation == "sdpa" and query.device.type == "cpu" and query.dtype in _HALF_PRECISION
         alone = query.shape[2] == 1 and engines_cache is None  # an engine's holds several texts in a row
-        dropped = self.training and self.attn_dropout.p > 0
-        differentiated = query.requires_grad and torch.is_grad_enabled()
-        return LONE_QUERY_IMPLEMENTATION if quick and alone and not dropped and not differentiated else implementation
+        trained = self.training or query.requires_grad and torch.is_grad_enabled()
+        # Compiled, the chunks are copied one by one, over all the room of a static cache.
+        by_chunks = quick and alone and not trained and not torch.compiler.is_compiling()
+        return LONE_QUERY_IMPLEMENTATION if by_chunks else implementation
 
 
 class QWenMLP(nn.Module):

@@ -29,6 +29,7 @@ for command in (
     generating.long_decode,
     generating.conversation,
     generating.long_text,
+    generating.long_text_decode,
     generating.batch,
     compiling.compiled,
     speculating.speculation,
@@ -75,10 +76,11 @@ def plot(results: Results = RESULTS, output: Annotated[Path, typer.Option(help="
         axes.barh(place, row["ratio"], xerr=spread, color="tab:blue" if reached else "tab:red", alpha=0.7)
         if "aim" in row:
             axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_yticks(range(len(rows)), [name.replace(", torch.bfloat16", "") for name in rows], fontsize=8)
+    axes.set_ylim(-1, len(rows))
     axes.axvline(1, color="gray", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlabel="ours / the other side: median and quartiles; black marks: aims", xlim=(0, None))
+    axes.set(xlabel="ours / the other side: median and quartiles; black marks: aims", xscale="log")
     figure.savefig(output, dpi=110)
 
 

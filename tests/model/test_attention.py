@@ -278,9 +278,19 @@ def test_a_lone_query_is_one_token_in_half_precision(attention, qkv):
     others = [lone.float(), qkv(2, 7, torch.bfloat16)[0], lone.to("meta"), lone.clone().requires_grad_()]
     assert [choose(query) for query in others] == ["sdpa"] * 4
     assert choose(lone, cache="an engine's") == "sdpa"
-    module = attention(attn_implementation="sdpa", attn_pdrop=0.5)
-    assert module._choose_implementation(lone, None) == LONE_QUERY_IMPLEMENTATION
-    assert module.train()._choose_implementation(lone, None) == "sdpa"
+    assert attention(attn_implementation="sdpa").train()._choose_implementation(lone, None) == "sdpa"
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with torch.no_grad():
+        module = attention(attn_implementation="sdpa").bfloat16()
+        states = torch.zeros(1, 1, module.hidden_size, dtype=torch.bfloat16)
+        angles = torch.zeros(1, 1, 1, 16)
+        torch.compile(module, backend=backend, fullgraph=True)(states, (angles.cos(), angles.sin(), None))
+    assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,52 @@
+"""README and guides: links that lead somewhere, figures that were measured."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub and the Hub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = [match.groups() for match in LINK.finditer(page.read_text(encoding="utf-8"))]
+    for target, anchor in links:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} names {target}, which doesn't exist"
+        assert not anchor or anchor in anchors(path), f"{page.name} names {target}#{anchor}"
+
+
+def test_every_guide_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "table"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+def test_figures_of_the_readme_are_those_of_the_table():
+    measured = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| ([0-9.]+) \|$", readme.split("## Speed")[1].split("\n## ")[0], re.MULTILINE)
+    ratios = sorted(f"{row['ratio']:.2f}" for row in measured.values())
+    assert len(rows) > 5
+    assert [name for name, ratio in rows if ratio not in ratios] == []
