@@ -33,7 +33,11 @@ TIME_LIMIT = 300.0
 
 PRESUMED = {
     "README.md": {
-        "bash": "cp -rL qwen-tiny-chat Qwen-7B-Chat",
+        "bash": """
+cp -rL qwen-tiny-chat Qwen-7B-Chat
+cp qwen-tiny-chat/qwen.tiktoken .
+printf 'zorvandel\\t40\\n' > words.txt
+""",
         "python": 'folder = "qwen-tiny-chat"',
     },
 }
