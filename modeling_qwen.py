@@ -975,11 +975,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        states = outputs.last_hidden_state
-        if skip:
-            loss = head_loss(states, self.lm_head.weight, labels, **kwargs)
+        states: torch.Tensor = outputs.last_hidden_state
+        if skip and labels is not None:
             return CausalLMOutputWithPast(
-                loss=loss,
+                loss=head_loss(states, self.lm_head.weight, labels, **kwargs),
                 past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,

@@ -31,14 +31,16 @@ SHOWN = ("css", "diff", "dockerfile", "html", "ini", "javascript", "jinja", "jso
 TIME_LIMIT = 300.0
 """Seconds for a block."""
 
+_FOLDER = 'folder = "qwen-tiny-chat"'
+_OLD = "cp -rL qwen-tiny-chat Qwen-7B-Chat"
 PRESUMED = {
-    "README.md": {
-        "bash": """
-cp -rL qwen-tiny-chat Qwen-7B-Chat
-cp qwen-tiny-chat/qwen.tiktoken .
-printf 'zorvandel\\t40\\n' > words.txt
-""",
-        "python": 'folder = "qwen-tiny-chat"',
+    "README.md": {"bash": _OLD, "python": _FOLDER},
+    "docs/fine-tune.md": {"python": _FOLDER},
+    "docs/long-context.md": {"python": _FOLDER},
+    "docs/migrate.md": {"bash": _OLD},
+    "docs/use.md": {
+        "bash": "cp qwen-tiny-chat/qwen.tiktoken . && printf 'zorvandel\\t40\\n' > words.txt",
+        "python": _FOLDER,
     },
 }
 """page -> language -> what the page takes for granted; runs before its first block."""
