@@ -305,9 +305,9 @@ class QWenGenerationMixin(_GenerativeModel):
         copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
         replies = sequences[::copies, length:].tolist()
         texts = [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
-        return (
-            texts if settings.stop_text is None else [text.partition(settings.stop_text)[0].rstrip() for text in texts]
-        )
+        if settings.stop_text is None:
+            return texts
+        return [text.partition(settings.stop_text)[0].rstrip() for text in texts]
 
     def _conversation_cache(
         self, history: Iterable[Sequence[str]] | None, context: TokensType, settings: ChatSettings

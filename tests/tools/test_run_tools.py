@@ -118,6 +118,19 @@ def test_each_round_reads_only_what_is_new(model, byte_tokenizer, script, multip
     assert [count for count in counted if count > 1] == [len(lines[0].prompts[0]), len(" 42\nThought:") + 1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_goes_on_from_what_a_history_carries(model, byte_tokenizer, script, multiply, stream):
+    lines = script(call("multiply", '{"a": 6, "b": 7}'), ANSWER)
+    _, history = model.chat(byte_tokenizer, "q", tools=[multiply], logits_processor=lines)
+    counted = []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+    result = {"role": "tool", "content": "42"}
+    done = run_tools(model, byte_tokenizer, result, [multiply], history, stream=stream, logits_processor=lines)
+    done = list(done)[-1] if stream else done
+    assert done.answer == "42" and len(done.history) == 1
+    assert counted[0] == len(" 42\nThought:") + 1
+
+
 def test_results_of_any_kind(model, byte_tokenizer, script):
     for result, told in [
         ({"你": [1, None]}, '{"你": [1, null]}'),
