@@ -29,6 +29,20 @@ from .modeling_qwen import (
 )
 from .qwen_generation_utils import ChatHistory, decode_tokens, get_stop_words_ids, make_context
 from .tokenization_qwen import QWenTokenizer, QWenTokenizerFast
+from .tools_qwen import (
+    Tool,
+    ToolCall,
+    ToolLoopError,
+    ToolReply,
+    ToolResult,
+    ToolRun,
+    ToolStep,
+    add_turn,
+    parse_reply,
+    react_prompt,
+    read_messages,
+    run_tools,
+)
 
 __version__ = "0.1.0"
 
@@ -49,10 +63,22 @@ __all__ = [
     "QWenTokenizerFast",
     "RMSNorm",
     "RotaryEmbedding",
+    "Tool",
+    "ToolCall",
+    "ToolLoopError",
+    "ToolReply",
+    "ToolResult",
+    "ToolRun",
+    "ToolStep",
+    "add_turn",
     "apply_rotary_pos_emb",
     "decode_tokens",
     "get_stop_words_ids",
     "make_context",
+    "parse_reply",
+    "react_prompt",
+    "read_messages",
+    "run_tools",
 ]
 
 # `register` makes the Auto classes load these classes; `register_for_auto_class` makes saving copy their files along.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .qwen_generation_utils import (
     ChatHistory,
     HistoryType,
     SeededSampling,
+    StopTextCriteria,
     StopWordsCriteria,
     TokensType,
     check_stop_words,
@@ -37,7 +38,9 @@ from .qwen_generation_utils import (
     fitting_context,
     stream_text,
     stream_tokens,
+    stream_until,
 )
+from .tools_qwen import OBSERVATION, Exchange, ToolResult, ToolRun, ToolStep, run_tools
 
 if TYPE_CHECKING:
     _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
@@ -55,6 +58,7 @@ class ChatSettings:
         stops: sequences that end a reply.
         window: tokens of context.
         default_cache: whether keys and values are in a growing cache of one sequence, which a history can carry.
+        stop_text: a text that ends a reply, whichever tokens it is made of.
     """
 
     generation_config: GenerationConfig
@@ -62,6 +66,7 @@ class ChatSettings:
     stops: list[TokensType]
     window: int
     default_cache: bool
+    stop_text: str | None = None
 
 
 class QWenGenerationMixin(_GenerativeModel):
@@ -74,7 +79,7 @@ class QWenGenerationMixin(_GenerativeModel):
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
+        query: str | ToolResult | Mapping[str, Any],
         history: Iterable[Sequence[str]] | None = None,
         system: str = DEFAULT_SYSTEM,
         append_history: bool = True,
@@ -83,13 +88,15 @@ class QWenGenerationMixin(_GenerativeModel):
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
         reuse_cache: bool = True,
+        tools: Iterable[Any] | None = None,
         **generate_kwargs: Any,
     ) -> tuple[str, HistoryType] | Generator[str, None, None]:
         """Answer a query within a conversation.
 
         Args:
             tokenizer: the tokenizer of the checkpoint.
-            query: what the user says now.
+            query: what the user says now; or what a tool gave for the call that the history ends with, a `ToolResult`
+                or `{"role": "tool", "content": …}`.
             history: earlier turns as returned here, or None; never changed.
             system: system message.
             append_history: add this turn to the history returned.
@@ -100,6 +107,8 @@ class QWenGenerationMixin(_GenerativeModel):
                 configuration's, else 6144.
             reuse_cache: take up the keys and values that the history carries, as far as they agree with the prompt, and
                 let the returned one carry them. Only what the model's default cache holds is carried.
+            tools: what the model may call: functions with type hints and docstrings, JSON schemas, or `Tool`s. The
+                reply is then a `ToolReply`, a text with the call or the answer in it; nothing is run here.
             generate_kwargs: anything that `generate` takes, such as `max_new_tokens`, `top_p`, `seed`.
 
         Returns:
@@ -110,23 +119,24 @@ class QWenGenerationMixin(_GenerativeModel):
         """
         if stream:
             generate_kwargs |= {"generation_config": generation_config, "max_window_size": max_window_size}
-            generate_kwargs["reuse_cache"] = reuse_cache
+            generate_kwargs |= {"reuse_cache": reuse_cache, "tools": tools}
             return self.chat_stream(tokenizer, query, history, system, stop_words_ids, **generate_kwargs)
         turns = checked_history(history)
+        exchange = Exchange.begin(query, turns, tools)
         settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
-        context = fitting_context(tokenizer, query, turns, system, settings.window)
+        context = _exchange_context(tokenizer, exchange, system, settings)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         sequences = _sequences_of(self.generate(**inputs, **_as_argument(cache)))
         (reply,) = self._read_replies(tokenizer, sequences, len(context), settings, count=1)
-        said = ChatHistory([*turns, (query, reply)] if append_history else turns)
+        said = ChatHistory(exchange.history(reply) if append_history else turns)
         said.kept = None if cache is None else KeptCache(self, sequences[0].tolist(), cache)
-        return reply, said
+        return exchange.reply(reply), said
 
     def chat_stream(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
+        query: str | ToolResult | Mapping[str, Any],
         history: Iterable[Sequence[str]] | None = None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[TokensType] | None = None,
@@ -134,20 +144,23 @@ class QWenGenerationMixin(_GenerativeModel):
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
         reuse_cache: bool = True,
+        tools: Iterable[Any] | None = None,
         **generate_kwargs: Any,
     ) -> Generator[str, None, None]:
         """As `chat`, yielding the response so far each time it has grown.
 
         Closing the generator stops the generation at once. Arguments are checked by the call itself, not by the first
         `next`. A `ChatHistory` that is passed in carries the keys and values of this turn too when the stream has ended
-        or was closed; its turns stay as they are. A new one comes from `new_history`.
+        or was closed; its turns stay as they are. A new one comes from `new_history`. With tools the last text is a
+        `ToolReply`, and nothing of what ended it is shown before.
         """
         if generate_kwargs.pop("streamer", None) is not None:
             raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
         settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
         if settings.generation_config.num_beams not in (None, 1):
             raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
-        context = fitting_context(tokenizer, query, checked_history(history), system, settings.window)
+        exchange = Exchange.begin(query, history, tools)
+        context = _exchange_context(tokenizer, exchange, system, settings)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         criteria = inputs.pop("stopping_criteria", None) or ()
@@ -161,7 +174,21 @@ class QWenGenerationMixin(_GenerativeModel):
             if cache is not None and isinstance(history, ChatHistory):
                 history.kept = KeptCache(self, _sequences_of(output)[0].tolist(), cache)
 
-        return stream_text(stream_tokens(generate), tokenizer, settings.stops)
+        texts = stream_text(stream_tokens(generate), tokenizer, settings.stops)
+        return texts if settings.stop_text is None else exchange.stream(stream_until(texts, settings.stop_text))
+
+    def run_tools(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str | ToolResult | Mapping[str, Any],
+        functions: Iterable[Any],
+        history: Iterable[Sequence[str]] | None = None,
+        max_rounds: int = 5,
+        stream: bool = False,
+        **chat_kwargs: Any,
+    ) -> ToolRun | Generator[str | ToolStep | ToolRun, None, None]:
+        """Ask a question and run the tools that the model calls until it answers: `tools_qwen.run_tools`."""
+        return run_tools(self, tokenizer, query, functions, history, max_rounds, stream, **chat_kwargs)
 
     @staticmethod
     def new_history() -> ChatHistory:
@@ -259,12 +286,16 @@ class QWenGenerationMixin(_GenerativeModel):
         for row, context in enumerate(contexts):
             input_ids[row, length - len(context) :] = torch.tensor(context)
             attention_mask[row, length - len(context) :] = 1
-        return {
+        inputs = {
             "input_ids": input_ids.to(self.device),
             "attention_mask": attention_mask.to(self.device),
             "generation_config": settings.generation_config,
             **settings.other_kwargs,
         }
+        if settings.stop_text is not None:
+            stop = StopTextCriteria(settings.stop_text, tokenizer, length)
+            inputs["stopping_criteria"] = StoppingCriteriaList([*(inputs.get("stopping_criteria") or ()), stop])
+        return inputs
 
     @staticmethod
     def _read_replies(
@@ -273,7 +304,10 @@ class QWenGenerationMixin(_GenerativeModel):
         """The texts behind prompts of `length` tokens, one for each of `count` conversations."""
         copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
         replies = sequences[::copies, length:].tolist()
-        return [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
+        texts = [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
+        if settings.stop_text is None:
+            return texts
+        return [text.partition(settings.stop_text)[0].rstrip() for text in texts]
 
     def _conversation_cache(
         self, history: Iterable[Sequence[str]] | None, context: TokensType, settings: ChatSettings
@@ -364,6 +398,14 @@ class QWenGenerationMixin(_GenerativeModel):
 def _sequences_of(output: Any) -> torch.Tensor:
     """Token ids of prompts and replies, (B, T), whatever form `generate` was asked to return."""
     return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+def _exchange_context(
+    tokenizer: PreTrainedTokenizerBase, exchange: Exchange, system: str, settings: ChatSettings
+) -> TokensType:
+    """Token ids of the prompt of an exchange; where it has tools, its replies end where they are to speak."""
+    settings.stop_text = OBSERVATION if exchange.tools else None
+    return fitting_context(tokenizer, exchange.prompt, exchange.earlier, system, settings.window, exchange.begun)
 
 
 def _as_argument(cache: QWenCache | None) -> dict[str, QWenCache]:

@@ -36,6 +36,7 @@ from .loss_qwen import head_loss, holds_its_weight
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
+from .tools_qwen import ToolResult as ToolResult
 
 logger = logging.get_logger(__name__)
 

@@ -144,20 +144,31 @@ def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
 
 
 def fitting_context(
-    tokenizer: PreTrainedTokenizerBase, query: str, history: HistoryType, system: str, max_window_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    query: str,
+    history: HistoryType,
+    system: str,
+    max_window_size: int,
+    begun: str = "",
 ) -> TokensType:
-    """Token ids of `make_context`.
+    """Token ids of `make_context`, and of what the reply begins with, which takes its room from the history.
+
+    Args:
+        begun: the first part of the reply, which the model is to go on from.
+        (the others): as `make_context`.
 
     Raises:
-        ValueError: query and system message alone don't fit into the window; or as `make_context`.
+        ValueError: query, system message and what is begun don't fit into the window; or as `make_context`.
     """
+    begun_ids = tokenizer.encode(begun, allowed_special=set()) if begun else []
     _, alone = make_context(tokenizer, query, None, system)
-    if len(alone) > max_window_size:
+    if len(alone) + len(begun_ids) > max_window_size:
+        parts = "The query, the system message and the reply so far" if begun else "The query and the system message"
         raise ValueError(
-            f"The query and the system message alone take {len(alone)} tokens, more than "
+            f"{parts} alone take {len(alone) + len(begun_ids)} tokens, more than "
             f"max_window_size={max_window_size}: shorten them, or pass a larger max_window_size."
         )
-    return make_context(tokenizer, query, history, system, max_window_size)[1]
+    return make_context(tokenizer, query, history, system, max_window_size - len(begun_ids))[1] + begun_ids
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[TokensType]:
@@ -287,6 +298,29 @@ class StopWordsCriteria(StoppingCriteria):
         return done
 
 
+class StopTextCriteria(StoppingCriteria):
+    """Ends each row of a batch once a text stands in what it generated, whichever tokens it is made of.
+
+    Args:
+        text: of ASCII characters.
+        tokenizer: decodes what was generated.
+        prompt_length: tokens of the prompt, where the text means nothing.
+    """
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int):
+        self.text = text
+        self.tokenizer = tokenizer
+        self.prompt_length = self._searched = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, length) -> (B,), true for the rows in which it is complete since the last call."""
+        # No token is shorter than a byte, so a text that ends in a new token begins at most its length before.
+        start = max(self.prompt_length, self._searched - len(self.text) + 1)
+        self._searched = input_ids.shape[1]
+        found = [self.text in decode_text(self.tokenizer, row) for row in input_ids[:, start:].tolist()]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+
 class SeededSampling(LogitsProcessor):
     """Draws the next token of each row from seed, row and place in the reply, and leaves no other choice.
 
@@ -408,3 +442,27 @@ def stream_text(
     text = decode_text(tokenizer, reply[:end]).strip()
     if not shown or text != shown:
         yield text
+
+
+def stream_until(texts: Generator[str, None, None], stop: str) -> Generator[str, None, None]:
+    """The reply so far as `stream_text` gives it, up to a text that ends it; `texts` is closed with it.
+
+    The beginning of what may become that text is held back until it is clear that it doesn't.
+    """
+    text = shown = ""
+    with closing(texts):
+        for text in texts:
+            if stop in text:
+                break
+            visible = text[: len(text) - _begun_length(text, stop)].rstrip()
+            if len(visible) > len(shown):
+                shown = visible
+                yield shown
+    text = text.partition(stop)[0].rstrip()
+    if not shown or text != shown:
+        yield text
+
+
+def _begun_length(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may turn out to be the beginning of `stop`."""
+    return next((length for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])), 0)

@@ -35,6 +35,7 @@ CODE_FILES = (
     "modeling_qwen.py",
     "qwen_generation_utils.py",
     "tokenization_qwen.py",
+    "tools_qwen.py",
 )
 """What a checkpoint with remote code carries."""
 

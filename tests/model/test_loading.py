@@ -19,6 +19,7 @@ CODE = {
     "loss_qwen.py",
     "modeling_qwen.py",
     "qwen_generation_utils.py",
+    "tools_qwen.py",
 }
 
 

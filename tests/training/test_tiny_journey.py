@@ -33,9 +33,9 @@ def test_make_goes_all_the_way(tmp_path):
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in output.iterdir()) == [
         "README.md", "cache_qwen.py", "chat_template.jinja", "config.json", "configuration_qwen.py", "examination.json",
-        "generation_config.json", "generation_qwen.py", "losses.png", "model.safetensors", "modeling_qwen.py",
-        "qwen.tiktoken", "qwen_generation_utils.py", "tokenization_qwen.py", "tokenizer.json", "tokenizer_config.json",
-        "training_log.json",
+        "generation_config.json", "generation_qwen.py", "loss_qwen.py", "losses.png", "model.safetensors",
+        "modeling_qwen.py", "qwen.tiktoken", "qwen_generation_utils.py", "tokenization_qwen.py", "tokenizer.json",
+        "tokenizer_config.json", "tools_qwen.py", "training_log.json",
     ]  # fmt: skip
     log = json.loads((output / "training_log.json").read_text())
     evaluations = [entry["eval_loss"] for entry in log["tuned"] if "eval_loss" in entry]

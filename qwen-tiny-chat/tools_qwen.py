@@ -1,0 +1,1 @@
+../tools_qwen.py
