@@ -106,9 +106,9 @@ class QWenGrowingLayer(DynamicLayer):
         self._key_buffer = self._value_buffer = None
 
     def reset(self) -> None:
-        """Forget every token and the shape of the batch."""
-        super().reset()
-        self._key_buffer = self._value_buffer = None
+        """Forget every token and the shape of the batch, which transformers 5.4 would fill with zeros instead."""
+        self.keys = self.values = self._key_buffer = self._value_buffer = None  # type: ignore[assignment]
+        self.is_initialized = False
 
 
 def quantize_chunk(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
