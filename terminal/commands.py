@@ -91,7 +91,7 @@ class Commands:
         """Begin anew, with the system message and the settings as they are."""
         turns = len(self.conversation.history)
         self.conversation.restart()
-        return f"Forgot {turns} turns."
+        return f"Forgot {_turns(turns)}."
 
     def seed(self, argument: str) -> str:
         """Show or set the seed."""
@@ -142,14 +142,14 @@ class Commands:
     def _save(self, argument: str, overwrite: bool = False) -> str:
         path = _path(argument)
         files.save(path, self.conversation.system, self.conversation.history, overwrite)
-        return f"Saved {len(self.conversation.history)} turns in {path}."
+        return f"Saved {_turns(len(self.conversation.history))} in {path}."
 
     def load(self, argument: str) -> str:
         """Go on from a saved conversation."""
         path = _path(argument)
         system, turns = files.load(path)
         self.conversation.restart(turns, system)
-        return f"Loaded {len(turns)} turns from {path}; the system message is: {self.conversation.system}"
+        return f"Loaded {_turns(len(turns))} from {path}; the system message is: {self.conversation.system}"
 
 
 COMMANDS = (
@@ -197,6 +197,10 @@ def _path(argument: str) -> Path:
         return Path(argument).expanduser()
     except RuntimeError as error:
         raise CommandError(f"{argument!r} can't be resolved: {error}") from error
+
+
+def _turns(number: int) -> str:
+    return "1 turn" if number == 1 else f"{number} turns"
 
 
 def _shown(value: object) -> str:

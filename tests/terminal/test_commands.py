@@ -55,7 +55,8 @@ def test_history_shows_the_turns(commands, name):
 @pytest.mark.parametrize("name", ["clear-history", "clear-his", "clh"])
 def test_clear_history_begins_anew(commands, name):
     commands.conversation.history.kept = object()
-    assert "1" in commands.run(f":{name}")
+    assert commands.run(f":{name}") == "Forgot 1 turn."
+    assert commands.run(f":{name}") == "Forgot 0 turns."
     assert commands.conversation.history == [] and commands.conversation.history.kept is None
 
 
@@ -109,7 +110,7 @@ def test_save_and_load(commands, tmp_path):
     path = tmp_path / "my file.json"
     assert str(path) in commands.run(f":save {path}")
     conversation.restart([], "other")
-    assert "1 turns" in commands.run(f":load {path}") and "Be brief." in commands.run(f":load {path}")
+    assert "Loaded 1 turn from" in commands.run(f":load {path}") and "Be brief." in commands.run(f":load {path}")
     assert conversation.history == [("你好", "Hello!")] and conversation.system == "Be brief."
 
 
