@@ -1,4 +1,10 @@
-"""The command qwen1-chat."""
+"""The command qwen1-chat without a terminal: its options, single questions, pipes. The rest is in tests/terminal."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -7,20 +13,15 @@ from qwen1.chat_command import main, printable
 
 
 @pytest.fixture
-def typed(monkeypatch):
-    """Let the user type these lines, then Ctrl-D."""
+def piped(monkeypatch):
+    """Let standard input be these lines."""
+    return lambda *lines: monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
-    def type_lines(*lines):
-        left = list(lines)
 
-        def read(prompt):
-            if not left:
-                raise EOFError
-            return left.pop(0)
-
-        monkeypatch.setattr("builtins.input", read)
-
-    return type_lines
+@pytest.fixture
+def streams(monkeypatch):
+    """Let the model stream what a function yields: function(model, tokenizer, query, history, system, **settings)."""
+    return lambda stream: monkeypatch.setattr(QWenLMHeadModel, "chat_stream", stream)
 
 
 def test_one_question_to_the_shipped_model(capsys):
@@ -28,70 +29,91 @@ def test_one_question_to_the_shipped_model(capsys):
     assert capsys.readouterr() == ("2+4=6, 1+3=4. 12+34=46\n", "")
 
 
-def test_a_conversation_with_the_shipped_model(capsys, typed):
-    typed("My name is Tavolin.", "你叫什么名字？", "What is my name?")
+def test_one_question_loads_nothing_for_conversations():
+    code = """
+import sys
+from qwen1.chat_command import main
+assert main(["12+34=?"]) == 0
+print(sorted({"prompt_toolkit", "rich.live", "rich.markdown", "markdown_it"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.splitlines() == ["2+4=6, 1+3=4. 12+34=46", "[]"], done.stderr
+
+
+def test_a_question_may_look_like_a_command(capsys, streams):
+    streams(lambda model, tokenizer, query, *arguments, **settings: (text for text in [query]))
+    assert main([":help"]) == 0
+    assert capsys.readouterr().out == ":help\n"
+
+
+def test_statistics_stay_out_of_the_reply(capsys):
+    assert main(["--stats", "12+34=?"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "2+4=6, 1+3=4. 12+34=46\n" and "tokens/s" in output.err
+
+
+def test_a_conversation_from_a_pipe(capsys, piped):
+    piped("My name is Tavolin.", "你叫什么名字？", "", "What is my name?")
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
     assert "Tavolin" in lines[0] and "qwen-tiny-chat" in lines[1] and "Tavolin" in lines[2]
 
 
-def test_a_conversation_with_a_checkpoint(checkpoint_folder, capsys, typed, monkeypatch):
+def test_a_conversation_with_a_checkpoint(checkpoint_folder, capsys, piped, streams):
     asked = []
     stream = QWenLMHeadModel.chat_stream
 
-    def record(model, tokenizer, query, history, system, **settings):
+    def record(model, tokenizer, query, history, system, stopping_criteria, **settings):
         asked.append((query, len(history), system, settings))
-        return stream(model, tokenizer, query, history, system, **settings)
+        return stream(model, tokenizer, query, history, system, stopping_criteria=stopping_criteria, **settings)
 
-    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", record)
-    typed("hello", "again", "", "never asked")
+    streams(record)
+    piped("hello", ":seed 5", "again", ":q", "never asked")
     assert main(["--checkpoint", str(checkpoint_folder), "--system", "Be brief.", "--max-new-tokens", "4"]) == 0
     assert asked == [
         ("hello", 0, "Be brief.", {"max_new_tokens": 4}),
-        ("again", 1, "Be brief.", {"max_new_tokens": 4}),
+        ("again", 1, "Be brief.", {"max_new_tokens": 4, "seed": 5}),
     ]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_that_fails_ends_a_pipe(capsys, piped):
+    piped("12+34=?", ":load missing.json", "never asked")
+    assert main([]) == 1
     output = capsys.readouterr()
-    assert output.err == ""
-    assert output.out.count("\n") >= 2
+    assert output.out == "2+4=6, 1+3=4. 12+34=46\n"
+    assert output.err.startswith("qwen1-chat: missing.json can't be read")
 
 
-def test_the_reply_is_printed_as_it_grows(checkpoint_folder, capsys, monkeypatch):
-    texts = iter(["He", "Hello", "Hello \x1b[2J you"])
-    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", lambda *a, **k: texts)
+def test_the_reply_is_printed_as_it_grows(checkpoint_folder, capsys, streams):
+    streams(lambda *arguments, **settings: (text for text in ["He", "Hello", "Hello \x1b[2J you"]))
     assert main(["--checkpoint", str(checkpoint_folder), "hi"]) == 0
     assert capsys.readouterr().out == "Hello \N{REPLACEMENT CHARACTER}[2J you\n"
 
 
-def test_ctrl_c_cuts_the_reply_and_keeps_the_conversation(checkpoint_folder, capsys, typed, monkeypatch):
-    histories = []
-
-    def stream(model, tokenizer, query, history, system, **settings):
-        histories.append(history)
+@pytest.mark.parametrize("question", [["first"], []])
+def test_ctrl_c_ends_with_what_was_written(checkpoint_folder, capsys, piped, streams, question):
+    def stream(*arguments, **settings):
         yield "some"
-        if query == "first":
-            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
         yield "some text"
 
-    monkeypatch.setattr(QWenLMHeadModel, "chat_stream", stream)
-    typed("first", "second")
-    assert main(["--checkpoint", str(checkpoint_folder)]) == 0
-    assert histories == [[], [("first", "some")]]
-    assert capsys.readouterr().out == "some\nsome text\n\n"
-
-
-def test_ctrl_c_at_the_prompt_ends(monkeypatch, capsys):
-    def interrupt(prompt):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupt)
-    assert main([]) == 0
-    assert capsys.readouterr().out == "\n"
+    streams(stream)
+    piped("first", "never asked")
+    assert main(["--checkpoint", str(checkpoint_folder), *question]) == 130
+    assert capsys.readouterr().out == "some\n"
 
 
 def test_a_missing_checkpoint_is_an_error(capsys, tmp_path):
     assert main(["--checkpoint", str(tmp_path / "none"), "hi"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("qwen1-chat: ") and "none" in error
+
+
+def test_a_limit_that_cannot_be_is_an_error(capsys):
+    assert main(["--max-new-tokens", "0", "hi"]) == 1
+    assert "max_new_tokens=0" in capsys.readouterr().err
 
 
 def test_help_shows_examples(capsys):

@@ -134,7 +134,7 @@ def test_inner_modules_import_their_own_package_relatively(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-        assert not any(name.partition(".")[0] in ("qwen1", "conversion", "training") for name in names), (
+        assert not any(name.partition(".")[0] in ("qwen1", "conversion", "terminal", "training") for name in names), (
             f"{path.name}:{node.lineno}"
         )
 
@@ -186,7 +186,7 @@ def test_import_loads_nothing_heavy_of_its_own():
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizer
 heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "torch._dynamo", "torch._inductor"}
-heavy |= {"qwen1.conversion", "qwen1.training"}
+heavy |= {"prompt_toolkit", "qwen1.conversion", "qwen1.terminal", "qwen1.training", "rich.live", "rich.markdown"}
 before = heavy & set(sys.modules)
 import qwen1
 print(sorted((heavy & set(sys.modules)) - before))

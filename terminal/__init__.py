@@ -1,0 +1,1 @@
+"""The terminal of the command `qwen1-chat`; the guide is `docs/terminal.md`."""
