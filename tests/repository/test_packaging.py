@@ -72,7 +72,8 @@ def test_installed_package_is_this_tree():
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen1-chat", "qwen1-checkpoint", "qwen1-extend-vocabulary", "qwen1-finetune", "qwen1-tiny-chat"]
+    "name",
+    ["qwen1-browser", "qwen1-chat", "qwen1-checkpoint", "qwen1-extend-vocabulary", "qwen1-finetune", "qwen1-tiny-chat"],
 )
 def test_console_scripts_point_to_callables(name):
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=name)
@@ -186,7 +187,8 @@ def test_import_loads_nothing_heavy_of_its_own():
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizer
 heavy = {"bitsandbytes", "flash_attn", "gradio", "peft", "torch._dynamo", "torch._inductor"}
-heavy |= {"prompt_toolkit", "qwen1.conversion", "qwen1.terminal", "qwen1.training", "rich.live", "rich.markdown"}
+heavy |= {"prompt_toolkit", "rich.live", "rich.markdown"}
+heavy |= {"qwen1.browser", "qwen1.conversion", "qwen1.terminal", "qwen1.training"}
 before = heavy & set(sys.modules)
 import qwen1
 print(sorted((heavy & set(sys.modules)) - before))

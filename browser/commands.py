@@ -1,0 +1,72 @@
+"""The command line of `app.py`, installed as `qwen1-browser`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import gradio as gr
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .conversation import Chat
+from .page import ChatPage, look
+
+TINY_CHAT = Path(__file__).parents[1] / "qwen-tiny-chat"
+"""The model that ships with the repository."""
+
+app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog="Example: qwen1-browser --checkpoint ./Qwen-7B-Chat --inbrowser")
+def serve(
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            envvar="QWEN_CHECKPOINT",
+            show_default="the qwen-tiny-chat that ships",
+            help="Folder or Hub id.",
+        ),
+    ] = str(TINY_CHAT),
+    cpu_only: Annotated[bool, typer.Option("--cpu-only", help="Leave accelerators alone.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="Also open a public address, by Gradio's servers.")] = False,
+    inbrowser: Annotated[bool, typer.Option("--inbrowser", help="Open the page in the browser here.")] = False,
+    server_name: Annotated[
+        str | None, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.", show_default="127.0.0.1")
+    ] = None,
+    server_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port.", show_default="the first free one from 7860")
+    ] = None,
+    concurrency_limit: Annotated[int, typer.Option(min=1, help="Replies that are written at a time.")] = 1,
+    queue_size: Annotated[int, typer.Option(min=1, help="Visitors that may wait for theirs.")] = 16,
+    carried: Annotated[
+        int, typer.Option(min=0, help="Conversations whose keys and values stay in memory for the next turn.")
+    ] = 4,
+) -> None:
+    """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
+        page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
+        launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
+    except (OSError, ValueError) as error:
+        typer.echo(f"qwen1-browser: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def launch(page: gr.Blocks, **options: Any) -> None:
+    """Serve a page until Ctrl-C, with options of Gradio's `launch`."""
+    page.launch(
+        **look(),
+        ssr_mode=False,  # the same with and without Node
+        max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone
+        footer_links=[],
+        **options,
+    )
+
+
+def main() -> None:
+    """Run the command; ends the process with its exit status."""
+    app()

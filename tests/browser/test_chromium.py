@@ -1,0 +1,224 @@
+"""The page in a real browser."""
+
+import threading
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+pytestmark = pytest.mark.slow
+
+EVIL = "**bold**\n\n<script>document.title='owned'</script><img src='x' onerror=\"document.title='owned'\">\n\ndone"
+
+
+def wait_until(happened, seconds=20):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_chat(repository):
+    folder = repository / "qwen-tiny-chat"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_conversation_with_the_shipped_model(tiny_chat, serve, visit):
+    visitor = visit(serve(*tiny_chat, name="qwen-tiny-chat"))
+    visitor.ask("12+34=?")
+    visitor.wait_for("12+34=?", "2+4=6, 1+3=4. 12+34=46")
+    visitor.settle()
+    visitor.type("My name is Tavolin.")
+    visitor.click("submit")
+    wait_until(lambda: len(visitor.texts()) == 4 and "Tavolin" in visitor.texts()[-1])
+    visitor.ask("What is my name?")
+    wait_until(lambda: len(visitor.texts()) == 6 and "Tavolin" in visitor.texts()[-1])
+
+
+def test_a_reply_streams(stub_model, serve, visit):
+    stub_model.go_on.clear()
+    visitor = visit(serve(stub_model))
+    visitor.ask("hello")
+    visitor.wait_for("hello", "This")
+    assert visitor.page.locator("#query textarea").input_value() == ""
+    stub_model.go_on.set()
+    visitor.wait_for("hello", "This is reply 1")
+
+
+def test_stop_ends_the_model_and_keeps_what_is_written(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("long")
+    wait_until(lambda: visitor.texts()[-1:] and visitor.texts()[-1].startswith("on and on"))
+    visitor.click("stop")
+    assert stub_model.closed.wait(10)
+    written = visitor.texts()
+    assert len(written) == 2
+    visitor.page.wait_for_timeout(300)
+    assert visitor.texts() == written
+    visitor.ask("next")
+    visitor.wait_for(*written, "next", "This is reply 2")
+    (turn,) = stub_model.asked[1][1]
+    assert turn[0] == "long" and turn[1].strip() == written[1]
+
+
+def test_regenerate_and_clear(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("hello")
+    visitor.wait_for("hello", "This is reply 1")
+    visitor.ask("  ")
+    visitor.settle()
+    visitor.click("regenerate")
+    visitor.wait_for("hello", "This is reply 2")
+    visitor.click("clear")
+    visitor.wait_for()
+    visitor.ask("again")
+    visitor.wait_for("again", "This is reply 3")
+    assert [asked[:2] for asked in stub_model.asked] == [("hello", []), ("hello", []), ("again", [])]
+
+
+def test_clear_ends_a_reply_that_is_being_written(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("long")
+    wait_until(lambda: len(visitor.texts()) == 2)
+    visitor.click("clear")
+    assert stub_model.closed.wait(10)
+    visitor.wait_for()
+    visitor.page.wait_for_timeout(500)
+    assert visitor.texts() == []
+
+
+def test_no_second_question_while_one_is_answered(stub_model, serve, visit):
+    stub_model.go_on.clear()
+    visitor = visit(serve(stub_model, concurrency_limit=4))
+    visitor.ask("first")
+    visitor.wait_for("first", "This")
+    visitor.ask("second")
+    visitor.click("regenerate")
+    visitor.page.wait_for_timeout(500)
+    stub_model.go_on.set()
+    visitor.wait_for("first", "This is reply 1")
+    assert len(stub_model.asked) == 1
+
+
+def test_edited_messages(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("hello")
+    visitor.wait_for("hello", "This is reply 1")
+    visitor.edit(1, "My own words")
+    visitor.wait_for("hello", "My own words")
+    visitor.ask("next")
+    visitor.wait_for("hello", "My own words", "next", "This is reply 2")
+    assert stub_model.asked[1][1] == [("hello", "My own words")]
+    visitor.edit(0, "changed")
+    visitor.wait_for("changed", "This is reply 3")
+    assert stub_model.asked[2][:2] == ("changed", [])
+
+
+def test_indentation_stays(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    code = "def f():\n    return 1"
+    visitor.ask(code)
+    wait_until(lambda: visitor.texts()[-1:] == ["This is reply 1"])
+    visitor.ask("next")
+    wait_until(lambda: visitor.texts()[-1:] == ["This is reply 2"])
+    assert stub_model.asked[1][1] == [(code, "This is reply 1")]
+
+
+def test_examples_and_settings(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.page.get_by_text("Settings").click()
+    visitor.page.locator("#system textarea").fill("Be brief.")
+    visitor.page.get_by_label("Sample").check()
+    visitor.page.get_by_label("Seed").fill("7")
+    visitor.page.get_by_text("12+34=?").click()
+    visitor.wait_for("12+34=?", "This is reply 1")
+    (asked,) = stub_model.asked
+    assert asked[:3] == ("12+34=?", [], "Be brief.") and asked[3]["do_sample"] and asked[3]["seed"] == 7
+
+
+def test_visitors_do_not_see_each_other_and_a_reload_starts_anew(stub_model, serve, visit):
+    address = serve(stub_model)
+    first, second = visit(address), visit(address)
+    first.ask("mine")
+    first.wait_for("mine", "This is reply 1")
+    second.ask("yours")
+    second.wait_for("yours", "This is reply 2")
+    first.ask("more")
+    first.wait_for("mine", "This is reply 1", "more", "This is reply 3")
+    assert [asked[1] for asked in stub_model.asked] == [[], [], [("mine", "This is reply 1")]]
+    second.page.reload()
+    second.page.locator("#query textarea").wait_for()
+    assert second.texts() == []
+    second.ask("anew")
+    second.wait_for("anew", "This is reply 4")
+    assert stub_model.asked[-1][1] == []
+    assert len(first.texts()) == 4
+
+
+def test_a_visitor_who_leaves_ends_the_reply(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("long")
+    wait_until(lambda: len(visitor.texts()) == 2)
+    visitor.page.goto("about:blank")
+    assert stub_model.closed.wait(30)
+    visitor.complaints.clear()  # of the page that lost its connection
+
+
+def test_the_queue_has_a_limit(stub_model, serve, visit):
+    stub_model.go_on.clear()
+    address = serve(stub_model, queue_size=1)
+    answered, waiting, refused = (visit(address) for _ in range(3))
+    answered.ask("one")
+    answered.wait_for("one", "This")
+    waiting.ask("two")
+    waiting.page.wait_for_timeout(500)
+    refused.ask("three")
+    refused.page.get_by_text("busy").wait_for()
+    refused.complaints.clear()  # the browser logs the refusal
+    assert refused.page.locator("#query textarea").input_value() == "three"
+    stub_model.go_on.set()
+    waiting.wait_for("two", "This is reply 2")
+
+
+def test_html_is_shown_and_not_run(serve, visit, stub_model):
+    stub_model.reply = EVIL
+    visitor = visit(serve(stub_model))
+    visitor.ask(EVIL)
+    wait_until(lambda: visitor.texts()[-1:] and visitor.texts()[-1].endswith("1"))
+    visitor.page.wait_for_timeout(300)
+    assert visitor.page.title() == "stub"
+    assert visitor.page.locator("#chat script, #chat img[onerror]").count() == 0
+    assert visitor.page.locator("#chat strong").count() == 2
+    visitor.complaints.clear()  # the picture that isn't there
+
+
+def test_errors_are_told_as_text(stub_model, serve, visit):
+    visitor = visit(serve(stub_model))
+    visitor.ask("error: <img src=x onerror=\"document.title='owned'\"> shorten it")
+    visitor.page.get_by_text("shorten it").last.wait_for()
+    toast = visitor.page.locator(".toast-body")
+    assert "<img src=x" in toast.inner_text()
+    assert visitor.page.title() == "stub"
+    assert visitor.texts() == []
+    assert visitor.page.locator("#query textarea").input_value().startswith("error:")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_everything_fits(stub_model, serve, visit, size):
+    visitor = visit(serve(stub_model), size)
+    visitor.ask("你好 " * 30 + "x" * 200)
+    wait_until(lambda: visitor.texts()[-1:] == ["This is reply 1"])
+    script = "document.documentElement.scrollWidth <= window.innerWidth"
+    assert visitor.page.evaluate(script)
+    for name in ("submit", "stop", "regenerate", "clear", "query"):
+        box = visitor.page.locator(f"#{name}").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= visitor.page.viewport_size["width"], name
+        assert box["y"] + box["height"] <= visitor.page.viewport_size["height"], name
+        inner = f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#{name}'))"
+        assert visitor.page.evaluate(inner), name
+
+
+def test_no_stream_is_left():
+    assert [thread for thread in threading.enumerate() if thread.name == "qwen-chat-stream"] == []

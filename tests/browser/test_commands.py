@@ -1,0 +1,109 @@
+"""The command qwen1-browser, app.py as a program, and the Space that is made of it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+from typer.testing import CliRunner
+
+import qwen1.app
+from qwen1.browser import commands
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What would have been served: page and options of each launch."""
+    pages = []
+    monkeypatch.setattr(commands.gr.Blocks, "launch", lambda page, **options: pages.append((page, options)))
+    return pages
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.delenv("QWEN_CHECKPOINT", raising=False)
+    return lambda *arguments, **kwargs: CliRunner().invoke(commands.app, arguments, **kwargs)
+
+
+def test_the_shipped_model_for_this_machine_alone(run, launched):
+    assert run().exit_code == 0
+    ((page, options),) = launched
+    assert page.title == "qwen-tiny-chat"
+    assert options["share"] is False and options["inbrowser"] is False
+    assert options["server_name"] is None and options["server_port"] is None
+
+
+def test_options(run, launched, checkpoint_folder):
+    done = run(
+        "-c", str(checkpoint_folder), "--share", "--inbrowser", "--cpu-only", "--server-name", "0.0.0.0",
+        "--server-port", "8000", "--concurrency-limit", "2", "--queue-size", "3", "--carried", "0",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((page, options),) = launched
+    assert page.title == "checkpoint" and page._queue.max_size == 3
+    assert (options["share"], options["inbrowser"]) == (True, True)
+    assert (options["server_name"], options["server_port"]) == ("0.0.0.0", 8000)
+
+
+def test_a_space_names_its_checkpoint_by_a_variable(run, launched, checkpoint_folder):
+    assert run(env={"QWEN_CHECKPOINT": str(checkpoint_folder)}).exit_code == 0
+    assert launched[0][0].title == "checkpoint"
+
+
+def test_a_missing_checkpoint_is_an_error(run, tmp_path):
+    failed = run("--checkpoint", str(tmp_path / "none"))
+    assert failed.exit_code == 1 and failed.stderr.startswith("qwen1-browser: ") and "none" in failed.stderr
+
+
+def test_main_ends_the_process(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qwen1-browser", "--help"])
+    with pytest.raises(SystemExit) as end:
+        qwen1.app.main()
+    assert end.value.code == 0
+    assert "--concurrency-limit" in capsys.readouterr().out
+
+
+def test_the_file_makes_its_own_package(repository, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwen1", None)
+    monkeypatch.setattr("_frozen_importlib_external.SourceFileLoader.exec_module", lambda loader, module: None)
+    assert qwen1.app._make_package() == "qwen1"
+    assert Path(sys.modules["qwen1"].__file__).samefile(repository / "__init__.py")
+    monkeypatch.setattr(importlib.util, "spec_from_file_location", lambda *a: None)
+    with pytest.raises(ImportError, match="run this program in its own repository"):
+        qwen1.app._make_package()
+
+
+def test_the_space_has_what_the_package_needs(repository):
+    space = repository / "docs" / "space"
+    matter = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert matter["sdk"] == "gradio" and (repository / matter["app_file"]).is_file()
+    assert f"gradio=={matter['sdk_version']}" in (repository / "constraints.txt").read_text().splitlines()
+    needed = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (space / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == needed
+
+
+def test_what_the_guide_uploads_runs_by_itself(repository, tmp_path):
+    """The files that docs/browser.md names, without the package installed beside them."""
+    guide = (repository / "docs" / "browser.md").read_text(encoding="utf-8")
+    patterns = re.findall(r'--include "([^"]+)"', guide)
+    assert "*.py" in patterns
+    for pattern in patterns:
+        for path in repository.glob(pattern):
+            copy = tmp_path / "space" / path.relative_to(repository)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                shutil.copy(path, copy)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = "import runpy, gradio; gradio.Blocks.launch = lambda page, **o: print('serves', page.title); "
+    script += "import sys; sys.argv = ['app.py']; runpy.run_path('app.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "space", env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "serves qwen-tiny-chat", done.stderr
