@@ -1,5 +1,6 @@
 """`transformers serve` on folders with our remote code, driven by the `openai` client: what `chat` would say."""
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,14 @@ def test_a_reply_is_cut_at_the_number_of_tokens_asked_for(server, shipped):
     assert whole.startswith(answer.choices[0].message.content) and answer.choices[0].message.content != whole
 
 
+def test_the_client_of_the_guide_prints_the_reply_twice(server, shipped, repository, capsys):
+    expected, _ = shipped.model.chat(shipped.tokenizer, "12+34=?", do_sample=False)
+    guide = (repository / "docs" / "serve.md").read_text(encoding="utf-8")
+    (client,) = re.findall(r"^```python\n(from openai import .*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    exec(client.replace("http://localhost:8000", server.url).replace('"qwen-tiny-chat"', repr(server.folder)), {})
+    assert capsys.readouterr().out == f"{expected}\n{expected}"
+
+
 def test_a_seed_repeats_a_sampled_reply(server):
     settings = {"temperature": 5.0, "extra_body": {"seed": 7, "generation_config": '{"do_sample": true}'}}
     first, second = (ask(server, user("你好"), max_tokens=12, **settings).choices[0].message.content for _ in "ab")
@@ -129,6 +138,13 @@ def test_simultaneous_requests_in_one_batch_give_the_replies_of_chat(batching_se
     log = batching_server.log.read_text()
     assert log.count("CB: True") == len(texts)
     assert "use_dynamic_ntk is left out" in log
+
+
+def test_a_stop_sequence_has_no_effect_in_a_batch(batching_server, shipped):
+    """As the guide says: transformers hands it to no batch."""
+    model = QWenLMHeadModel.from_pretrained(shipped.folder, fp32=True).eval()
+    whole, _ = model.chat(shipped.tokenizer, "12+34=?", do_sample=False)
+    assert ask(batching_server, user("12+34=?"), stop=[", "]).choices[0].message.content == whole
 
 
 def test_a_folder_in_the_published_format_is_served(serve, checkpoint_folder):
