@@ -56,15 +56,19 @@ def interpreter():
 
 @pytest.fixture(scope="session")
 def run_in(tmp_path_factory):
-    """Run a script in another environment, offline: (Python, arguments) -> the JSON in its last line."""
+    """Run a script in another environment, offline: (program, arguments) -> the JSON in its last line."""
 
-    def run(python: Path, *arguments: str, timeout: int = 900):
+    def run(command: Path | str, *arguments: Path | str, timeout: int = 1200):
         left_out = ("HF_", "COV_", "PYTHONPATH")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{Path(command).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**kept, "HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_OFFLINE": "1", "PATH": path}
         done = subprocess.run(
-            [str(python), *map(str, arguments)], env=environment, capture_output=True, encoding="utf-8", timeout=timeout
+            [str(command), *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
         )
         assert done.returncode == 0, done.stderr[-6000:]
         lines = done.stdout.strip().splitlines()

@@ -1,25 +1,39 @@
 """llama.cpp: its own converter on our folders, and its replies. The environment is made as in docs/serve.md."""
 
 import json
+import shutil
 
 import pytest
+
+from qwen1 import make_context
 
 pytestmark = pytest.mark.slow
 
 REPLIES = """
-import json, sys
-from llama_cpp import Llama
+import { readFileSync } from "node:fs";
+import { getLlama } from "node-llama-cpp";
 
-path, chat_format, questions, texts = sys.argv[1], sys.argv[2] or None, *map(json.loads, sys.argv[3:])
-llama = Llama(path, n_ctx=512, n_threads=2, chat_format=chat_format, verbose=False)
-replies = {}
-for question in questions:
-    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}]
-    answer = llama.create_chat_completion(messages, temperature=0, max_tokens=64)
-    replies[question] = answer["choices"][0]["message"]["content"]
-ids = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-print(json.dumps({"replies": replies, "ids": ids}))
+const [path, questions] = process.argv.slice(2);
+const { prompts, texts } = JSON.parse(readFileSync(questions));
+const llama = await getLlama({ gpu: false, build: "never", maxThreads: 1 });
+const model = await llama.loadModel({ modelPath: path });
+const context = await model.createContext({ contextSize: 512 });
+const replies = [];
+for (const prompt of prompts) {
+  const sequence = context.getSequence();
+  const reply = [];
+  for await (const token of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
+    if (model.isEogToken(token) || reply.length >= 64) break;
+    reply.push(token);
+  }
+  replies.push(reply);
+  sequence.dispose();
+}
+console.log(JSON.stringify({ replies, ids: texts.map((text) => model.tokenize(text, false)) }));
+process.exit(0);
 """
+"""Greedy replies to prompts of token ids, and the ids of texts, by llama.cpp as `node-llama-cpp` brings it."""
+
 KNOWN = """
 import runpy, sys
 from pathlib import Path
@@ -39,7 +53,7 @@ TEXTS = ["Hello, world! 1234 + 56", "我叫小明。\n\n  tab\tand   spaces", "I
 
 @pytest.fixture(scope="module")
 def python(interpreter):
-    return interpreter("QWEN_LLAMA_CPP", "llama-cpp-python, and llama.cpp's source in its folder `llama.cpp`")
+    return interpreter("QWEN_LLAMA_CPP", "llama.cpp's source in its folder `llama.cpp` and node-llama-cpp beside it")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +73,18 @@ def to_gguf(python, run_in, tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["upgraded", "qwen2"])
 def test_the_shipped_model_replies_as_here(to_gguf, python, run_in, shipped, form):
+    node, environment = shutil.which("node"), python.parent.parent
+    if node is None or not (environment / "node_modules" / "node-llama-cpp").is_dir():
+        pytest.skip(f"{environment} has no node-llama-cpp, or there is no node")
     path = to_gguf(getattr(shipped, form), known=False)
-    found = run_in(python, "-c", REPLIES, path, "chatml", json.dumps(list(shipped.replies)), json.dumps(TEXTS))
-    assert found["replies"] == shipped.replies
-    assert found["ids"] == [shipped.tokenizer.encode(text, allowed_special=set()) for text in TEXTS]
+    tokenizer = shipped.tokenizer
+    prompts = [make_context(tokenizer, text, [], "You are a helpful assistant.", 512)[1] for text in shipped.replies]
+    questions, script = path.with_name("questions.json"), environment / "replies.mjs"  # beside its packages
+    questions.write_text(json.dumps({"prompts": prompts, "texts": TEXTS}))
+    script.write_text(REPLIES)
+    found = run_in(node, script, path, questions)
+    assert [tokenizer.decode(ids) for ids in found["replies"]] == list(shipped.replies.values())
+    assert found["ids"] == [tokenizer.encode(text, allowed_special=set()) for text in TEXTS]
 
 
 @pytest.mark.parametrize("form", ["qwen", "qwen2"])
