@@ -16,6 +16,8 @@ AUTO_MAP: dict[str, str | list[str]] = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModel": "modeling_qwen.QWenModel",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    # Not that it decides anything: `transformers serve` looks for remote code under this name only.
+    "AutoModelForDecision": "modeling_qwen.QWenLMHeadModel",
     "AutoModelForSequenceClassification": "modeling_qwen.QWenForSequenceClassification",
     "AutoTokenizer": ["tokenization_qwen.QWenTokenizer", "tokenization_qwen.QWenTokenizerFast"],
 }

@@ -593,6 +593,8 @@ class QWenAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        # Engines such as vLLM return (B * T, H * D).
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
 
     def _choose_implementation(self, query: torch.Tensor, engines_cache: Any) -> str:
@@ -763,8 +765,9 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 class QWenModel(QWenPreTrainedModel):
     """The stack of blocks without a head: token ids to hidden states."""
 
-    # What early releases stored beside the weights, and the head that this class leaves out.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
+    # What early releases stored beside the weights. Not the head: vLLM, which puts one of its own onto this class, would
+    # leave it unloaded.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
@@ -1021,7 +1024,7 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
     """QWen that scores a whole text, at its last token; `config.num_labels` classes, or a regression."""
 
     base_model_prefix = "transformer"
-    _keys_to_ignore_on_load_unexpected = QWenModel._keys_to_ignore_on_load_unexpected
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
 
     def __init__(self, config: QWenConfig):
         # The generic constructor would look the base model up in transformers' registry, where remote code is not.

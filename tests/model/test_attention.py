@@ -11,6 +11,7 @@ from qwen1 import QWenAttention, modeling_qwen
 from qwen1.modeling_qwen import (
     FLASH_IMPLEMENTATION,
     LONE_QUERY_IMPLEMENTATION,
+    eager_attention_forward,
     lone_query_attention,
     mask_scores,
     repeat_kv,
@@ -243,6 +244,21 @@ def test_a_registered_backend_gets_everything_it_needs(tiny_model, monkeypatch):
     assert isinstance(output, tuple) and output[0].shape == (1, 7, 64)
     expected = [(layer, (1, 4, 7, 16), (1, 2, 7, 16), 0.25, None, "state") for layer in (0, 1)]
     assert calls == expected
+
+
+@torch.no_grad()
+def test_a_registered_backend_may_return_flat_rows(tiny_model, monkeypatch):
+    """vLLM's gives (B * T, H * D), which every model of transformers brings back into shape."""
+
+    def flat(*args, **kwargs):
+        output, weights = eager_attention_forward(*args, **kwargs)
+        return output.flatten(2).flatten(0, 1), weights
+
+    model, ids = tiny_model("eager"), torch.arange(1, 9)[None]
+    expected = model(ids, use_cache=False).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "outside_engine", flat)
+    model.config._attn_implementation = "outside_engine"
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
