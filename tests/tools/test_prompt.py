@@ -121,7 +121,7 @@ async def later():
         ([undocumented], "No schema can be made of .*undocumented.*Give it type hints"),
         ([later], "'later' is async"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_is_no_list_of_tools(tools, message):
     with pytest.raises(ValueError, match=message):
