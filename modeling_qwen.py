@@ -765,8 +765,8 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 class QWenModel(QWenPreTrainedModel):
     """The stack of blocks without a head: token ids to hidden states."""
 
-    # What early releases stored beside the weights. Not the head: vLLM, which puts one of its own onto this class, would
-    # leave it unloaded.
+    # What early releases stored beside the weights. Not the head: vLLM, which puts one of its own onto this class,
+    # would leave it unloaded.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
 
     def __init__(self, config: QWenConfig):
