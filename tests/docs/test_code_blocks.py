@@ -38,6 +38,7 @@ PRESUMED = {
     "docs/fine-tune.md": {"python": _FOLDER},
     "docs/long-context.md": {"python": _FOLDER},
     "docs/migrate.md": {"bash": _OLD},
+    "docs/serve.md": {"python": _FOLDER},
     "docs/use.md": {
         "bash": "cp qwen-tiny-chat/qwen.tiktoken . && printf 'zorvandel\\t40\\n' > words.txt",
         "python": _FOLDER,
