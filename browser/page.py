@@ -106,6 +106,8 @@ class ChatPage:
             queue=False,
             show_progress="hidden",
             api_visibility="private",
+        ).then(  # what the cancelled reply still had under way may have come behind it
+            lambda: [], outputs=[self.chatbot], queue=False, show_progress="hidden", api_visibility="private"
         )
 
     def answer(
