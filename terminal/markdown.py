@@ -6,6 +6,8 @@ them; only the last block is drawn again and again, as much of its end as the sc
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterable, Sequence
 
 from markdown_it import MarkdownIt
@@ -14,9 +16,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
-from rich.spinner import Spinner
 
 from ..chat_command import printable
+
+FRAMES = 12
+"""How often a second what is under way is drawn at most."""
 
 
 class Reply(Markdown):
@@ -90,30 +94,32 @@ class MarkdownDisplay:
 
     def show(self, texts: Iterable[str]) -> None:
         """Show a reply from its texts, each of which begins with the one before."""
+        arriving = iter(texts)
+        with self.console.status(""):  # whose thread draws a spinner
+            first = next(arriving, "")
         text = ""
         done = looked_at = 0
+        drawn = 0.0
         try:
             with self._live() as live:
-                for text in texts:
+                for text in itertools.chain([first], arriving):
                     if "\n" in text[looked_at:]:
                         complete = complete_blocks(printable(text[done:]))
                         block, done = text[done : done + complete], done + complete
-                        live.update(_End(text[done:]))
+                        live.update(_End(text[done:]), refresh=True)
                         self._print(block, first=done == complete)
                     looked_at = len(text)
-                    live.update(_End(text[done:]))
+                    now = time.monotonic()
+                    if now - drawn >= 1 / FRAMES:
+                        live.update(_End(text[done:]), refresh=True)
+                        drawn = now
         finally:  # also what was written before an error
             self._print(text[done:], first=done == 0)
 
     def _live(self) -> Live:
-        waiting = Spinner("dots")
+        # Not refreshed by a thread: what two of them lay out they may write in another order.
         return Live(
-            waiting,
-            console=self.console,
-            refresh_per_second=12,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
+            console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
         )
 
     def _print(self, text: str, first: bool) -> None:

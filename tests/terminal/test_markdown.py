@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import threading
+import time
 
 import pytest
 from rich.console import Console
 
-from qwen1.terminal.markdown import MarkdownDisplay, Reply, complete_blocks, parse
+from qwen1.terminal.markdown import FRAMES, MarkdownDisplay, Reply, complete_blocks, parse
 
 LONG = "\n\n".join(f"Paragraph {number}." for number in range(40))
 CODE = "Look:\n\n```python\n" + "\n".join(f"x{n} = {n}" for n in range(40)) + "\n```\n\nDone."
@@ -65,23 +67,56 @@ def test_all_of_a_reply_is_left_on_the_terminal_once(show, text, step):
     assert lines == printed(text)
 
 
-def test_what_is_under_way_is_shown_as_it_grows(make_screen, monkeypatch):
+def test_one_thread_draws_a_reply(make_screen):
+    """Two of them write in another order than they lay out, now and then: a block is left on the terminal twice."""
+    writers = []
+
+    class WatchedFile(TerminalFile):
+        def write(self, text):
+            writers.append(threading.current_thread())
+            return super().write(text)
+
+    def texts():
+        time.sleep(0.3)  # meanwhile there is something to look at
+        assert set(writers) - {threading.main_thread()}
+        writers.clear()
+        for end in range(1, len(ITEMS), 100):
+            yield ITEMS[:end]
+            time.sleep(0.1)
+
+    console = Console(file=WatchedFile(make_screen(40, 10)), force_terminal=True, width=40, height=10)
+    MarkdownDisplay(console).show(texts())
+    assert set(writers) == {threading.main_thread()}
+
+
+def test_what_is_under_way_is_shown_as_it_grows(make_screen):
     screen = make_screen(40, 10)
     console = Console(file=TerminalFile(screen), force_terminal=True, width=40, height=10, color_system=None)
-    display = MarkdownDisplay(console)
-    live = display._live()
-    monkeypatch.setattr(display, "_live", lambda: live)
     seen = []
 
     def texts():
         for end in range(1, len(ITEMS), 20):
             yield ITEMS[:end]
-            live.refresh()
             seen.append([line.strip() for line in screen.shown() if line.strip()])
+            time.sleep(2 / FRAMES)
 
-    display.show(texts())
+    MarkdownDisplay(console).show(texts())
     assert all("•" in lines[-1] for lines in seen[1:])
     assert all(len(lines) < 10 for lines in seen)  # the end alone: nothing has scrolled off the screen
+
+
+def test_a_quick_reply_is_not_drawn_for_each_token(make_screen):
+    writes = []
+
+    class CountedFile(TerminalFile):
+        def write(self, text):
+            writes.append(text)
+            return super().write(text)
+
+    console = Console(file=CountedFile(make_screen(40, 10)), force_terminal=True, width=40, height=10)
+    start = time.monotonic()
+    MarkdownDisplay(console).show("word " * count for count in range(1, 1000))
+    assert len(writes) < 30 + 2 * FRAMES * (time.monotonic() - start)
 
 
 def test_chinese_and_emoji_take_two_columns(show):
