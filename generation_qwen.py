@@ -40,7 +40,7 @@ from .qwen_generation_utils import (
     stream_tokens,
     stream_until,
 )
-from .tools_qwen import OBSERVATION, Exchange, ToolResult, ToolRun, ToolStep, run_tools
+from .tools_qwen import OBSERVATION, Exchange, ToolResult, run_tools
 
 if TYPE_CHECKING:
     _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
@@ -177,18 +177,7 @@ class QWenGenerationMixin(_GenerativeModel):
         texts = stream_text(stream_tokens(generate), tokenizer, settings.stops)
         return texts if settings.stop_text is None else exchange.stream(stream_until(texts, settings.stop_text))
 
-    def run_tools(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        query: str | ToolResult | Mapping[str, Any],
-        functions: Iterable[Any],
-        history: Iterable[Sequence[str]] | None = None,
-        max_rounds: int = 5,
-        stream: bool = False,
-        **chat_kwargs: Any,
-    ) -> ToolRun | Generator[str | ToolStep | ToolRun, None, None]:
-        """Ask a question and run the tools that the model calls until it answers: `tools_qwen.run_tools`."""
-        return run_tools(self, tokenizer, query, functions, history, max_rounds, stream, **chat_kwargs)
+    run_tools = run_tools  # of `tools_qwen.py`, its first argument being the model
 
     @staticmethod
     def new_history() -> ChatHistory:

@@ -680,37 +680,42 @@ def run_tools(
         ToolLoopError: no answer within `max_rounds`.
     """
     tools = as_tools(functions)
-    for tool in tools.values():
-        if tool.function is None:
-            raise ValueError(f"The tool {tool.name!r} has no function to run: pass the function itself, or a Tool.")
-        if unchecked := tool.unchecked():
-            raise ValueError(
-                f"The parameters of {tool.name!r} use {', '.join(unchecked)}, which isn't checked here: leave it "
-                "out and check it in the function."
-            )
+    runnable = {name: _runnable(tool) for name, tool in tools.items()}
     if not isinstance(max_rounds, int) or max_rounds < 1:
         raise ValueError(f"max_rounds={max_rounds!r} must be a whole number of at least 1.")
     kept = history.copy() if isinstance(history, ChatHistory) else ChatHistory(checked_history(history))
-    events = _events(model, tokenizer, query, tools, kept, max_rounds, stream, chat_kwargs)
+    arguments = {**chat_kwargs, "tools": list(tools.values())}
+    events = _events(model, tokenizer, query, runnable, kept, max_rounds, stream, arguments)
     if stream:
         return events
     *_, last = events
     return cast(ToolRun, last)
 
 
+def _runnable(tool: Tool) -> Callable[..., Any]:
+    """The function of a tool, of which every call can be checked."""
+    if tool.function is None:
+        raise ValueError(f"The tool {tool.name!r} has no function to run: pass the function itself, or a Tool.")
+    if unchecked := tool.unchecked():
+        raise ValueError(
+            f"The parameters of {tool.name!r} use {', '.join(unchecked)}, which isn't checked here: leave it "
+            "out and check it in the function."
+        )
+    return tool.function
+
+
 def _events(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     query: str | ToolResult | Mapping[str, Any],
-    tools: Mapping[str, Tool],
+    functions: Mapping[str, Callable[..., Any]],
     history: ChatHistory,
     max_rounds: int,
     stream: bool,
-    chat_kwargs: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> Generator[str | ToolStep | ToolRun, None, None]:
     steps: list[ToolStep] = []
     for left in reversed(range(max_rounds)):
-        arguments = {**chat_kwargs, "tools": list(tools.values())}
         if stream:
             reply: Any = ""
             with closing(model.chat_stream(tokenizer, query, history, **arguments)) as texts:
@@ -723,7 +728,7 @@ def _events(
             yield ToolRun(reply.answer, history, steps)
             return
         if left:
-            steps.append(_run(reply, tools))
+            steps.append(_run(reply, functions))
             yield steps[-1]
             query = ToolResult(steps[-1].result)
     raise ToolLoopError(
@@ -733,13 +738,11 @@ def _events(
     )
 
 
-def _run(reply: ToolReply, tools: Mapping[str, Tool]) -> ToolStep:
+def _run(reply: ToolReply, functions: Mapping[str, Callable[..., Any]]) -> ToolStep:
     if reply.call is None:
         return ToolStep(reply, f"Error: {reply.problem}", reply.problem)
-    function = tools[reply.call.name].function
-    assert function is not None  # checked before the model was asked
     try:
-        return ToolStep(reply, ToolResult(function(**reply.call.arguments)).text())
+        return ToolStep(reply, ToolResult(functions[reply.call.name](**reply.call.arguments)).text())
     except Exception as error:  # whatever a tool raises: the model may try something else
         problem = f"{type(error).__name__}: {error}"
         return ToolStep(reply, f"Error: {problem}", problem)

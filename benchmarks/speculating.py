@@ -51,7 +51,8 @@ def run_speculation(model: Any, reciter: Reciter, texts: list[tuple[list[int], l
         reciter.text = torch.tensor(prompt + reply)
         ids = torch.tensor([prompt])
         output = model.generate(ids, max_new_tokens=len(reply), do_sample=False, eos_token_id=None, **settings)
-        assert output[0].tolist() == prompt + reply, "speculation has changed the text"
+        if output[0].tolist() != prompt + reply:
+            raise RuntimeError(f"{settings} has changed the text that is written")
 
 
 def texts_to_write(tokenizer: Any) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -95,7 +96,9 @@ def run_continuously(model: Any, prompts: list[list[int]], lengths: list[int]) -
         for prompt, length in zip(prompts, lengths, strict=True):
             manager.add_request(prompt, max_new_tokens=length)
         done = [manager.get_result(timeout=60) for _ in prompts]
-    assert sorted(len(result.generated_tokens) for result in done) == sorted(lengths), "requests were left undone"
+    written = sorted(len(result.generated_tokens) for result in done if result is not None)
+    if written != sorted(lengths):
+        raise RuntimeError(f"{written} tokens were written for the requests instead of {sorted(lengths)}")
 
 
 @torch.no_grad()  # not inference mode, which the thread of continuous batching doesn't share

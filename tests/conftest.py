@@ -112,6 +112,24 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture
+def count_read():
+    """Count what a model is given from now on: model -> a function that tells how many tokens since its last call."""
+
+    def watch(model):
+        counted = []
+        model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+
+        def since():
+            total = sum(counted)
+            counted.clear()
+            return total
+
+        return since
+
+    return watch
+
+
+@pytest.fixture
 def checkpoint_folder(tmp_path, repository, tiny_model, byte_vocabulary):
     """A folder as on the Hub: our code, a tiny random chat checkpoint and the byte vocabulary."""
     folder = tmp_path / "checkpoint"

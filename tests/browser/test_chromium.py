@@ -37,6 +37,17 @@ def test_a_conversation_with_the_shipped_model(tiny_chat, serve, visit):
     wait_until(lambda: len(visitor.texts()) == 6 and "Tavolin" in visitor.texts()[-1])
 
 
+def test_a_conversation_with_a_folder_in_the_published_format(checkpoint_folder, serve, visit):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder)
+    visitor = visit(serve(model, tokenizer))
+    for turn in (1, 2):
+        visitor.ask("hello")
+        wait_until(lambda wanted=2 * turn: len(visitor.texts()) == wanted)
+        visitor.settle()
+    assert visitor.texts()[0] == visitor.texts()[2] == "hello"
+
+
 def test_a_reply_streams(stub_model, serve, visit):
     stub_model.go_on.clear()
     visitor = visit(serve(stub_model))

@@ -21,17 +21,9 @@ def model(chat_model):
 
 
 @pytest.fixture
-def read(model):
+def read(model, count_read):
     """How many tokens the model was given since the last call: () -> int."""
-    counted = []
-    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
-
-    def since():
-        total = sum(counted)
-        counted.clear()
-        return total
-
-    return since
+    return count_read(model)
 
 
 def talk(model, tokenizer, *queries, history=None, **kwargs):
