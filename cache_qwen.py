@@ -82,10 +82,16 @@ class QWenGrowingLayer(DynamicLayer):
     shortens it, and what comes next then goes to new memory.
     """
 
+    # Slots and not attributes: exporters make an input of a program of each tensor that they find in `vars(layer)`.
+    __slots__ = ("_key_buffer", "_value_buffer")
     keys: torch.Tensor
     values: torch.Tensor
-    _key_buffer: _Buffer | None = None
-    _value_buffer: _Buffer | None = None
+    _key_buffer: _Buffer | None
+    _value_buffer: _Buffer | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._key_buffer = self._value_buffer = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -96,9 +102,21 @@ class QWenGrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._key_buffer, self.keys = _append(self._key_buffer, self.keys, key_states)
-        self._value_buffer, self.values = _append(self._value_buffer, self.values, value_states)
+        # One that a program has given back was made without its constructor, and has no buffers.
+        self._key_buffer, self.keys = _append(getattr(self, "_key_buffer", None), self.keys, key_states)
+        self._value_buffer, self.values = _append(getattr(self, "_value_buffer", None), self.values, value_states)
         return self.keys, self.values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QWenGrowingLayer:
+        """Another layer with what is held, laid end to end: exporters look at how the tensors of their copies lie."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other._key_buffer = other._value_buffer = None
+        if self.is_initialized:
+            other.keys, other.values = (
+                held.detach().clone(memory_format=torch.contiguous_format) for held in (self.keys, self.values)
+            )
+        return other
 
     def offload(self) -> None:
         """Move what is stored to the CPU, and free the buffers."""
@@ -226,19 +244,26 @@ class QWenInt8Layer(DynamicLayer):
         self._replace_each(lambda stored: stored[indices, ...])
 
 
-@dataclass
 class NTKState:
     """The alpha that each sequence of one cache was prefilled with.
 
     Keys are stored rotated, so alpha is fixed with the first of them and stays until the cache is empty again.
 
-    Attributes:
+    Args:
         alpha: (B, 1) float32.
-        planned: set ahead by `generate`, which knows the whole prompt before its first chunk is read.
+        planned: set ahead by `generate`, for first tokens among which there are drafts behind the prompt.
+
+    Attributes:
+        given: the tensor that the caller gave, where it did.
     """
 
-    alpha: torch.Tensor
-    planned: bool = False
+    # Beside `vars(state)`, of whose tensors exporters make inputs of a program.
+    __slots__ = ("__dict__", "given", "planned")
+
+    def __init__(self, alpha: torch.Tensor, planned: bool = False):
+        self.alpha = alpha
+        self.given: torch.Tensor | None = None
+        self.planned = planned
 
 
 class NTKRows(Cache):
@@ -340,7 +365,8 @@ class KeptCache:
         state: NTKState | None = getattr(self._cache, "qwen_ntk", None)
         if state is None or not model.config.use_dynamic_ntk:
             return state is None and not model.config.use_dynamic_ntk
-        return bool((state.alpha.cpu() == model.transformer.choose_alpha(torch.tensor([[length - 1]]))).all())
+        asked = model.transformer.choose_alpha(torch.arange(length)[None]).amax()
+        return bool((state.alpha.cpu() == asked).all())
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -361,16 +387,28 @@ def _weights_state(model: Any) -> tuple:
 
 
 def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:
-    """Fix the alpha of the sequences in a cache, (B, 1); a copy of it is kept.
-
-    Args:
-        planned: the cache is empty and its first tokens, which come next, are only a part of the prompt.
-    """
-    state = NTKState(alpha=alpha.clone(), planned=planned)
+    """Fix the alpha of the sequences in a cache, (B, 1); a copy of it is kept. Arguments as those of `NTKState`."""
+    state = NTKState(alpha.clone(), planned)
     cache.qwen_ntk = state  # type: ignore[attr-defined]
     if cache.is_compileable and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(state.alpha)  # as the keys and values of a static cache are
     return state
+
+
+def give_ntk_alpha(cache: Cache, given: torch.Tensor, rows: int) -> None:
+    """Fix the alpha that the caller chose, (B, 1) or (1, 1), for `rows` sequences.
+
+    The same tensor at each step, as `generate` gives it, is copied once.
+    """
+    state: NTKState | None = getattr(cache, "qwen_ntk", None)
+    if state is None or getattr(state, "given", None) is not given:
+        set_ntk_alpha(cache, given.expand(rows, -1)).given = given
+
+
+def held_ntk_alpha(cache: Cache | None) -> torch.Tensor | None:
+    """The alpha that the keys in a cache were rotated with, (B, 1) float32; None where there is none, or none known."""
+    state: NTKState | None = getattr(cache, "qwen_ntk", None)
+    return None if cache is None or state is None or int(cache.get_seq_length()) == 0 else state.alpha
 
 
 def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -388,17 +426,27 @@ def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor
         ValueError: the batch has other rows than the cache was prefilled with.
     """
     state: NTKState | None = getattr(cache, "qwen_ntk", None)
+    length = cache.get_seq_length()
     if state is None:
-        state = set_ntk_alpha(cache, choose().expand(rows, -1))
-    elif state.planned:
+        return _first_alpha(cache, choose().expand(rows, -1), length)
+    if getattr(state, "planned", False):
         state.planned = False
-    elif isinstance(length := cache.get_seq_length(), torch.Tensor):
+    elif isinstance(length, torch.Tensor):
         # A static cache counts on the device. Written in place, so that a captured CUDA graph finds it again.
         chosen = choose()
         state.alpha.copy_(torch.where(length.to(chosen.device) > 0, state.alpha, chosen))
     elif length == 0:
         state.alpha = choose().expand(rows, -1)
     return _match_rows(state.alpha, rows)
+
+
+def _first_alpha(cache: Cache, chosen: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
+    """Alpha of sequences that none is known for, (B, 1); kept, except by an exported program, which can't."""
+    if isinstance(length, torch.Tensor) and torch.compiler.is_exporting():
+        # The program is the same for each step over its static cache. Read a token at a time, as such decoders do, a
+        # text has a prompt of one token; one that is to be stretched is exported with `ntk_alpha` among its inputs.
+        return torch.where(length.to(chosen.device) > 0, torch.ones_like(chosen), chosen)
+    return set_ntk_alpha(cache, chosen).alpha
 
 
 def _match_rows(alpha: torch.Tensor, rows: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ class QWenConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",

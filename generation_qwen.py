@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -20,7 +22,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from .cache_qwen import INT8_BACKEND, KeptCache, QWenCache, QWenInt8Cache, set_ntk_alpha
+from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
+from .cache_qwen import INT8_BACKEND, KeptCache, QWenCache, QWenInt8Cache, held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     DEFAULT_WINDOW,
@@ -41,6 +44,9 @@ from .qwen_generation_utils import (
     stream_until,
 )
 from .tools_qwen import OBSERVATION, Exchange, ToolResult, run_tools
+
+_EXTRAS = ("stop_words_ids", "seed")
+"""Settings that `generate` knows beyond those of transformers."""
 
 if TYPE_CHECKING:
     _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
@@ -69,12 +75,236 @@ class ChatSettings:
     stop_text: str | None = None
 
 
+class GenerationSettings:
+    """What `generate` will see of its settings: the call's, else those of its configuration, else those of the model's.
+
+    Args:
+        model: a `QWenLMHeadModel`, for its `generation_config`.
+        generation_config: of the call, or None.
+        call: settings of the call by name.
+    """
+
+    def __init__(self, model: Any, generation_config: GenerationConfig | None = None, call: Mapping[str, Any] = {}):  # noqa: B006
+        self._call = call
+        self._configurations = [config for config in (generation_config, model.generation_config) if config is not None]
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a setting, None where it has none."""
+        if name in self._call:
+            return self._call[name]
+        values = (getattr(config, name, None) for config in self._configurations)
+        return next((value for value in values if value is not None), None)
+
+
+@dataclass
+class Prompt:
+    """What `generate` is given to read.
+
+    Attributes:
+        rows: number of texts B.
+        length: tokens that the output begins with; 0 where only embeddings are given.
+        position_ids: (B or 1, tokens of the whole prompt), 0 for padding.
+        ntk_alpha: given by the caller, (B, 1), or None.
+    """
+
+    rows: int
+    length: int
+    position_ids: torch.Tensor
+    ntk_alpha: torch.Tensor | None
+
+    @classmethod
+    def read(cls, inputs: torch.Tensor | None, arguments: Mapping[str, Any], settings: GenerationSettings) -> Prompt:
+        """From the arguments of `generate`; positions count real tokens, as transformers tells them from padding."""
+        ids = arguments.get("input_ids") if inputs is None else inputs
+        embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+        if ids is None and embeds is None:
+            ids = torch.zeros((1, 1), dtype=torch.long)  # the token that begins every text
+        read: torch.Tensor = ids if embeds is None else embeds  # type: ignore[assignment]
+        positions = arguments.get("position_ids")
+        if positions is None:
+            mask = _mask_of_padding(read, settings) if mask is None else mask
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return cls(len(read), 0 if ids is None else ids.shape[1], positions, arguments.get("ntk_alpha"))
+
+
+def _mask_of_padding(read: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
+    """The mask that transformers infers where none is given, (B, T): no padding, if that ends no text."""
+    pad, ends = settings["pad_token_id"], [end for (end,) in _eos_sequences(settings["eos_token_id"])]
+    if pad is None or read.ndim != 2 or pad in ends or not bool((read == pad).any()):
+        return read.new_ones(read.shape[:2], dtype=torch.long)
+    return (read != pad).long()
+
+
+class _CacheOfCall:
+    """The attribute in which early releases of transformers 5 keep a static cache, and hand it to the next request, even
+    one at once: here each thread has one of its own, for as long as the call takes.
+    """
+
+    _local = threading.local()
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        try:
+            return self._local.cache
+        except AttributeError:
+            raise AttributeError("_cache") from None
+
+    def __set__(self, instance: Any, cache: Any) -> None:
+        self._local.cache = cache
+
+    @classmethod
+    @contextmanager
+    def forgotten(cls) -> Generator[None, None, None]:
+        """Begin and end without any."""
+        vars(cls._local).pop("cache", None)
+        try:
+            yield
+        finally:
+            vars(cls._local).pop("cache", None)
+
+
+def _under_both_names(output: Any) -> Any:
+    """What `generate` returns, its cache also under the name that the transformers installed doesn't use."""
+    if CACHE_NAME != "cache" and hasattr(output, CACHE_NAME):
+        output.cache = getattr(output, CACHE_NAME)
+    return output
+
+
+def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt) -> Any:
+    """What `generate` returns, without what was drafted behind a stop word and accepted in one step with it."""
+    sequences = _sequences_of(output)
+    if settings["stop_words_ids"] is None or len(sequences) > 1:  # only single texts are drafted
+        return output
+    end = find_end(sequences[0, prompt.length :].tolist(), check_stop_words(settings["stop_words_ids"]), whole=True)
+    kept = sequences[:, : prompt.length + end]
+    if isinstance(output, torch.Tensor):
+        return kept
+    output.sequences = kept
+    return output
+
+
+def _with_stop_words(
+    criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
+) -> StoppingCriteriaList | None:
+    words = settings["stop_words_ids"]
+    if words is None:
+        return criteria
+    return StoppingCriteriaList([*(criteria or ()), StopWordsCriteria(words, prompt.length)])
+
+
+def _with_seed(
+    processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
+) -> LogitsProcessorList | None:
+    seed = settings["seed"]
+    if seed is None or not settings["do_sample"]:
+        return processors
+    if (settings["num_beams"] or 1) > 1:
+        raise ValueError(f"seed={seed} can't be used with num_beams={settings['num_beams']}: drop one.")
+    return LogitsProcessorList([*(processors or ()), SeededSampling(seed, prompt.length, arranged=False)])
+
+
 class QWenGenerationMixin(_GenerativeModel):
     """`generate` with the published extras, and conversations: `chat`, `chat_stream`, `batch_chat`.
 
     `generate` also takes `stop_words_ids`, a list of token sequences of which each ends a text, and `seed`, which makes
     sampling repeatable, whatever the state of the global generator, which it doesn't seed.
     """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Any = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, with `stop_words_ids`, `seed`, the model's own cache, and the NTK alpha of each prompt.
+
+        The cache to continue may be given as `cache` or `past_key_values`, whatever transformers calls it.
+
+        Args:
+            stop_words_ids: token sequences, as an argument or in the generation configuration; each ends a text.
+            seed: likewise; makes sampling repeatable, whatever the state of the global generator.
+            (the others): as in transformers.
+
+        Raises:
+            ValueError: stop words or a seed of the wrong form; a seed with beams; two different caches.
+        """
+        extras = {name: kwargs.pop(name) for name in _EXTRAS if name in kwargs}
+        settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
+        given = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        arguments = {
+            "generation_config": generation_config,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+        }
+        if settings["cache_implementation"] == "paged" or isinstance(kwargs.get("custom_generate"), str):
+            # Another program runs these, which reads prompts and settings itself.
+            arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+            return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
+        prompt = Prompt.read(inputs, kwargs, settings)
+        arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
+        arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
+        cache = self._default_cache(settings) if given is None else given
+        if given is None and cache is not None and settings["cache_implementation"] is not None:
+            kwargs["cache_implementation"] = None  # it is this cache
+        kwargs |= self._alpha_argument(prompt, cache, drafted=assistant_model is not None)
+        with _CacheOfCall.forgotten():
+            output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
+        return _without_drafts(_under_both_names(output), settings, prompt)
+
+    _cache = _CacheOfCall()
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Transformers puts temperature, top_k and so on behind what it is given; a seed draws from their result."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(sorted(processors, key=SeededSampling.comes_last))
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, without sharing the keys of equal beginnings while `use_dynamic_ntk` is on: the keys of a
+        longer text are rotated by another alpha.
+        """
+        if self.config.use_dynamic_ntk:
+            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+            continuous_batching_config.allow_block_sharing = False
+        return super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+
+    def _default_cache(self, settings: GenerationSettings) -> Cache | None:
+        """The model's own cache where nothing else is asked for, or the int8 cache by its name."""
+        if settings["use_cache"] is False:
+            return None
+        if settings["cache_implementation"] in (None, "dynamic"):
+            return self.transformer.new_cache()
+        backend = (settings["cache_config"] or {}).get("backend")
+        named = settings["cache_implementation"] == "quantized" and backend == INT8_BACKEND
+        return QWenInt8Cache(self.config) if named else None
+
+    def _alpha_argument(self, prompt: Prompt, cache: Cache | None, drafted: bool) -> dict[str, torch.Tensor]:
+        """The alpha of each row as an argument of `forward`, (B, 1), which doesn't see the whole prompt in chunks,
+        behind drafts or without a cache. An assistant would be handed the argument too, so there the cache keeps it.
+        """
+        if not self.config.use_dynamic_ntk or self.training or prompt.ntk_alpha is not None:
+            return {}
+        held = held_ntk_alpha(cache)
+        if held is not None and held.shape[0] not in (1, prompt.rows):
+            return {}  # of beams or samples, which `forward` tells apart
+        alpha = self.transformer.choose_alpha(prompt.position_ids).amax(-1, keepdim=True) if held is None else held
+        if not drafted:
+            return {"ntk_alpha": alpha.expand(prompt.rows, -1)}
+        if held is None and cache is not None:
+            set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)
+        return {}
 
     def chat(
         self,
@@ -127,7 +357,7 @@ class QWenGenerationMixin(_GenerativeModel):
         context = _exchange_context(tokenizer, exchange, system, settings)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
-        sequences = _sequences_of(self.generate(**inputs, **_as_argument(cache)))
+        sequences = _sequences_of(self.generate(**inputs, **cache_argument(cache)))
         (reply,) = self._read_replies(tokenizer, sequences, len(context), settings, count=1)
         said = ChatHistory(exchange.history(reply) if append_history else turns)
         said.kept = None if cache is None else KeptCache(self, sequences[0].tolist(), cache)
@@ -168,7 +398,7 @@ class QWenGenerationMixin(_GenerativeModel):
 
         def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
             every = StoppingCriteriaList([*criteria, *stopping_criteria])
-            arguments = {**inputs, **_as_argument(cache), "logits_processor": logits_processor}
+            arguments = {**inputs, **cache_argument(cache), "logits_processor": logits_processor}
             with autocast:
                 output = self.generate(**arguments, streamer=streamer, stopping_criteria=every)
             if cache is not None and isinstance(history, ChatHistory):
@@ -245,24 +475,24 @@ class QWenGenerationMixin(_GenerativeModel):
         # One configuration and no loose settings beside it, which transformers is about to refuse.
         settings: Any = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         other_kwargs = settings.update(**generate_kwargs)
-        # As `generate` will see it: what the caller's configuration leaves open is the model's.
-        merged, _ = self._prepare_generation_config(settings)
-        chat_format = getattr(merged, "chat_format", "chatml")
+        _refuse_inputs(other_kwargs)
+        effective = GenerationSettings(self, settings)
+        chat_format = effective["chat_format"] or "chatml"
         if chat_format != "chatml":
             raise ValueError(
                 f"This checkpoint has chat_format={chat_format!r}: it is a base model, which continues texts and was "
                 "not taught to chat. Load the chat model of the family, such as Qwen-7B-Chat, or use generate."
             )
         settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
-        if merged.stop_strings is not None:
+        if effective["stop_strings"] is not None:
             other_kwargs["tokenizer"] = tokenizer  # which `generate` asks for with them
-        configured = check_stop_words(getattr(merged, "stop_words_ids", None)) + _eos_sequences(merged)
+        configured = check_stop_words(effective["stop_words_ids"]) + _eos_sequences(effective["eos_token_id"])
         stops = check_stop_words(stop_words_ids) + configured + end_sequences(chat_format, tokenizer)
         settings.stop_words_ids = stops = [list(stop) for stop in dict.fromkeys(map(tuple, stops))]
         if max_window_size is None:
-            max_window_size = getattr(merged, "max_window_size", None) or DEFAULT_WINDOW
+            max_window_size = effective["max_window_size"] or DEFAULT_WINDOW
         return ChatSettings(
-            settings, other_kwargs, stops, max_window_size, self._has_default_cache(merged, other_kwargs)
+            settings, other_kwargs, stops, max_window_size, self._has_default_cache(effective, other_kwargs)
         )
 
     def _chat_inputs(
@@ -308,80 +538,16 @@ class QWenGenerationMixin(_GenerativeModel):
         branch = None if kept is None else kept.branch(self, context)
         return QWenCache(config=self.config) if branch is None else branch
 
-    def _has_default_cache(self, generation_config: Any, other_kwargs: dict[str, Any]) -> bool:
+    def _has_default_cache(self, settings: GenerationSettings, other_kwargs: dict[str, Any]) -> bool:
         """Whether generation keeps one sequence in the model's growing cache and nothing else."""
         others = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
         return (
             not self.config.use_cache_quantization
-            and generation_config.use_cache is not False
-            and all(getattr(generation_config, name, None) is None for name in others)
-            and all((getattr(generation_config, name, 1) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-            and not {"past_key_values", "assistant_model", "custom_generate"} & other_kwargs.keys()
+            and settings["use_cache"] is not False
+            and all(settings[name] is None for name in others)
+            and all((settings[name] or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+            and not {*CACHE_NAMES, "assistant_model", "custom_generate"} & other_kwargs.keys()
         )
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        extras = {name: kwargs.pop(name) for name in ("stop_words_ids", "seed") if name in kwargs}
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, value in extras.items():
-            setattr(generation_config, name, value)
-        return generation_config, model_kwargs
-
-    def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> GenerationConfig:
-        # The configuration is a copy made for this call; the extras below count from here.
-        generation_config._prompt_length = kwargs["input_ids_length"]
-        return super()._prepare_generated_length(generation_config, **kwargs)
-
-    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        words = getattr(generation_config, "stop_words_ids", None)
-        if words is not None:
-            criteria.append(StopWordsCriteria(words, generation_config._prompt_length))
-        return criteria
-
-    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        seed = getattr(generation_config, "seed", None)
-        if seed is not None and generation_config.do_sample:
-            if generation_config.num_beams > 1:
-                raise ValueError(f"seed={seed} can't be used with num_beams={generation_config.num_beams}: drop one.")
-            processors.append(SeededSampling(seed, generation_config._prompt_length))
-        return processors
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        cache = self._own_cache(generation_config, model_kwargs)
-        if cache is not None:
-            model_kwargs["past_key_values"] = cache
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # Early releases of transformers 5 keep a static cache here and hand it to the next request, even one at once.
-        self.__dict__.pop("_cache", None)
-        self._plan_ntk(model_kwargs)
-
-    def _own_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Cache | None:
-        """The model's own cache where nothing else is asked for, or the int8 cache by its name."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return None
-        if generation_config.cache_implementation in (None, "dynamic"):
-            return self.transformer.new_cache()
-        backend = (generation_config.cache_config or {}).get("backend")
-        named = generation_config.cache_implementation == "quantized" and backend == INT8_BACKEND
-        return QWenInt8Cache(self.config) if named else None
-
-    def _plan_ntk(self, model_kwargs: dict[str, Any]) -> None:
-        """Choose alpha from the whole prompt, which `forward` doesn't see in chunks or without a cache."""
-        position_ids = model_kwargs.get("position_ids")
-        if not self.config.use_dynamic_ntk or self.training or position_ids is None:
-            return
-        alpha = self.transformer.choose_alpha(position_ids).amax(-1, keepdim=True)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            model_kwargs["ntk_alpha"] = alpha
-        elif int(cache.get_seq_length()) == 0:
-            set_ntk_alpha(cache, alpha, planned=True)
 
 
 def _sequences_of(output: Any) -> torch.Tensor:
@@ -397,8 +563,20 @@ def _exchange_context(
     return fitting_context(tokenizer, exchange.prompt, exchange.earlier, system, settings.window, exchange.begun)
 
 
-def _as_argument(cache: QWenCache | None) -> dict[str, QWenCache]:
-    return {} if cache is None else {"past_key_values": cache}
+_MADE_HERE = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "ntk_alpha")
+
+
+def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of `generate` that a chat makes from the conversation, rather than replace them.
+
+    Raises:
+        ValueError: names them.
+    """
+    given = [name for name in _MADE_HERE if name in arguments]
+    if given:
+        raise ValueError(
+            f"A chat makes {', '.join(given)} from the conversation itself: leave that out, or use generate."
+        )
 
 
 def _callers_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -409,8 +587,8 @@ def _callers_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, dtype=dtype, cache_enabled=cached)
 
 
-def _eos_sequences(generation_config: GenerationConfig) -> list[TokensType]:
-    eos = generation_config.eos_token_id
+def _eos_sequences(eos: Any) -> list[TokensType]:
+    """The ids that end a text, one or several, as sequences of one token."""
     if isinstance(eos, torch.Tensor):
         eos = eos.flatten().tolist()
     return [] if eos is None else [[token] for token in (eos if isinstance(eos, list) else [eos])]

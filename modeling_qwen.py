@@ -21,14 +21,24 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_qwen import QWenCache, QWenInt8Cache, resolve_ntk_alpha, set_ntk_alpha
+from .arguments_qwen import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    QWenCausalLMOutput,
+    QWenModelOutput,
+    cache_argument,
+    check_arguments,
+    engine_of,
+    one_cache,
+)
+from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig
+from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
 from .loss_qwen import head_loss, holds_its_weight
 
@@ -103,8 +113,9 @@ def prompt_lengths(position_ids: torch.Tensor) -> torch.Tensor:
     """
     if position_ids.shape[-1] == 1:  # each step of decoding
         return position_ids.clamp(min=1)
-    restarts = position_ids.diff(dim=-1) != 1
-    text = nn.functional.pad(restarts.cumsum(-1), (1, 0))  # (B, T) index of the text within its row
+    # Without a piece that is a token shorter, which would keep an exported program from reading two tokens.
+    restarts = position_ids != position_ids.roll(1, -1) + 1
+    text = restarts.cumsum(-1) - restarts[:, :1].long()  # (B, T) index of the text within its row
     first = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amin", include_self=False)
     last = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amax", include_self=False)
     first, last = first.gather(-1, text), last.gather(-1, text)
@@ -553,6 +564,7 @@ class QWenAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, E) -> (B, T, E) and, under eager, the probabilities (B, H, T, S).
@@ -560,7 +572,7 @@ class QWenAttention(nn.Module):
         Args:
             position_embeddings: cosine and sine (B or 1, T, 1, R), LogN factor (B or 1, T, 1, 1) or None.
             attention_mask: in the form that the attention implementation takes.
-            past_key_values: cache that this call's keys and values are added to.
+            past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
         query, key, value = self.c_attn(hidden_states).split(
             (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
@@ -577,11 +589,17 @@ class QWenAttention(nn.Module):
             query = query * logn.type_as(query)
 
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H | K, T, D)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        held = one_cache(past_key_values, cache)
+        paged = held is not None and not isinstance(held, Cache)
+        if paged and CACHE_NAME != "cache":
+            kwargs["cache"] = held  # the attention implementation adds to it
+        elif paged:
+            key, value = held.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif held is not None:
+            key, value = held.update(key, value, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self._choose_implementation(query, kwargs.get("cache")), eager_attention_forward
+            self._choose_implementation(query, paged), eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
@@ -597,11 +615,11 @@ class QWenAttention(nn.Module):
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
 
-    def _choose_implementation(self, query: torch.Tensor, engines_cache: Any) -> str:
+    def _choose_implementation(self, query: torch.Tensor, paged: bool) -> str:
         """The configured attention, except for a single token on a CPU in half precision, (B, H, T, D)."""
         implementation = self.config._attn_implementation
         quick = implementation == "sdpa" and query.device.type == "cpu" and query.dtype in _HALF_PRECISION
-        alone = query.shape[2] == 1 and engines_cache is None  # an engine's holds several texts in a row
+        alone = query.shape[2] == 1 and not paged  # such a cache holds several texts in a row
         trained = self.training or query.requires_grad and torch.is_grad_enabled()
         # Compiled, the chunks are copied one by one, over all the room of a static cache.
         by_chunks = quick and alone and not trained and not torch.compiler.is_compiling()
@@ -655,7 +673,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _input_embed_layer = "wte"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -790,40 +808,51 @@ class QWenModel(QWenPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         ntk_alpha: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> QWenModelOutput:
         """Hidden states of the last layer after the final norm, (B, T, E).
 
         Args:
             input_ids: (B, T); or `inputs_embeds`, (B, T, E).
             attention_mask: (B, tokens in the cache + T), 0 for padding; or any mask that transformers has prepared.
-            position_ids: (B, T); derived from the mask where absent, so that left padding needs nothing else.
-            past_key_values: cache to continue; it also remembers the NTK alpha of each sequence.
+            position_ids: (B or 1, T); derived from the mask where absent, so that left padding needs nothing else.
+            past_key_values, cache: cache to continue, under either name; it remembers the NTK alpha of each sequence.
             use_cache: return a cache, a new one where none is given.
             ntk_alpha: (B, 1), to use instead of the alpha that the length of the prompt asks for; kept by the cache.
+                `generate` gives it; a program that is exported for texts beyond `seq_length` takes it as an input.
+            kwargs: `arguments_qwen.KNOWN_ARGUMENTS`.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; `output_attentions` without eager attention.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; two caches; mask or positions of other tokens.
+            TypeError: an argument that nothing here knows.
         """
+        check_arguments(type(self).__name__, kwargs, ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        self._check_attentions(kwargs)
+        cache = one_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        attention_mask = self._mark_filled(attention_mask, past_key_values, inputs_embeds)
+        own_cache = cache if isinstance(cache, Cache) else None  # not an engine's
+        _check_lengths(attention_mask, position_ids, own_cache, inputs_embeds.shape[1])
+        attention_mask = self._mark_filled(attention_mask, own_cache, inputs_embeds)
         if position_ids is None:
-            position_ids = _infer_positions(attention_mask, past_key_values, inputs_embeds)
+            position_ids = _infer_positions(attention_mask, own_cache, inputs_embeds, kwargs.get("cu_seq_lens_q"))
         # Before a cache of our own is made: with one, nobody looks for documents packed into a row any more.
         causal_mask = create_causal_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, position_ids=position_ids
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache if CACHE_NAME == "cache" else own_cache},
         )
-        if self.config._attn_implementation == FLASH_IMPLEMENTATION and past_key_values is causal_mask is None:
+        if self.config._attn_implementation == FLASH_IMPLEMENTATION and cache is causal_mask is None:
             kwargs.setdefault("cu_seq_lens_q", packed_starts(position_ids.expand(len(inputs_embeds), -1)))
-        alpha = self._resolve_alpha(inputs_embeds.shape[0], position_ids, past_key_values, ntk_alpha, kwargs)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+        alpha = self._resolve_alpha(inputs_embeds.shape[0], position_ids, cache, ntk_alpha, kwargs)
+        if use_cache and cache is None:
+            cache = self.new_cache()
             if alpha is not None:
-                set_ntk_alpha(past_key_values, alpha.amax(-1, keepdim=True))
+                set_ntk_alpha(cache, alpha.amax(-1, keepdim=True))
         position_embeddings = self._position_embeddings(position_ids, alpha)
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.n_layer]:  # fewer where the model drafts for itself
@@ -832,12 +861,12 @@ class QWenModel(QWenPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **cache_argument(cache),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        return QWenModelOutput(
+            last_hidden_state=self.ln_f(hidden_states), **cache_argument(cache if use_cache else None)
         )
 
     def new_cache(self) -> Cache:
@@ -854,7 +883,7 @@ class QWenModel(QWenPreTrainedModel):
         self,
         rows: int,
         position_ids: torch.Tensor,
-        cache: Cache | None,
+        cache: Any,
         given: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
@@ -865,37 +894,18 @@ class QWenModel(QWenPreTrainedModel):
             shape = tuple(getattr(given, "shape", ()))
             if shape not in ((rows, 1), (1, 1)):
                 raise ValueError(f"ntk_alpha must be a tensor of shape ({rows}, 1), not {shape or given}.")
-            alpha = given if cache is None else set_ntk_alpha(cache, given.expand(rows, -1)).alpha
-        elif cache is not None:
+            # A compiled graph is given it at each step, and leaves the cache alone; what a program returns carries it.
+            kept = not torch.compiler.is_compiling() or torch.compiler.is_exporting()
+            alpha = given.expand(rows, -1)
+            if kept and isinstance(cache, Cache):
+                give_ntk_alpha(cache, given, rows)
+        elif isinstance(cache, Cache):
             alpha = resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
-        elif self._engine_keeps_cache(kwargs):
-            return None
+        elif cache is not None or engine_of(kwargs) is not None:
+            alpha = engine_alpha(position_ids, cache, kwargs, self.choose_alpha)
         else:
             alpha = self.choose_alpha(position_ids)
         return alpha.to(position_ids.device)
-
-    def _engine_keeps_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Whether keys are kept where no alpha can be kept with them: continuous batching, vLLM.
-
-        Choosing anew for each token would leave them under other keys than they were stored under.
-        """
-        implementation = self.config._attn_implementation
-        known = implementation in AttentionMaskInterface._global_mapping and not implementation.startswith("paged|")
-        if known and kwargs.get("cache") is None:
-            return False
-        logger.warning_once(
-            "An engine with a cache of its own runs this model: use_dynamic_ntk is left out, so texts longer than "
-            f"seq_length={self.config.seq_length} lose quality. Use generate or chat for those."
-        )
-        return True
-
-    def _check_attentions(self, kwargs: dict[str, Any]) -> None:
-        wanted = kwargs.get("output_attentions", self.config.output_attentions)
-        if wanted and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', not '{self.config._attn_implementation}', "
-                "which never forms the probabilities: call model.set_attn_implementation('eager')."
-            )
 
     def _position_embeddings(
         self, position_ids: torch.Tensor, alpha: torch.Tensor | None
@@ -918,13 +928,31 @@ class QWenModel(QWenPreTrainedModel):
         return inputs_embeds.new_ones((rows, int(cache.get_seq_length()) + length), dtype=torch.bool)
 
 
+def _check_lengths(attention_mask: Any, position_ids: torch.Tensor | None, cache: Cache | None, length: int) -> None:
+    """Refuse a padding mask or positions that belong to other tokens than those of this call and those in the cache."""
+    if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[-1] != length):
+        raise ValueError(f"position_ids has the shape {tuple(position_ids.shape)}, which must be (B or 1, {length}).")
+    past = cache.get_seq_length() if cache is not None else 0
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and isinstance(past, int):
+        if attention_mask.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, which must be the {past} of the cache and "
+                f"the {length} of this call: give it {past + length} columns."
+            )
+
+
 def _infer_positions(
-    attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor, starts: Any
 ) -> torch.Tensor:
-    """Positions of the tokens of this call, (B or 1, T), from the padding mask, else from the length of the cache."""
-    length = inputs_embeds.shape[1]
+    """Positions of the tokens of this call, (B or 1, T): from the padding mask, else from where packed texts start,
+    else from the length of the cache.
+    """
+    rows, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         return positions_from_mask(attention_mask, length)
+    if isinstance(starts, torch.Tensor) and cache is None:
+        tokens = torch.arange(rows * length, device=starts.device)
+        return (tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]).view(rows, length)
     past = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(length, device=inputs_embeds.device) + past)[None]
 
@@ -954,8 +982,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        ntk_alpha: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> QWenCausalLMOutput:
         """Logits (B, T, V), and the loss where there are labels; other arguments as `QWenModel.forward`.
 
         Args:
@@ -977,13 +1007,15 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            ntk_alpha=ntk_alpha,
+            cache=cache,
             **kwargs,
         )
         states: torch.Tensor = outputs.last_hidden_state
         if skip and labels is not None:
-            return CausalLMOutputWithPast(
+            return QWenCausalLMOutput(
                 loss=head_loss(states, self.lm_head.weight, labels, **kwargs),
-                past_key_values=outputs.past_key_values,
+                **cache_argument(outputs.cache),
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
@@ -995,10 +1027,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(
+        return QWenCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_argument(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -14,6 +14,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     LogitsProcessor,
     PreTrainedTokenizerBase,
@@ -230,18 +231,19 @@ def end_sequences(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[
     return [*get_stop_words_ids(chat_format, tokenizer), [tokenizer.eod_id]]
 
 
-def find_end(reply: Sequence[int], stops: Sequence[Sequence[int]], start: int = 0) -> int:
+def find_end(reply: Sequence[int], stops: Sequence[Sequence[int]], start: int = 0, whole: bool = False) -> int:
     """Index in `reply` where the stop sequence that is complete first begins, or its length where there is none.
 
     The first and not the leftmost one, so that a reply ends the same however many tokens come at once.
 
     Args:
         start: tokens in which no stop sequence is complete, for a reply that is searched while it grows.
+        whole: where the stop sequence ends instead.
     """
     for end in range(start + 1, len(reply) + 1):
         lengths = [len(stop) for stop in stops if list(reply[max(end - len(stop), 0) : end]) == list(stop)]
         if lengths:
-            return end - max(lengths)
+            return end if whole else end - max(lengths)
     return len(reply)
 
 
@@ -331,19 +333,35 @@ class SeededSampling(LogitsProcessor):
     Args:
         seed: any whole number.
         prompt_length: tokens of the prompt.
+        arranged: it stands behind all others; if not yet, `comes_last` has to be asked before the first draw.
 
     Raises:
         ValueError: a seed that is no whole number.
     """
 
-    def __init__(self, seed: int, prompt_length: int):
+    def __init__(self, seed: int, prompt_length: int, arranged: bool = True):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed={seed!r} must be a whole number, or None to sample without one.")
         self.seed = seed
         self.prompt_length = prompt_length
+        self.arranged = arranged
+
+    @staticmethod
+    def comes_last(processor: Any) -> bool:
+        """Key that sorts processors so that this one is the last; noted, for before it would draw from other scores."""
+        last = isinstance(processor, SeededSampling)
+        if last:
+            processor.arranged = True
+        return last
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, V) scores -> (B, V): 0 for the drawn token, -inf elsewhere."""
+        if not self.arranged:
+            raise RuntimeError(
+                f"seed={self.seed} would draw before temperature, top_k and top_p: transformers "
+                f"{transformers.__version__} no longer lets a model arrange its logits processors. Sample without a "
+                "seed, or install a tested release."
+            )
         step = input_ids.shape[1] - self.prompt_length
         generator = torch.Generator(device=scores.device)
         draws = torch.empty_like(scores, dtype=torch.float32)  # (B, V)

@@ -27,16 +27,7 @@ from .reading import read_json
 from .writing import CopiedFile, PlannedFile, TextFile, json_file
 
 CODE_FOLDER = Path(__file__).parent.parent
-CODE_FILES = (
-    "cache_qwen.py",
-    "configuration_qwen.py",
-    "generation_qwen.py",
-    "loss_qwen.py",
-    "modeling_qwen.py",
-    "qwen_generation_utils.py",
-    "tokenization_qwen.py",
-    "tools_qwen.py",
-)
+CODE_FILES = tuple(sorted(path.name for path in CODE_FOLDER.glob("*qwen*.py")))
 """What a checkpoint with remote code carries."""
 
 OLD_CODE = (

@@ -139,7 +139,7 @@ def test_a_wider_dtype_is_not_narrowed():
 def test_a_reset_frees_the_memory():
     layer = filled()
     layer.reset()
-    assert vars(layer)["_key_buffer"] is vars(layer)["_value_buffer"] is layer.keys is None
+    assert layer._key_buffer is layer._value_buffer is layer.keys is None
 
 
 def test_a_cache_made_of_states_grows_too():

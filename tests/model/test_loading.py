@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +13,7 @@ import qwen1.modeling_qwen as modeling
 from qwen1 import QWenConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenModel
 from qwen1.configuration_qwen import AUTO_MAP
 
-CODE = {
-    "cache_qwen.py",
-    "configuration_qwen.py",
-    "generation_qwen.py",
-    "loss_qwen.py",
-    "modeling_qwen.py",
-    "qwen_generation_utils.py",
-    "tools_qwen.py",
-}
+CODE = {path.name for path in Path(modeling.__file__).parent.glob("*qwen*.py")} - {"tokenization_qwen.py"}
 
 
 @pytest.fixture
