@@ -136,8 +136,8 @@ def _mask_of_padding(read: torch.Tensor, settings: GenerationSettings) -> torch.
 
 
 class _CacheOfCall:
-    """The attribute in which early releases of transformers 5 keep a static cache, and hand it to the next request, even
-    one at once: here each thread has one of its own, for as long as the call takes.
+    """The attribute in which early releases of transformers 5 keep a static cache, and hand it to the next request,
+    even one at once: here each thread has one of its own, for as long as the call takes.
     """
 
     _local = threading.local()
