@@ -15,12 +15,17 @@ from .arguments_qwen import engine_of
 
 logger = logging.get_logger(__name__)
 
-_SLOTS = {"cuda": 2**22}  # more than any card has room for; growing would be out of place in a captured graph
+_SLOTS = {"cuda": 2**26}
 _LEAST_SLOTS = 2**12
+"""Slots that an alpha is remembered for at first, a byte each; a captured CUDA graph can't wait for more."""
 
 
 def engine_alpha(
-    position_ids: torch.Tensor, cache: Any, arguments: dict[str, Any], choose: Callable[[torch.Tensor], torch.Tensor]
+    position_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    cache: Any,
+    arguments: dict[str, Any],
+    stretch: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Alpha of each token, (1, N) positions -> (1, N) float32.
 
@@ -29,23 +34,24 @@ def engine_alpha(
     ends where this step begins, and changes where a reply passes an edge.
 
     Args:
+        lengths: of the prompts, as far as positions tell them, (1, N).
         cache: of the engine, where it gives one.
         arguments: what the engine hands down to `forward`.
-        choose: gives the alpha that prompts of the given lengths ask for.
+        stretch: gives the alpha that prompts of the given lengths ask for.
     """
     if "write_index" in arguments and cache is not None:
-        return paged_alpha(position_ids, cache, arguments, choose)
+        return paged_alpha(position_ids, cache, arguments, stretch)
     if (engine := engine_of(arguments)) is not None:
         logger.warning_once(
             f"{engine} keeps the keys of this model and doesn't tell how long a prompt is, so use_dynamic_ntk follows "
             "the positions: a reply that passes seq_length, or twice, four times … of it, and a prompt beyond it that "
             "is read in chunks, lose quality. Use generate or chat for those."
         )
-    return choose(position_ids)
+    return stretch(lengths)
 
 
 def paged_alpha(
-    position_ids: torch.Tensor, cache: Any, arguments: dict[str, Any], choose: Callable[[torch.Tensor], torch.Tensor]
+    position_ids: torch.Tensor, cache: Any, arguments: dict[str, Any], stretch: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Alpha of each token in a step of continuous batching, (1, N) positions -> (1, N) float32.
 
@@ -56,20 +62,19 @@ def paged_alpha(
         cache: `PagedAttentionCache`, which gets the attribute `qwen_alpha`, a number for each of its slots.
         arguments: `cu_seq_lens_q` and `cu_seq_lens_k` (R + 1,), where the new tokens and the keys of each text start;
             `write_index`, `read_index` and `block_table`, the slots of the new tokens and of all keys, or the pages.
-        choose: as `engine_alpha`.
+        stretch: as `engine_alpha`.
     """
     starts = arguments["cu_seq_lens_q"].long()  # (R + 1,)
     tokens = torch.arange(position_ids.shape[-1], device=position_ids.device)
     text = (torch.searchsorted(starts, tokens, right=True) - 1).clamp(max=len(starts) - 2)  # (N,)
     first = position_ids[0, starts[:-1].clamp(max=len(tokens) - 1)]  # (R,)
-    lengths = first + starts.diff()
-    chosen = choose((lengths - 1)[None])[0]
+    chosen = stretch(first + starts.diff())
     held = _held_alpha(cache, arguments, chosen)
     alpha = torch.where(first == 0, chosen, held)[text]
     _warn_of_chunks(chosen, held, first, starts)
     if arguments.get("block_table") is None:  # with one, each text has been begun before
         (written, *_) = arguments["write_index"]
-        _slots(cache, written).index_copy_(0, written.long(), alpha[: written.numel()])
+        _slots(cache, written).index_copy_(0, written.long(), _to_band(alpha[: written.numel()]))
     return alpha[None]
 
 
@@ -77,14 +82,12 @@ def _held_alpha(cache: Any, arguments: dict[str, Any], chosen: torch.Tensor) -> 
     """What the slot of each text's first token remembers, (R,); anything where no text has been begun before."""
     keys, pages = arguments.get("read_index"), arguments.get("block_table")
     if pages is not None:
-        return _slots(cache, pages).index_select(0, pages[0, :, 0].long() * _page_size(cache))
+        return _remembered(cache, pages[0, :, 0].long() * _page_size(cache))
     if not keys or keys[0].numel() == 0:
         return chosen
     starts = arguments["cu_seq_lens_k"]
     starts = (next(iter(starts.values())) if isinstance(starts, dict) else starts).long()
-    return _slots(cache, keys[0]).index_select(
-        0, keys[0][starts[:-1].clamp(max=keys[0].numel() - 1)].long().clamp(min=0)
-    )
+    return _remembered(cache, keys[0][starts[:-1].clamp(max=keys[0].numel() - 1)].long().clamp(min=0))
 
 
 def _page_size(cache: Any) -> int:
@@ -93,13 +96,26 @@ def _page_size(cache: Any) -> int:
     return int(cache.block_size if groups is None else next(iter(groups.values())).tokens_per_page)
 
 
+def _to_band(alpha: torch.Tensor) -> torch.Tensor:
+    """An alpha, 2 ** (k + 1) - 1 or 1, as a byte."""
+    return (alpha + 1).log2().round().to(torch.uint8)
+
+
+def _remembered(cache: Any, index: torch.Tensor) -> torch.Tensor:
+    """The alphas at slots of a paged cache, float32."""
+    return 2.0 ** _slots(cache, index).index_select(0, index).float() - 1.0
+
+
 def _slots(cache: Any, index: torch.Tensor) -> torch.Tensor:
-    """The alphas that a paged cache remembers, as many as the index needs, float32."""
+    """What a paged cache remembers of alphas, as many bytes as the index needs."""
     slots: torch.Tensor | None = getattr(cache, "qwen_alpha", None)
+    device = index.device
     if slots is None:
-        slots = cache.qwen_alpha = torch.ones(_SLOTS.get(index.device.type, _LEAST_SLOTS), device=index.device)
-    if index.device.type not in _SLOTS and index.numel() and int(index.max()) >= len(slots):
-        slots = cache.qwen_alpha = torch.cat([slots, slots.new_ones(int(index.max()))])
+        size = _SLOTS.get(device.type, _LEAST_SLOTS)
+        slots = cache.qwen_alpha = torch.ones(size, dtype=torch.uint8, device=device)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not captured and index.numel() and (last := int(index.max())) >= len(slots):
+        slots = cache.qwen_alpha = torch.cat([slots, slots.new_ones(last)])
     return slots
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -902,7 +903,10 @@ class QWenModel(QWenPreTrainedModel):
         elif isinstance(cache, Cache):
             alpha = resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
         elif cache is not None or engine_of(kwargs) is not None:
-            alpha = engine_alpha(position_ids, cache, kwargs, self.choose_alpha)
+            lengths = prompt_lengths(position_ids)
+            alpha = engine_alpha(
+                position_ids, lengths, cache, kwargs, partial(ntk_alpha, seq_length=self.config.seq_length)
+            )
         else:
             alpha = self.choose_alpha(position_ids)
         return alpha.to(position_ids.device)

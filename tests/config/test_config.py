@@ -74,7 +74,7 @@ def test_positional_arguments_keep_their_order():
 
 def test_class_attributes_are_the_documented_ones():
     assert QWenConfig.model_type == "qwen"
-    assert QWenConfig.keys_to_ignore_at_inference == ["past_key_values"]
+    assert QWenConfig.keys_to_ignore_at_inference == ["past_key_values", "cache"]
     assert QWenConfig.attribute_map == {
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",

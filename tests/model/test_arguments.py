@@ -137,7 +137,10 @@ def test_what_has_no_effect_in_the_published_code_has_none(tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask covers 3 tokens.*the 0 of the cache and the 5 of this call"),
+        (
+            {"attention_mask": torch.ones(1, 3)},
+            "attention_mask covers 3 tokens.*the 0 of the cache and the 5 of this call",
+        ),
         ({"attention_mask": torch.ones(1, 9)}, "give it 5 columns"),
         ({"position_ids": torch.zeros(1, 1, dtype=torch.long)}, r"position_ids has the shape \(1, 1\).*\(B or 1, 5\)"),
         ({"position_ids": torch.arange(5)}, r"position_ids has the shape \(5,\)"),
