@@ -342,7 +342,7 @@ class KeptCache:
         """A cache with as much of the beginning of a prompt as is kept, or None where nothing of it can be used.
 
         At least the last token of the prompt is left to be read. Nothing is used if the model or its weights have
-        changed, or if the prompt is as long as to ask for another NTK alpha than the keys are rotated by.
+        changed, or if the prompt is as long as to ask for another stretch of the rotary base than the keys have.
 
         Args:
             model: that is to go on.
@@ -351,7 +351,7 @@ class KeptCache:
         if self._model() is not model or self._weights != _weights_state(model):
             return None
         length = _common_length(self._ids, prompt[:-1])
-        if not length or not self._has_alpha_of(model, len(prompt)):
+        if not length or not self._has_alpha_of(model, len(prompt)) or not self._is_rotated_as(model, len(prompt)):
             return None
         branch = copy.copy(self._cache)
         branch.layers = [copy.copy(layer) for layer in branch.layers]
@@ -360,6 +360,11 @@ class KeptCache:
         if (state := getattr(branch, "qwen_ntk", None)) is not None:
             set_ntk_alpha(branch, state.alpha)
         return branch
+
+    def _is_rotated_as(self, model: Any, length: int) -> bool:
+        """Whether "dynamic" scaling, which goes by the length that a text had when a key was made, hasn't begun."""
+        scaling = model.transformer.rotary_emb.scaling
+        return scaling.kind != "dynamic" or max(length, len(self._ids)) <= scaling.length
 
     def _has_alpha_of(self, model: Any, length: int) -> bool:
         state: NTKState | None = getattr(self._cache, "qwen_ntk", None)

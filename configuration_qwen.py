@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -31,11 +32,49 @@ ALIASES = {
     "intermediate_size": "ffn_hidden_size",
     "attn_dropout_prob": "attn_pdrop",
     "emb_dropout_prob": "embd_pdrop",
+    "attention_dropout": "attn_pdrop",
     "rms_norm_eps": "layer_norm_epsilon",
     "rope_theta": "rotary_emb_base",
+    "partial_rotary_factor": "rotary_pct",
     "head_dim": "kv_channels",
 }
 """Other spelling -> the documented one. The first seven are those of the 2023-12 release."""
+
+ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
+"""Names of the dictionary of rotary parameters: that of transformers 5, and the older one."""
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+"""What each kind of scaling reads, besides `_ROPE_COMMON`."""
+
+_ROPE_DEFAULTS = {"rope_theta": 10000, "partial_rotary_factor": 1.0}
+_ROPE_EXAMPLE = '{"rope_type": "dynamic", "factor": 2.0}'
+_ROPE_COMMON = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+ARITHMETIC = (
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "moe",
+    "moe_args",
+    "n_experts",
+    "num_experts",
+    "num_local_experts",
+    "qk_norm",
+    "residual_multiplier",
+    "scale_depth",
+    "scale_emb",
+    "use_moe",
+    "use_qk_norm",
+    "use_scaled_rope",
+)
+"""Keys of relatives of these models that change what is computed, unless they are off or 1."""
 
 _BASE_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
@@ -74,12 +113,48 @@ def _alias(target: str) -> property:
     return property(read, write, doc=f"Another spelling of `{target}`.")
 
 
+def _rope_value(key: str, doc: str) -> property:
+    def read(config: QWenConfig) -> Any:
+        return config.rope_parameters[key]
+
+    def write(config: QWenConfig, value: Any) -> None:
+        config.__dict__["rope_parameters"] = {**config.rope_parameters, key: value}  # not in shallow copies as well
+
+    return property(read, write, doc=doc)
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How the rotary frequencies are changed for long texts, resolved from `rope_parameters`.
+
+    Attributes:
+        kind: "default" (not at all), "linear", "dynamic" or "yarn".
+        factor: how far texts are to be stretched.
+        length: tokens beyond which "dynamic" begins; the trained length that "yarn" measures wavelengths by.
+        attention_factor: "yarn" multiplies cosine and sine by it.
+        beta_fast, beta_slow: "yarn" keeps frequencies that turn more often than the first within `length`, and divides
+            those that turn less often than the second.
+        truncate: "yarn" rounds the bounds between them to whole channels.
+
+    Source: `ROPE_INIT_FUNCTIONS` of transformers, the same from 5.4 to 5.24.
+    """
+
+    kind: str
+    factor: float
+    length: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
 class QWenConfig(PreTrainedConfig):
     """Shape and behaviour of a QWen model; the defaults are those of the documented 7B model of 2023-08.
 
     Both published spellings of a key are understood (`n_embd` / `hidden_size`, `ffn_hidden_size` /
     `intermediate_size`, `attn_pdrop` / `attn_dropout_prob` …) and both are written, because programs outside read
-    one or the other. Keys that nothing here knows are kept as they are.
+    one or the other. So are the keys that transformers' own decoders have for the same things; where they ask for
+    something else (a sliding window, another activation) they are refused. Keys that nothing here knows are kept.
 
     Args:
         vocab_size: number of token ids that the language model head scores.
@@ -99,7 +174,8 @@ class QWenConfig(PreTrainedConfig):
         kv_channels: size of one head.
         rotary_pct: share of each head that is rotated, in (0, 1].
         rotary_emb_base: base of the rotary frequencies (72B: 1,000,000).
-        use_dynamic_ntk: stretch the rotary base for prompts longer than `seq_length` (inference only).
+        use_dynamic_ntk: stretch the rotary base for prompts longer than `seq_length` (inference only). Not together
+            with scaling by `rope_parameters`.
         use_logn_attn: scale queries beyond `seq_length` by log(position) / log(seq_length) (inference only).
         use_flash_attn: `False`, `True` or `"auto"`; see `QWenPreTrainedModel.from_pretrained`.
         ffn_hidden_size: twice the width of the MLP, as gate and up projection are counted together.
@@ -112,6 +188,8 @@ class QWenConfig(PreTrainedConfig):
         use_cache_quantization: keep keys and values as int8 (`QWenInt8Cache`).
         softmax_in_fp32: compute attention scores and softmax in float32 (`_upcast_and_reordered_attn`).
         bos_token_id, pad_token_id: ids that begin and fill up a text, where there are any.
+        kwargs: other spellings; `rope_parameters` (or `rope_scaling`), whose `rope_type` "linear", "dynamic" or "yarn"
+            is computed as transformers does; keys that are kept.
 
     Raises:
         ValueError: an impossible value, or two values that contradict each other; the message names them.
@@ -132,7 +210,11 @@ class QWenConfig(PreTrainedConfig):
     attn_dropout_prob = _alias("attn_pdrop")
     emb_dropout_prob = _alias("embd_pdrop")
     rms_norm_eps = _alias("layer_norm_epsilon")
+    attention_dropout = _alias("attn_pdrop")
+    rotary_emb_base = _rope_value("rope_theta", "Base of the rotary frequencies.")
+    rotary_pct = _rope_value("partial_rotary_factor", "Share of each head that is rotated, in (0, 1].")
     rope_theta = _alias("rotary_emb_base")
+    partial_rotary_factor = _alias("rotary_pct")
     head_dim = _alias("kv_channels")
 
     def __init__(
@@ -174,12 +256,18 @@ class QWenConfig(PreTrainedConfig):
     ):
         values = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         _take_aliases(values, kwargs)
+        rope = _take_rope(kwargs)
+        if kwargs.get("use_sliding_window") is False:
+            kwargs.pop("sliding_window", None)  # as Qwen2 does: transformers would build a cache by it
         # What the base class declares goes through it; everything else is set first, because it reads some of them.
         base_values = {name: values.pop(name) for name in _BASE_KEYS}
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = values["n_head"]
         for name, value in values.items():
             setattr(self, name, value)
+        self.rope_parameters = rope
+        self.standardize_rope_params()
+        _refuse_foreign({**values, **kwargs})
         self.check_values()
         super().__init__(**base_values, **kwargs)
 
@@ -192,6 +280,48 @@ class QWenConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Leading channels of each head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary parameters as transformers 5 spells them; what is written into this dictionary counts.
+
+        `rope_theta` is `rotary_emb_base` and `partial_rotary_factor` is `rotary_pct`; a dictionary that is set without
+        them leaves both as they are, and replaces the rest.
+        """
+        return self.__dict__.setdefault("rope_parameters", {"rope_type": "default", **_ROPE_DEFAULTS})
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: Mapping[str, Any] | None) -> None:
+        kept = {name: self.rope_parameters.get(name, default) for name, default in _ROPE_DEFAULTS.items()}
+        self.__dict__["rope_parameters"] = {"rope_type": "default", **kept, **_plain_rope(value)}
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """`rope_parameters` where they scale, else None: the spelling before transformers 5."""
+        return None if self.rope_parameters.get("rope_type") == "default" else self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: Mapping[str, Any] | None) -> None:
+        self.rope_parameters = value
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Called by transformers to take rotary parameters out of `kwargs`: the constructor has done so."""
+        return kwargs
+
+    def standardize_rope_params(self) -> None:
+        """Complete `rope_parameters` as transformers does, for programs that read them."""
+        self.rope_parameters = dict(self.rope_parameters)
+        if self.rope_parameters["rope_type"] == "yarn":
+            self.rope_parameters.setdefault("original_max_position_embeddings", self.n_positions)
+
+    @property
+    def rotary_scaling(self) -> RotaryScaling:
+        """What `rope_parameters` ask for.
+
+        Raises:
+            ValueError: a kind of scaling, a key or a value that can't be computed, or `use_dynamic_ntk` beside it.
+        """
+        return _resolve_rope(_plain_rope(self.rope_parameters), self.n_positions, bool(self.use_dynamic_ntk))
 
     def precision_flag(self) -> str | None:
         """The one of `bf16`, `fp16` and `fp32` that is set, or None.
@@ -212,13 +342,14 @@ class QWenConfig(PreTrainedConfig):
         Raises:
             ValueError: as the constructor.
         """
-        for alias, name in ALIASES.items():
-            if None not in (given := (config_dict.get(name), config_dict.get(alias))) and given[0] != given[1]:
-                raise _contradiction(name, given[0], alias, given[1])
-        flags = {name: kwargs.pop(name) for name in PRECISION_FLAGS if name in kwargs}
+        for values in (config_dict, kwargs):
+            _refuse_contradictions(values)
+        checked = {name: kwargs.pop(name) for name in (*PRECISION_FLAGS, *_FOREIGN, *ARITHMETIC) if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result  # with return_unused_kwargs
-        config.override(flags)
+        _refuse_foreign({**vars(config), **checked})
+        config.override(checked)
+        config.standardize_rope_params()
         config.check_values()
         return result
 
@@ -232,9 +363,15 @@ class QWenConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As the base class, with both spellings of every key and the `auto_map` of this repository."""
         output = super().to_dict()
+        for key in _ROPE_DEFAULTS:
+            output[ALIASES[key]] = self.rope_parameters[key]
         for alias, name in ALIASES.items():
             if name in output:
                 output[alias] = output[name]
+        if self.rope_scaling is None:
+            output.pop("rope_parameters", None)  # which the other spellings say all of
+        else:
+            output["rope_scaling"] = {**output["rope_parameters"], "type": output["rope_parameters"]["rope_type"]}
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
         return output
 
@@ -246,14 +383,40 @@ class QWenConfig(PreTrainedConfig):
         """
         _check_types(self)
         _check_heads(self)
+        _refuse_foreign(vars(self))
         self.precision_flag()
         if self.use_flash_attn not in (True, False, None, "auto") or type(self.use_flash_attn) is int:
             raise ValueError(f"use_flash_attn={self.use_flash_attn!r} is unknown: use True, False or 'auto'.")
         if self.use_logn_attn and self.seq_length < 2:
             raise ValueError(f"seq_length={self.seq_length} with use_logn_attn=True divides by log(1): use 2 or more.")
+        if self.rotary_scaling.kind == "dynamic" and self.seq_length < self.n_positions:
+            logger.warning_once(
+                f"Dynamic rotary scaling begins beyond n_positions={self.n_positions}, as in transformers, and not "
+                f"beyond the trained seq_length={self.seq_length}: for that, set max_position_embeddings="
+                f"{self.seq_length} as well."
+            )
 
     # The base class becomes a dataclass, whose own comparison would see none of the keys above.
     __eq__ = PreTrainedConfig.__eq__
+
+
+def _spellings(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Documented name, spelling and value of every key that is given in another spelling."""
+    for alias, name in ALIASES.items():
+        if values.get(alias) is not None:
+            yield name, alias, values[alias]
+    for spelling in ROPE_SPELLINGS:
+        for key, value in _plain_rope(values.get(spelling)).items():
+            if key in _ROPE_DEFAULTS:
+                yield ALIASES[key], f"{spelling}.{key}", value
+
+
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    first = {name: (name, values[name]) for name in ALIASES.values() if values.get(name) is not None}
+    for name, spelling, value in _spellings(values):
+        other, given = first.setdefault(name, (spelling, value))
+        if given != value:
+            raise _contradiction(other, given, spelling, value)
 
 
 def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -261,15 +424,109 @@ def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
 
     A documented default can't be told from the same value given, so an alias wins over a default.
     """
-    for alias, name in ALIASES.items():
-        if alias not in kwargs:
-            continue
-        given = kwargs.pop(alias)
-        if given is None:
-            continue
+    _refuse_contradictions(kwargs)
+    for name, spelling, given in _spellings(kwargs):
         if values[name] not in (_DEFAULTS[name], given):
-            raise _contradiction(name, values[name], alias, given)
+            raise _contradiction(name, values[name], spelling, given)
         values[name] = given
+    for alias in ALIASES:
+        kwargs.pop(alias, None)
+
+
+def _take_rope(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of both spellings, taken out of `kwargs`."""
+    merged: dict[str, Any] = {}
+    for spelling in ROPE_SPELLINGS:
+        rope = _plain_rope(kwargs.pop(spelling, None))
+        for key, value in rope.items():
+            if merged.setdefault(key, value) != value:
+                raise _contradiction(f"rope_parameters.{key}", merged[key], f"rope_scaling.{key}", value)
+    return merged
+
+
+def _plain_rope(rope: Any) -> dict[str, Any]:
+    """A copy of rotary parameters under today's names: `type` is `rope_type`, null means not given."""
+    if not isinstance(rope or {}, Mapping):
+        raise ValueError(f"rope_parameters={rope!r} is impossible: it must be a dictionary, as {_ROPE_EXAMPLE}.")
+    plain = {key: value for key, value in (rope or {}).items() if value is not None}
+    kind = plain.pop("type", None)
+    if kind is not None and plain.setdefault("rope_type", kind) != kind:
+        raise _contradiction("rope_type", plain["rope_type"], "type", kind)
+    whole = [key for key in _ROPE_KEYS["yarn"] if type(plain.get(key)) is int]
+    return {**plain, **{key: float(plain[key]) for key in whole}}  # as the file of another program has them
+
+
+def _resolve_rope(rope: dict[str, Any], longest: int, has_ntk: bool) -> RotaryScaling:
+    kind = rope.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        known = ", ".join(repr(name) for name in _ROPE_KEYS)
+        raise ValueError(f"rope_type={kind!r} in rope_parameters can't be computed here: use one of {known}.")
+    for key, value in rope.items():
+        if key not in (*_ROPE_COMMON, *_ROPE_KEYS[kind]):
+            raise ValueError(
+                f"{key}={value!r} in rope_parameters means nothing with rope_type={kind!r}: leave it out, or use "
+                f"another rope_type, as {_ROPE_EXAMPLE}."
+            )
+    if kind == "default":
+        return RotaryScaling(kind, 1.0, longest)
+    if has_ntk:
+        raise ValueError(
+            f"use_dynamic_ntk=True and rope_parameters with rope_type={kind!r} would both stretch the rotary "
+            "frequencies: set use_dynamic_ntk=False as well, which the published configurations have on, or leave the "
+            "scaling out."
+        )
+    if "factor" not in rope:
+        raise ValueError(f"rope_parameters with rope_type={kind!r} need a factor, as {_ROPE_EXAMPLE}.")
+    factor = _rope_number(rope, "factor", 1.0)
+    if kind != "yarn":
+        return RotaryScaling(kind, factor, longest)
+    return _resolve_yarn(rope, factor, _rope_number(rope, "original_max_position_embeddings", 1, longest))
+
+
+def _resolve_yarn(rope: dict[str, Any], factor: float, length: int) -> RotaryScaling:
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    attention_factor = magnitude(1.0)
+    scale, scale_all = _rope_number(rope, "mscale", 0, 0), _rope_number(rope, "mscale_all_dim", 0, 0)
+    if scale and scale_all:
+        attention_factor = magnitude(scale) / magnitude(scale_all)
+    fast, slow = _rope_number(rope, "beta_fast", 0, 32.0) or 32.0, _rope_number(rope, "beta_slow", 0, 1.0) or 1.0
+    if fast < slow:
+        raise ValueError(f"beta_fast={fast} in rope_parameters is less than beta_slow={slow}: it must not be.")
+    if not isinstance(truncate := rope.get("truncate", True), bool):
+        raise ValueError(f"truncate={truncate!r} in rope_parameters is impossible: it must be true or false.")
+    if _rope_number(rope, "rope_theta", 0) <= 1:
+        raise ValueError(f"rope_theta={rope['rope_theta']} is impossible with rope_type='yarn': it must be above 1.")
+    return RotaryScaling(
+        kind="yarn",
+        factor=factor,
+        length=length,
+        attention_factor=_rope_number(rope, "attention_factor", 0, attention_factor),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=truncate,
+    )
+
+
+def _rope_number(rope: dict[str, Any], key: str, least: float, default: Any = None) -> Any:
+    value = rope.get(key, default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < least:
+        raise ValueError(f"{key}={value!r} in rope_parameters is impossible: it must be a number, {least} or more.")
+    return value
+
+
+def _refuse_foreign(values: Mapping[str, Any]) -> None:
+    """Refuse what keys of other decoders ask for and this architecture doesn't do."""
+    for name in ARITHMETIC:
+        value = values.get(name)
+        if value is True or value not in (None, False, 0, 1):  # True equals 1
+            raise ValueError(f"{name}={value!r} changes what is computed and has no counterpart in QWen: leave it out.")
+    for name, (fits, what) in _FOREIGN.items():
+        value = values.get(name)
+        if value is not None and not fits(value, values):
+            raise ValueError(f"{name}={value!r} is not what QWen computes: {what}. Leave {name} out.")
 
 
 def _contradiction(name: str, value: Any, alias: str, given: Any) -> ValueError:
@@ -312,12 +569,46 @@ def _check_heads(config: QWenConfig) -> None:
         raise ValueError(
             f"ffn_hidden_size={config.ffn_hidden_size} is odd: it counts the gate and the up projection together."
         )
-    smallest = 4 if config.use_dynamic_ntk else 2  # NTK's exponent is d / (d - 2)
+    stretched = config.use_dynamic_ntk or config.rotary_scaling.kind == "dynamic"
+    smallest = 4 if stretched else 2  # the exponent of the base is d / (d - 2)
     if config.rotary_dim % 2 or config.rotary_dim < smallest:
         raise ValueError(
             f"kv_channels={config.kv_channels} with rotary_pct={config.rotary_pct} rotates {config.rotary_dim} "
             f"channels of each head: it must be an even number, {smallest} or more."
         )
 
+
+_FOREIGN: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
+    "hidden_act": (lambda value, _: value in ("silu", "swish"), "its MLP is SwiGLU, hidden_act='silu'"),
+    "hidden_activation": (lambda value, _: value in ("silu", "swish"), "its MLP is SwiGLU, hidden_activation='silu'"),
+    "use_sliding_window": (lambda value, _: not value, "every token attends to all tokens before it"),
+    "sliding_window": (lambda value, _: False, "every token attends to all tokens before it"),
+    "attention_chunk_size": (lambda value, _: False, "every token attends to all tokens before it"),
+    "layer_types": (
+        lambda value, _: isinstance(value, (list, tuple)) and set(value) <= {"full_attention", "attention"},
+        "each layer is of type 'full_attention'",
+    ),
+    "mlp_layer_types": (lambda value, _: value == ["dense"] * len(value), "each layer's MLP is 'dense'"),
+    "per_layer_config": (lambda value, _: not value, "all layers are alike"),
+    "num_kv_shared_layers": (lambda value, _: not value, "each layer has keys and values of its own"),
+    "kv_sharing_modes": (lambda value, _: not value, "each layer has keys and values of its own"),
+    "is_causal": (lambda value, _: value is True, "a token attends to no token behind it"),
+    "use_bidirectional_attention": (lambda value, _: not value, "a token attends to no token behind it"),
+    "query_pre_attn_scalar": (
+        lambda value, values: value == values["kv_channels"] and bool(values["scale_attn_weights"]),
+        "scores are divided by sqrt(kv_channels), or not at all with scale_attn_weights=False",
+    ),
+    "qkv_bias": (lambda value, _: value is True, "c_attn always has a bias"),
+    "attention_bias": (
+        lambda value, values: value is True and not values["no_bias"],
+        "c_attn always has a bias, and the output projection has one with no_bias=False",
+    ),
+    "mlp_bias": (lambda value, values: value is (not values["no_bias"]), "no_bias says whether the MLP has biases"),
+    "original_max_position_embeddings": (lambda value, _: False, "the key belongs into rope_parameters"),
+}
+"""Keys of transformers' other decoders: which values say what QWen does anyway, and what that is.
+
+Some of them would act halfway: transformers builds masks and caches by them.
+"""
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(QWenConfig.__init__).parameters.items()}

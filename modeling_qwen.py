@@ -38,7 +38,7 @@ from .arguments_qwen import (
     one_cache,
 )
 from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, resolve_ntk_alpha, set_ntk_alpha
-from .configuration_qwen import QWenConfig
+from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
 from .loss_qwen import head_loss, holds_its_weight
@@ -114,13 +114,55 @@ def prompt_lengths(position_ids: torch.Tensor) -> torch.Tensor:
     """
     if position_ids.shape[-1] == 1:  # each step of decoding
         return position_ids.clamp(min=1)
+    first, last = _text_bounds(position_ids)
+    return torch.where(first == 0, last + 1, first)
+
+
+def text_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Length of the text of each token up to the end of this call, (B, T) -> (B, T); texts as in `prompt_lengths`."""
+    return position_ids + 1 if position_ids.shape[-1] == 1 else _text_bounds(position_ids)[1] + 1
+
+
+def _text_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last position of the text of each token, both (B, T)."""
     # Without a piece that is a token shorter, which would keep an exported program from reading two tokens.
     restarts = position_ids != position_ids.roll(1, -1) + 1
     text = restarts.cumsum(-1) - restarts[:, :1].long()  # (B, T) index of the text within its row
     first = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amin", include_self=False)
     last = torch.zeros_like(position_ids).scatter_reduce(-1, text, position_ids, "amax", include_self=False)
-    first, last = first.gather(-1, text), last.gather(-1, text)
-    return torch.where(first == 0, last + 1, first)
+    return first.gather(-1, text), last.gather(-1, text)
+
+
+def dynamic_alpha(lengths: torch.Tensor, scaling: RotaryScaling) -> torch.Tensor:
+    """Stretch of the rotary base by transformers' "dynamic" scaling for texts of the given lengths, float32.
+
+    alpha = factor * length / L - (factor - 1) beyond L = `scaling.length`, else 1. It agrees with `ntk_alpha` where
+    factor is 2 and length / L a power of two, and has no steps between.
+    """
+    alpha = scaling.factor * lengths.float() / scaling.length - (scaling.factor - 1.0)
+    return torch.where(lengths > scaling.length, alpha, 1.0)
+
+
+def yarn_frequencies(periods: torch.Tensor, base: float, scaling: RotaryScaling) -> torch.Tensor:
+    """Frequencies under YaRN, (R / 2,) -> (R / 2,) float32; `periods` are base^(2 i / R).
+
+    Channels that turn often within the trained length keep their frequency, slow ones have it divided by the factor,
+    and a ramp lies between.
+    """
+    dim = 2 * periods.shape[-1]
+
+    def channel(turns: float) -> float:
+        return dim * math.log(scaling.length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as transformers does
+    channels = torch.arange(dim // 2, device=periods.device, dtype=torch.float32)
+    kept = 1.0 - ((channels - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1.0 - kept) + 1.0 / periods * kept
 
 
 def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
@@ -141,12 +183,14 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: number of rotated channels R, even.
         base: base of the frequencies.
+        scaling: how they are changed for long texts, None for not at all.
     """
 
-    def __init__(self, dim: int, base: float = 10000):
+    def __init__(self, dim: int, base: float = 10000, scaling: RotaryScaling | None = None):
         super().__init__()
         self.dim = dim
         self.base = base
+        self.scaling = scaling or RotaryScaling("default", 1.0, 0)
 
     def forward(
         self, max_seq_len: int, offset: int = 0, ntk_alpha: float = 1.0, device: torch.device | None = None
@@ -156,14 +200,30 @@ class RotaryEmbedding(nn.Module):
         return self.angles(positions, torch.full((1, 1), float(ntk_alpha), device=device))
 
     def angles(self, position_ids: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """Angles at any positions, (B, T) with alpha (B, T), (B, 1) or None for 1 -> (B, T, 1, R) float32."""
+        """Angles at any positions, (B, T) with alpha (B, T), (B, 1) or None for 1 -> (B, T, 1, R) float32.
+
+        "dynamic" scaling chooses alpha itself, for the length that each text has at the end of this call; keys that
+        are in a cache keep theirs, as in transformers.
+        """
+        if self.scaling.kind == "dynamic":
+            alpha = dynamic_alpha(text_lengths(position_ids), self.scaling)
         exponents = torch.arange(0, self.dim, 2, device=position_ids.device).float() / self.dim
-        if alpha is None:
-            inv_freq = 1.0 / self.base**exponents
+        periods = self.base**exponents if alpha is None else self._stretched_base(alpha)[..., None] ** exponents
+        if self.scaling.kind == "yarn":
+            inv_freq = yarn_frequencies(periods, self.base, self.scaling)
         else:
-            inv_freq = 1.0 / self._stretched_base(alpha)[..., None] ** exponents
+            inv_freq = 1.0 / periods
+        if self.scaling.kind == "linear":
+            inv_freq = inv_freq / self.scaling.factor
         freqs = position_ids[..., None].float() * inv_freq  # (B, T, R / 2)
         return torch.cat((freqs, freqs), dim=-1)[:, :, None, :]
+
+    def cos_sin(
+        self, position_ids: torch.Tensor, alpha: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of `angles`, which YaRN makes larger."""
+        angles, factor = self.angles(position_ids, alpha), self.scaling.attention_factor
+        return (angles.cos(), angles.sin()) if factor == 1.0 else (angles.cos() * factor, angles.sin() * factor)
 
     def _stretched_base(self, alpha: torch.Tensor) -> torch.Tensor:
         # The documents compute this in Python floats; only Apple's devices have no float64.
@@ -794,7 +854,7 @@ class QWenModel(QWenPreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(QWenBlock(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.rotary_emb = RotaryEmbedding(config.rotary_dim, base=config.rotary_emb_base)
+        self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rotary_emb_base, config.rotary_scaling)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -914,10 +974,9 @@ class QWenModel(QWenPreTrainedModel):
     def _position_embeddings(
         self, position_ids: torch.Tensor, alpha: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        angles = self.rotary_emb.angles(position_ids, alpha)
         use_logn = self.config.use_logn_attn and not self.training
         logn = logn_scale(position_ids, self.config.seq_length) if use_logn else None
-        return angles.cos(), angles.sin(), logn
+        return *self.rotary_emb.cos_sin(position_ids, alpha), logn
 
     def _mark_filled(
         self, attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor

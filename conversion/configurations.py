@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen2Config
 
-from ..configuration_qwen import QWenConfig
+from ..configuration_qwen import ARITHMETIC, QWenConfig
 from .errors import CheckpointError
 from .names import Architecture
 
@@ -34,26 +34,8 @@ _OTHER_KINDS = {
     "qwen2_5_vl": "images",
     "mllama": "images",
 }
-_ARITHMETIC = (
-    "attn_logit_softcapping",
-    "embedding_multiplier",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "moe",
-    "moe_args",
-    "n_experts",
-    "num_experts",
-    "num_local_experts",
-    "qk_norm",
-    "residual_multiplier",
-    "scale_depth",
-    "scale_emb",
-    "use_moe",
-    "use_qk_norm",
-    "use_scaled_rope",
-)
-"""Keys of relatives of these models that change what is computed."""
+_SCALINGS = ("linear", "dynamic", "yarn")
+"""Kinds of rotary scaling that QWen computes as transformers' classes do."""
 
 _SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
@@ -97,6 +79,7 @@ def read_qwen(config: Mapping[str, Any]) -> Architecture:
         CheckpointError: impossible values.
     """
     values = _parse(QWenConfig, config)
+    rope = _scaling_of(values.rope_parameters)
     return Architecture(
         layers=values.n_layer,
         width=values.n_embd,
@@ -111,6 +94,8 @@ def read_qwen(config: Mapping[str, Any]) -> Architecture:
         tied=values.tie_word_embeddings,
         output_bias=not values.no_bias,
         mlp_bias=not values.no_bias,
+        rope=rope,
+        positions=None if rope is None else values.n_positions,
         settings=_settings(values),
     )
 
@@ -124,6 +109,7 @@ def read_hf(config: Mapping[str, Any]) -> Architecture:
     is_llama = config["model_type"] == "llama"
     values = _parse(LlamaConfig if is_llama else Qwen2Config, config)
     rope = _check_hf(values, config)
+    scaling = _scaling_of(rope)
     return Architecture(
         layers=values.num_hidden_layers,
         width=values.hidden_size,
@@ -134,11 +120,13 @@ def read_hf(config: Mapping[str, Any]) -> Architecture:
         rows=values.vocab_size,
         norm_eps=values.rms_norm_eps,
         rope_theta=rope["rope_theta"],
-        length=values.max_position_embeddings,
+        length=rope["original_max_position_embeddings"] if _is_yarn(scaling) else values.max_position_embeddings,
         tied=values.tie_word_embeddings,
         qkv_bias=not is_llama or values.attention_bias,
         output_bias=is_llama and values.attention_bias,
         mlp_bias=is_llama and values.mlp_bias,
+        rope=scaling,
+        positions=None if scaling is None else values.max_position_embeddings,
         settings=_settings(values),
     )
 
@@ -170,13 +158,24 @@ def _settings(values: Any) -> dict[str, Any]:
     return {name: getattr(values, name, None) for name in _SETTINGS}
 
 
+def _scaling_of(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of rotary parameters scales."""
+    if rope.get("rope_type", "default") == "default":
+        return None
+    return {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
+
+
+def _is_yarn(scaling: Mapping[str, Any] | None) -> bool:
+    return scaling is not None and scaling["rope_type"] == "yarn"
+
+
 def _check_hf(values: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary parameters, after refusing what QWen has no counterpart for."""
     rope = dict(values.rope_parameters or {})
     rope.setdefault("rope_theta", 10000.0)
     kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise CheckpointError(f"Rope scaling {kind!r} has no counterpart in QWen, which knows its own NTK only.")
+    if kind not in ("default", *_SCALINGS):
+        raise CheckpointError(f"Rope scaling {kind!r} has no counterpart in QWen, which has {', '.join(_SCALINGS)}.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"partial_rotary_factor={rope['partial_rotary_factor']} can't be converted.")
     _refuse_arithmetic(config)
@@ -189,7 +188,7 @@ def _check_hf(values: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_arithmetic(config: Mapping[str, Any]) -> None:
-    for name in _ARITHMETIC:
+    for name in ARITHMETIC:
         value = config.get(name)
         if value is True or value not in (None, False, 0, 1):  # True equals 1
             raise CheckpointError(f"{name}={config[name]!r} changes what is computed and has no counterpart in QWen.")
@@ -295,6 +294,9 @@ def qwen2_config(architecture: Architecture, dtype: str, scaling: RopeScaling | 
     Args:
         dtype: name of the dtype of the weights, "bfloat16".
         scaling: how to stretch texts beyond the trained length; `max_position_embeddings` is that length without it.
+
+    Raises:
+        CheckpointError: the architecture has a scaling of its own.
     """
     settings = dict(architecture.settings or {})
     config: dict[str, Any] = {
@@ -326,7 +328,16 @@ def qwen2_config(architecture: Architecture, dtype: str, scaling: RopeScaling | 
     }
     if architecture.queries != architecture.width:
         config["head_dim"] = architecture.head_dim
-    if scaling is not None:
+    if architecture.rope is not None:
+        kind = architecture.rope["rope_type"]
+        if scaling is not None:
+            raise CheckpointError(
+                f"--rope-scaling {scaling.kind}: the checkpoint has {kind} scaling of its own, which is carried over. "
+                "Leave the option out."
+            )
+        config["rope_scaling"] = {**architecture.rope, "type": kind}
+        config["max_position_embeddings"] = architecture.positions
+    elif scaling is not None:
         config |= _scaled(architecture.length, scaling)
     return config
 
@@ -341,7 +352,7 @@ def _scaled(length: int, scaling: RopeScaling) -> dict[str, Any]:
 
 
 def qwen_config(architecture: Architecture) -> dict[str, Any]:
-    """`config.json` of a QWenLMHeadModel: no NTK and no LogN, as the source has none.
+    """`config.json` of a QWenLMHeadModel: no NTK and no LogN, as the source has none; its rotary scaling is kept.
 
     Raises:
         CheckpointError: impossible values.
@@ -359,7 +370,8 @@ def qwen_config(architecture: Architecture) -> dict[str, Any]:
             layer_norm_epsilon=architecture.norm_eps,
             rotary_emb_base=architecture.rope_theta,
             seq_length=architecture.length,
-            n_positions=architecture.length,
+            n_positions=architecture.positions or architecture.length,
+            rope_parameters=architecture.rope,
             no_bias=not (architecture.output_bias or architecture.mlp_bias),
             tie_word_embeddings=architecture.tied,
             use_flash_attn="auto",

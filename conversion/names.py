@@ -31,6 +31,8 @@ class Architecture:
         rows: rows of the embedding, padding included.
         mlp: width of the gate, which in QWen's configuration is half of `ffn_hidden_size`.
         length: tokens that the model was trained on at once.
+        rope: rotary scaling in transformers' keys (`rope_type`, `factor` …), None where there is none.
+        positions: `max_position_embeddings`, which is part of the scaling; None without one.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         settings: what converters carry over as it is: token ids, `initializer_range`.
 
@@ -52,6 +54,8 @@ class Architecture:
     qkv_bias: bool = True
     output_bias: bool = False
     mlp_bias: bool = False
+    rope: Mapping[str, Any] | None = None
+    positions: int | None = None
     settings: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -243,6 +243,8 @@ def _architecture_facts(values: dict[str, Any] | None) -> dict[str, str]:
         return {}
     grouped = f" ({values['kv_heads']} for keys and values)" if values["kv_heads"] != values["heads"] else ""
     stretch = [name for name, on in (("NTK", values["ntk"]), ("LogN", values["logn"])) if on]
+    if values["rope"]:
+        stretch.append(f"{values['rope']['rope_type']} scaling by {values['rope']['factor']:g}")
     beyond = f"; beyond, {' and '.join(stretch)}" if stretch else ""
     return {
         "Layers": f"{values['layers']} of width {values['width']:,}",

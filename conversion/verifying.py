@@ -313,8 +313,9 @@ def _check_ids(ids: torch.Tensor, vocabulary: int) -> None:
 
 
 def _remarks(sources: Sequence[Source], shapes: Sequence[Architecture], ids: torch.Tensor) -> Iterator[str]:
-    for source in sources:
-        if scaling := rope_scaling(source.config):
+    scalings = [(rope_scaling(source.config), shape.rope) for source, shape in zip(sources, shapes, strict=True)]
+    for source, (scaling, _) in zip(sources, scalings, strict=True):
+        if scaling and scalings[0] != scalings[1]:
             yield f"{source.path} has rope scaling {scaling!r}, which can change the logits of short texts as well."
     rows, length = [shape.rows for shape in shapes], min(shape.length for shape in shapes)
     if rows[0] != rows[1]:

@@ -162,6 +162,20 @@ def test_another_ntk_band_reads_anew(model, byte_tokenizer, read):
     assert read() < prompt_length(byte_tokenizer, "y", longer)
 
 
+def test_dynamic_scaling_reads_anew_once_it_has_begun(model, byte_tokenizer, tiny_model, read):
+    """What a key was rotated by is the length that the text had then."""
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    scaled = tiny_model("sdpa", use_dynamic_ntk=False, n_positions=120, rope_parameters=rope)
+    scaled.generation_config = model.generation_config
+    history = talk(scaled, byte_tokenizer, "first", max_new_tokens=4)
+    assert history.kept.branch(scaled, history.kept._ids) is not None
+    query = "x" * 20
+    assert prompt_length(byte_tokenizer, query, history) > 120
+    reply, longer = scaled.chat(byte_tokenizer, query, history, max_new_tokens=4)
+    assert reply == scaled.chat(byte_tokenizer, query, list(history), reuse_cache=False, max_new_tokens=4)[0]
+    assert longer.kept.branch(scaled, longer.kept._ids[:100]) is None  # short again, but these keys are stretched
+
+
 @pytest.mark.parametrize(
     "settings",
     [

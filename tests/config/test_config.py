@@ -47,8 +47,10 @@ SPELLINGS = [
     ("intermediate_size", "ffn_hidden_size", 100),
     ("attn_dropout_prob", "attn_pdrop", 0.25),
     ("emb_dropout_prob", "embd_pdrop", 0.5),
+    ("attention_dropout", "attn_pdrop", 0.25),
     ("rms_norm_eps", "layer_norm_epsilon", 0.01),
     ("rope_theta", "rotary_emb_base", 1000000),
+    ("partial_rotary_factor", "rotary_pct", 0.5),
     ("head_dim", "kv_channels", 64),
 ]
 

@@ -203,12 +203,6 @@ def test_biases_are_where_the_class_has_them(attention_bias, mlp_bias):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "Rope scaling 'linear'"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "Rope scaling 'dynamic'"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-            "Rope scaling 'yarn'",
-        ),
         (
             {
                 "rope_scaling": {
@@ -466,7 +460,57 @@ def test_transformers_understands_a_written_rope_scaling(scaling, longest):
     assert config.max_position_embeddings == longest
     if scaling.kind == "yarn":
         assert rope["original_max_position_embeddings"] == 256
-    assert "Rope scaling" in refusal(read_hf, qwen2_config(SMALL, "float32", scaling))
+    there = {"rope_type": scaling.kind, "factor": scaling.factor}
+    there |= {"original_max_position_embeddings": 256} if scaling.kind == "yarn" else {}
+    assert read_hf(qwen2_config(SMALL, "float32", scaling)) == replace(SMALL, rope=there, positions=longest)
+
+
+SCALED = [
+    ({"rope_type": "linear", "factor": 4.0}, 256),
+    ({"rope_type": "dynamic", "factor": 3.0}, 256),
+    (
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "attention_factor": 1.3,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+        },
+        64,
+    ),
+]
+
+
+@pytest.mark.parametrize("rope, length", SCALED)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_rope_scaling_is_carried_to_qwen_and_back(model_type, rope, length):
+    older = {"type": rope["rope_type"], **{key: value for key, value in rope.items() if key != "rope_type"}}
+    for spelling in ({"rope_parameters": {**rope, "rope_theta": 1e6}}, {"rope_scaling": older, "rope_theta": 1e6}):
+        found = read_hf(hf(model_type, **spelling))
+        assert (found.rope, found.length, found.positions, found.rope_theta) == (rope, length, 256, 1e6)
+    config = qwen_config(as_qwen(found))
+    ours = QWenConfig.from_dict(dict(config))
+    assert (ours.seq_length, ours.n_positions, ours.use_dynamic_ntk) == (length, 256, False)
+    assert {**ours.rope_parameters, **rope, "rope_theta": 1e6} == ours.rope_parameters
+    assert read_qwen(config) == as_qwen(found)
+    assert check_qwen2(config) == []
+    back = Qwen2Config.from_dict(qwen2_config(read_qwen(config), "float32"))
+    assert {**back.rope_parameters, **rope, "rope_theta": 1e6} == back.rope_parameters
+    assert back.max_position_embeddings == 256
+
+
+def test_a_second_rope_scaling_is_refused(tiny_config):
+    config = tiny_config(use_dynamic_ntk=False, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    architecture = read_qwen(config.to_dict())
+    message = refusal(qwen2_config, architecture, "float32", RopeScaling("yarn", 4.0))
+    assert "--rope-scaling yarn" in message and "linear scaling of its own" in message
+
+
+def test_rope_scaling_that_qwen_refuses_is_refused_by_name():
+    found = read_hf(hf("qwen2", rope_parameters={"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}))
+    assert "mrope_section=[2, 3, 3]" in refusal(qwen_config, as_qwen(found))
 
 
 @pytest.mark.parametrize("doublings", [0, 1, 2, 3])

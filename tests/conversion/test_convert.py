@@ -23,6 +23,8 @@ NATIVE = ["llama_gqa", "qwen2_gqa_tied", "qwen2_mha_untied"]
 TRAINED = {"aug_ntk_logn": (1, 7, 30, 32), "aug_plain": (1, 5), "aug_rotary_base": (3,), "dec_ntk_logn": (1, 7, 32)}
 """Golden case -> its prompts that are no longer than the trained length, where NTK and LogN do nothing."""
 
+LONGROPE = {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
 
 @pytest.fixture
 def converted(tmp_path):
@@ -153,8 +155,8 @@ def test_remote_code_loads_what_was_converted(converted, golden, repository):
     "changes, named",
     [
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}, "sliding"),
-        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": LONGROPE}, "'longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"model_type": "qwen2_moe"}, "mixture of experts"),
         ({"model_type": "qwen3"}, "norms of queries and keys"),
@@ -246,6 +248,24 @@ def test_rope_scaling_can_be_chosen(converted, golden, text, limit):
     assert config.max_position_embeddings == limit
     assert config.rope_parameters["rope_type"] == kind and config.rope_parameters["rope_theta"] == 10000
     assert config.rope_parameters["factor"] == float(factor or 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_rope_scaling_of_the_source_survives_both_ways(converted, editable, kind):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    source = editable("native/qwen2_mha_untied", rope_parameters=rope, max_position_embeddings=40)
+    folder, _ = converted(source, "qwen")
+    back, notes = converted(folder, "qwen2")
+    assert any(f"stretched by {kind} scaling with factor 2" in note for note in notes)
+    assert "scaling of its own" in refused(folder, "qwen2", scaling=RopeScaling.parse("dynamic"))
+    ids = torch.randint(0, 320, (1, 70))
+    models = [
+        model_class.from_pretrained(path, attn_implementation="eager")
+        for model_class, path in ((Qwen2ForCausalLM, source), (QWenLMHeadModel, folder), (Qwen2ForCausalLM, back))
+    ]
+    expected = logits(models[0], ids)
+    for model in models[1:]:
+        torch.testing.assert_close(logits(model, ids), expected, atol=5e-5, rtol=0)
 
 
 def test_dynamic_scaling_gives_qwens_own_stretch_at_powers_of_two(converted, golden):

@@ -340,6 +340,14 @@ def test_rope_scaling_is_remarked_on(golden, as_qwen2):
     assert not comparison.passed and "'yarn'" in comparison.remarks[0]
 
 
+def test_rope_scaling_that_both_have_is_compared_without_remarks(copy_case, as_qwen2):
+    path = copy_case("model/aug_plain")
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    change(path / "config.json", rope_parameters=rope)
+    comparison = compare(path, as_qwen2(path))
+    assert comparison.passed and comparison.largest < EXACT and not comparison.remarks
+
+
 def test_padding_rows_are_left_out(golden, tmp_path):
     path = golden / "native" / "qwen2_mha_untied"
     tensors = load_file(path / "model.safetensors")
