@@ -42,7 +42,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them; find faults.",
+    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them; look for "
+    "faults of the environment.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
 # Texts and paths of users are printed as they are, on one line each, for other programs to read.

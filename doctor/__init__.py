@@ -1,1 +1,1 @@
-"""`qwen1-checkpoint doctor`: whether the models run right in the environment at hand. `examination.py` is its outline."""
+"""`qwen1-checkpoint doctor`: whether models run right in the environment at hand; `examination.py` is the outline."""

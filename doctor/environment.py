@@ -18,7 +18,7 @@ from .findings import Check, Outcome, State
 
 PACKAGE = "qwen1"
 TESTED = {"python": ("3.10", "3.13"), "torch": ("2.6", "2.13"), "transformers": ("5.4", "5.23")}
-"""Oldest and newest release that is known to run; a newest one without its last number stands for all of that series."""
+"""Oldest and newest release that is known to run; a newest one without its last number stands for its series."""
 
 REQUIRED = (
     "transformers",

@@ -1,5 +1,6 @@
-"""The outline of `qwen1-checkpoint doctor`: survey the environment, load a model, run every check, whatever becomes of the
-others. Nothing is downloaded, and nothing is written into the folder.
+"""The outline of `qwen1-checkpoint doctor`: survey the environment, load a model, run every check.
+
+None of them ends the others. Nothing is downloaded, and nothing is written into the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .backend_checks import backend_checks
 from .environment import Environment, environment_checks, survey
 from .findings import Check, Finding, perform
 from .model_checks import model_checks
-from .patient import Patient, open_patient
+from .patient import Patient, is_shipped, open_patient
 from .tokenizer_checks import tokenizer_checks
 
 
@@ -79,7 +80,7 @@ def examine(
         progress: told what is done next.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _undisturbed() as heard:
+    with _undisturbed() as heard, _threads(1 if is_shipped(folder) else torch.get_num_threads()):
         findings = _run(environment_checks(), progress)
         patient = refusal = None
         try:
@@ -125,6 +126,17 @@ def _undisturbed() -> Iterator[list[warnings.WarningMessage]]:
             yield heard
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute in so many threads: the shipped model is so small that several only wait for one another."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _deprecations(heard: list[warnings.WarningMessage]) -> list[str]:

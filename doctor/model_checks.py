@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,10 @@ import transformers
 from ..cache_qwen import QWenCache, QWenInt8Cache
 from .findings import Check, Outcome, State
 from .measuring import (
-    Ruler,
     full_pass,
     generated,
     half_bound,
     in_chunks,
-    ruler_of,
     worst,
 )
 from .patient import Patient
@@ -28,8 +27,10 @@ KNOWN_REPLIES = (
     ("法国的首都是哪里？", "法国的首都是巴黎。"),
     ("3 + 4 = ?", "3+4=7"),
 )
-"""Greedy replies of qwen-tiny-chat, each to a new conversation: transformers 5.23.0, torch 2.13.0, x86-64; equal in float32
-and in bfloat16, and on transformers 5.4.0."""
+"""Greedy replies of qwen-tiny-chat, each to a new conversation.
+
+Source: transformers 5.23.0 with torch 2.13.0 on x86-64, in float32; transformers 5.4.0 and bfloat16 give the same.
+"""
 
 QUESTION = "你好"
 SHORT, NEW = 24, 6
@@ -45,7 +46,7 @@ lost key makes about 1."""
 def model_checks(patient: Patient) -> list[Check]:
     """The checks of a model, in the order in which they are reported."""
     checks = {
-        "greedy replies": check_known_replies if patient.is_shipped else check_greedy_reply,
+        "greedy replies": check_replies,
         "plain arithmetic": check_arithmetic,
         "long texts (NTK, LogN)": check_long_text,
         "cache, token by token": check_token_by_token,
@@ -71,9 +72,14 @@ def not_a_chat_model(patient: Patient) -> Outcome | None:
         return None
     return Outcome(
         State.ABSENT,
-        f"a base model (chat_format={patient.chat_format!r}) continues texts and wasn't taught to chat: examine the chat "
-        "model of its family for this",
+        f"a base model (chat_format={patient.chat_format!r}) continues texts and wasn't taught to chat: examine the "
+        "chat model of its family for this",
     )
+
+
+def check_replies(patient: Patient) -> Outcome:
+    """Greedy replies are what they have to be, as far as that is known."""
+    return check_known_replies(patient) if patient.is_shipped else check_greedy_reply(patient)
 
 
 def check_known_replies(patient: Patient) -> Outcome:
@@ -83,19 +89,23 @@ def check_known_replies(patient: Patient) -> Outcome:
         if reply != expected:
             return Outcome(State.FAILED, f"{question!r} is answered by {reply!r}, expected {expected!r}")
     question, expected = KNOWN_REPLIES[0]
-    return Outcome(State.OK, f"{len(KNOWN_REPLIES)} as expected: {question} – {expected}", {"count": len(KNOWN_REPLIES)})
+    return Outcome(
+        State.OK, f"{len(KNOWN_REPLIES)} as expected: {question} – {expected}", {"count": len(KNOWN_REPLIES)}
+    )
 
 
 def check_greedy_reply(patient: Patient) -> Outcome:
     """A model without known replies says the same twice, from finite logits."""
     if patient.chat_format != "chatml":
         return _check_greedy_continuation(patient)
-    replies = [patient.model.chat(patient.slow, QUESTION, do_sample=False, max_new_tokens=16)[0] for _ in range(2)]
-    if replies[0] != replies[1]:
-        return Outcome(State.FAILED, f"{QUESTION!r} is answered by {replies[0]!r}, and then by {replies[1]!r}")
+    (reply, _), (again, _) = (
+        patient.model.chat(patient.slow, QUESTION, do_sample=False, max_new_tokens=16) for _ in range(2)
+    )
+    if reply != again:
+        return Outcome(State.FAILED, f"{QUESTION!r} is answered by {reply!r}, and then by {again!r}")
     if not bool(full_pass(patient.model, patient.ids(SHORT)).isfinite().all()):
         return Outcome(State.FAILED, f"There are NaN or infinite logits in {patient.model.dtype}: try another dtype.")
-    return Outcome(State.OK, f"repeatable; whether it is right is yours to judge: {QUESTION} – {replies[0]}")
+    return Outcome(State.OK, f"repeatable; whether it is right is yours to judge: {QUESTION} – {reply}")
 
 
 def _check_greedy_continuation(patient: Patient) -> Outcome:
@@ -134,10 +144,14 @@ def check_arithmetic(patient: Patient) -> Outcome:
 def check_long_text(patient: Patient) -> Outcome:
     """The same for texts beyond the trained length, in two bands of NTK."""
     if not patient.stretches:
-        return Outcome(State.ABSENT, "use_dynamic_ntk and use_logn_attn are off in this model")
+        return not_stretched()
     with patient.trained_for(SHORTENED):
-        outcomes = [_against_plain(patient, patient.ids(n), _beyond(n, patient)) for n in (40, 80)]
-    return worst(outcomes)
+        return worst(_against_plain(patient, patient.ids(n), _beyond(n, patient)) for n in (40, 80))
+
+
+def not_stretched() -> Outcome:
+    """What to say of a check of long texts where nothing stretches them."""
+    return Outcome(State.ABSENT, "use_dynamic_ntk and use_logn_attn are off in this model")
 
 
 def _beyond(length: int, patient: Patient) -> str:
@@ -149,7 +163,7 @@ def _against_plain(patient: Patient, ids: torch.Tensor, what: str) -> Outcome:
     with torch.inference_mode():
         got, expected = model(input_ids=ids, use_cache=False).logits[0].float(), plain_logits(model, ids[0])
     if not patient.is_half:
-        return ruler_of(patient).outcome(got, expected, what)
+        return patient.ruler.outcome(got, expected, what)
     return bounded(got, expected, half_bound(model.dtype, model.config.n_layer), what)
 
 
@@ -157,36 +171,40 @@ def bounded(got: torch.Tensor, expected: torch.Tensor, bound: float, what: str) 
     """Compare logits of which one is rounded more coarsely, by the norm of their difference relative to theirs."""
     error = float((got - expected).norm() / expected.norm())
     state = State.OK if error <= bound else State.FAILED  # NaN is no less than anything
-    return Outcome(state, f"{what}: relative error {error:.2g}, allowed {bound:.2g}", {"largest": error, "tolerance": bound})
+    return Outcome(
+        state, f"{what}: relative error {error:.2g}, allowed {bound:.2g}", {"largest": error, "tolerance": bound}
+    )
 
 
 def check_token_by_token(patient: Patient) -> Outcome:
     """A text read a token at a time has the logits of one pass; beyond the trained length too."""
-    short = patient.ids(SHORT)
-    outcomes = [_cached(patient, short, [1] * SHORT)]
-    if patient.stretches:
-        with patient.trained_for(SHORTENED):
-            outcomes += [_cached(patient, patient.ids(n + NEW), [n, *[1] * NEW]) for n in PROMPTS]
-    return worst(outcomes)
+    return _read_in_pieces(patient, [1] * SHORT, [1] * NEW)
 
 
 def check_chunks(patient: Patient) -> Outcome:
     """A text read in pieces has the logits of one pass; beyond the trained length too."""
-    outcomes = [_cached(patient, patient.ids(SHORT), [7, 1, 11, SHORT - 19])]
-    if patient.stretches:
-        with patient.trained_for(SHORTENED):
-            outcomes += [_cached(patient, patient.ids(n + 12), [n, 5, 1, 6]) for n in PROMPTS]
-    return worst(outcomes)
+    return _read_in_pieces(patient, [7, 1, 11, SHORT - 19], [5, 1, 6])
 
 
-def _cached(patient: Patient, ids: torch.Tensor, lengths: list[int]) -> Outcome:
+def _read_in_pieces(patient: Patient, short: list[int], behind: list[int]) -> Outcome:
+    """Compare a short text, and the pieces that come behind the prompts of `PROMPTS`."""
+
+    def outcomes() -> Iterator[Outcome]:
+        yield _cached(patient, short)
+        if patient.stretches:
+            with patient.trained_for(SHORTENED):
+                yield from (_cached(patient, [prompt, *behind]) for prompt in PROMPTS)
+
+    return worst(outcomes())
+
+
+def _cached(patient: Patient, lengths: list[int]) -> Outcome:
     """Compare a text that is read in pieces with one pass over it, under the alpha of the first piece."""
-    ruler = ruler_of(patient)
+    ids = patient.ids(sum(lengths))
     got = in_chunks(patient.model, ids, lengths, QWenCache(config=patient.model.config))
     expected = full_pass(patient.model, ids, _alpha(patient, lengths[0]))
-    outcome = ruler.outcome(got, expected, f"{ids.shape[1]} tokens in {len(lengths)} calls")
-    last = ids[:, -lengths[-1] :]
-    return _explained(patient, outcome, ruler, got[:, -1], last, "the cache that forward is given")
+    outcome = patient.ruler.outcome(got, expected, f"{ids.shape[1]} tokens in {len(lengths)} calls")
+    return _explained(patient, outcome, got[:, -1], ids[:, -lengths[-1] :], "the cache that forward is given")
 
 
 def _alpha(patient: Patient, prompt: int) -> float:
@@ -194,14 +212,12 @@ def _alpha(patient: Patient, prompt: int) -> float:
     return plain_alpha(prompt, config.seq_length) if config.use_dynamic_ntk else 1.0
 
 
-def _explained(
-    patient: Patient, outcome: Outcome, ruler: Ruler, got: torch.Tensor, last: torch.Tensor, cache: str
-) -> Outcome:
+def _explained(patient: Patient, outcome: Outcome, got: torch.Tensor, last: torch.Tensor, cache: str) -> Outcome:
     """A failure, with its reason where the last call saw nothing but its own tokens: (1, V) logits, (1, T) ids."""
     if outcome.state is not State.FAILED:
         return outcome
     alone = full_pass(patient.model, last)[:, -1]
-    if float((alone - got).abs().max()) > ruler.tolerance:
+    if float((alone - got).abs().max()) > patient.ruler.tolerance:
         return outcome
     seen = "a single token" if last.shape[1] == 1 else "only its own tokens"
     reason = f"each step sees {seen}: {cache} is lost on the way (transformers {transformers.__version__})"
@@ -216,22 +232,24 @@ def check_generate(patient: Patient) -> Outcome:
 def check_generate_long(patient: Patient) -> Outcome:
     """The same for prompts that end shortly before the trained length and beyond it, read at once and in chunks."""
     if not patient.stretches:
-        return Outcome(State.ABSENT, "use_dynamic_ntk and use_logn_attn are off in this model")
+        return not_stretched()
+    ways: tuple[tuple[int, dict[str, Any]], ...] = (
+        *((prompt, {}) for prompt in PROMPTS),
+        (PROMPTS[-1], {"prefill_chunk_size": 16}),
+    )
     with patient.trained_for(SHORTENED):
-        outcomes = [_steps(patient, patient.ids(n)) for n in PROMPTS]
-        outcomes.append(_steps(patient, patient.ids(PROMPTS[-1]), prefill_chunk_size=16))
-    return worst(outcomes)
+        return worst(_steps(patient, patient.ids(prompt), **options) for prompt, options in ways)
 
 
 def _steps(patient: Patient, ids: torch.Tensor, **options: Any) -> Outcome:
     """Compare the steps of `generate` with one pass, (1, T) ids."""
-    ruler, prompt = ruler_of(patient), ids.shape[1]
+    prompt = ids.shape[1]
     text, got = generated(patient.model, ids, NEW, **options)
-    expected = _expected_steps(patient, text, prompt)
+    expected = _expected_steps(patient, text, prompt)[:, : got.shape[1]]
     named = "".join(f", {name}={value}" for name, value in options.items() if name != "disable_compile")
-    outcome = ruler.outcome(got, expected[:, : got.shape[1]], f"prompt of {prompt} and {got.shape[1]} steps{named}")
+    outcome = patient.ruler.outcome(got, expected, f"prompt of {prompt} and {got.shape[1]} steps{named}")
     read = text[:, : prompt + got.shape[1] - 1]
-    return _explained(patient, outcome, ruler, got[:, -1], read[:, -1:], "the cache of generate")
+    return _explained(patient, outcome, got[:, -1], read[:, -1:], "the cache of generate")
 
 
 def _expected_steps(patient: Patient, text: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -240,25 +258,27 @@ def _expected_steps(patient: Patient, text: torch.Tensor, prompt: int) -> torch.
 
 def check_batch(patient: Patient) -> Outcome:
     """Prompts of different lengths, padded on the left, generate as each does alone; beyond the trained length too."""
-    outcomes = [_batched(patient, 9, SHORT)]
-    if patient.stretches:
-        with patient.trained_for(SHORTENED):
-            outcomes.append(_batched(patient, *PROMPTS))
-    return worst(outcomes)
+
+    def outcomes() -> Iterator[Outcome]:
+        yield from _batched(patient, 9, SHORT)
+        if patient.stretches:
+            with patient.trained_for(SHORTENED):
+                yield from _batched(patient, *PROMPTS)
+
+    return worst(outcomes())
 
 
-def _batched(patient: Patient, *lengths: int) -> Outcome:
-    ruler, longest = ruler_of(patient), max(lengths)
+def _batched(patient: Patient, *lengths: int) -> Iterator[Outcome]:
+    """Compare each row of a batch with one pass over it alone."""
+    longest = max(lengths)
     rows = [patient.ids(length, seed) for seed, length in enumerate(lengths)]
     ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths]).to(ids.device)
     text, got = generated(patient.model, ids, NEW, mask)
-    outcomes = []
     for row, length in enumerate(lengths):
-        expected = _expected_steps(patient, text[row : row + 1, longest - length :], length)
+        expected = _expected_steps(patient, text[row : row + 1, longest - length :], length)[:, : got.shape[1]]
         what = f"row of {length} tokens among {', '.join(map(str, lengths))}"
-        outcomes.append(ruler.outcome(got[row : row + 1], expected[:, : got.shape[1]], what))
-    return worst(outcomes)
+        yield patient.ruler.outcome(got[row : row + 1], expected, what)
 
 
 # --- caches ---

@@ -20,6 +20,7 @@ from ..conversion.stored import ADAPTER_CONFIG
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line
+from .measuring import Ruler, ruler_of
 
 VOCABULARIES = ("qwen.tiktoken", "tokenizer.json")
 _FLOAT32_SHARE = 0.5  # of the free memory, that weights may take to be examined in float32
@@ -40,7 +41,7 @@ class Patient:
     @property
     def is_shipped(self) -> bool:
         """Whether this is the model that comes with the package, whose replies are known."""
-        return self.folder.resolve() == TINY_CHAT.resolve()
+        return is_shipped(self.folder)
 
     @cached_property
     def slow(self) -> QWenTokenizer:
@@ -61,6 +62,11 @@ class Patient:
     def chat_format(self) -> str:
         """The `chat_format` that `chat` goes by."""
         return str(getattr(self.model.generation_config, "chat_format", None) or "chatml")
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        """How far apart the logits of two ways may be."""
+        return ruler_of(self.model, self.ids(48))
 
     @property
     def stretches(self) -> list[str]:
@@ -101,6 +107,11 @@ class Patient:
             self.model.set_attn_implementation(before)
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether a folder is that of the model that comes with the package."""
+    return folder.resolve() == TINY_CHAT.resolve()
+
+
 def open_patient(folder: Path, device: str) -> Patient:
     """Load a folder as it is, without the code beside its weights; nothing is downloaded.
 
@@ -111,12 +122,9 @@ def open_patient(folder: Path, device: str) -> Patient:
     """
     nbytes = _refuse_others(folder)
     free = psutil.virtual_memory().available
-    shipped = folder.resolve() == TINY_CHAT.resolve()
-    exact = shipped or (device == "cpu" and 2 * nbytes <= _FLOAT32_SHARE * free)
+    exact = is_shipped(folder) or (device == "cpu" and 2 * nbytes <= _FLOAT32_SHARE * free)
     try:
-        model = QWenLMHeadModel.from_pretrained(
-            folder, dtype=torch.float32 if exact else "auto", local_files_only=True
-        )
+        model = QWenLMHeadModel.from_pretrained(folder, dtype=torch.float32 if exact else "auto", local_files_only=True)
         model = model.to(device).eval()
     except Exception as error:  # whatever is wrong with it, a traceback helps nobody
         raise CheckpointError(

@@ -61,7 +61,9 @@ def _block(config: Any, block: Any, states: torch.Tensor, rotation: tuple[torch.
     return (normed if after_norm else states) + _linear(block.mlp.c_proj, nn.functional.silu(gate) * up)
 
 
-def _attention(config: Any, layer: Any, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _attention(
+    config: Any, layer: Any, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """(T, E) -> (T, E)."""
     length, size = len(normed), config.kv_channels
     heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads

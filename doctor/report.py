@@ -64,7 +64,9 @@ def _summary(diagnosis: Diagnosis) -> Text:
         return Text(printable(diagnosis.refusal), style="bold red")
     failed = [finding.name for finding in diagnosis.findings if finding.failed]
     if failed:
-        return Text(f"Something is wrong here, {len(failed)} of {len(diagnosis.findings)}: {', '.join(failed)}.", "bold red")
+        return Text(
+            f"Something is wrong here, {len(failed)} of {len(diagnosis.findings)}: {', '.join(failed)}.", "bold red"
+        )
     return Text("Nothing is wrong.", style="green")
 
 

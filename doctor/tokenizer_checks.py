@@ -42,11 +42,14 @@ def tokenizer_checks(patient: Patient) -> list[Check]:
 
 def check_same_ids(patient: Patient) -> Outcome:
     """`QWenTokenizer` and `QWenTokenizerFast` give the same ids, with and without control tokens."""
-    for arguments in ({}, {"allowed_special": set()}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"allowed_special": set()})
+    for arguments in ways:
         for text in TEXTS:
             slow, fast = (tokenizer.encode(text, **arguments) for tokenizer in (patient.slow, patient.fast))
             if slow != fast:
-                where = next((i for i, (a, b) in enumerate(zip(slow, fast, strict=False)) if a != b), min(len(slow), len(fast)))
+                where = next(
+                    (i for i, (a, b) in enumerate(zip(slow, fast, strict=False)) if a != b), min(len(slow), len(fast))
+                )
                 return Outcome(
                     State.FAILED,
                     f"{text!r:.60}: tiktoken gives {slow[where : where + 4]} at token {where}, tokenizers "
@@ -74,7 +77,9 @@ def check_control_tokens(patient: Patient) -> Outcome:
             if leaked:
                 return Outcome(State.FAILED, f"{name}: {text!r} typed by a user becomes control token {min(leaked)}")
         if tokenizer.encode("<|im_start|>") != [tokenizer.im_start_id]:
-            return Outcome(State.FAILED, f"{name}: '<|im_start|>' is {tokenizer.encode('<|im_start|>')}, no single token")
+            return Outcome(
+                State.FAILED, f"{name}: '<|im_start|>' is {tokenizer.encode('<|im_start|>')}, no single token"
+            )
     return Outcome(State.OK, f"{len(LOOK_ALIKES)} look-alikes, both tokenizers")
 
 
@@ -87,12 +92,18 @@ def check_template(patient: Patient) -> Outcome:
         _, expected = make_context(tokenizer, QUERY, TURNS, SYSTEM)
         if tokenizer.chat_template is None:
             return Outcome(State.FAILED, f"{name}: there is no chat template; qwen1-checkpoint upgrade adds it")
-        got = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        got = encoded["input_ids"]
         if list(got) != expected:
-            return Outcome(State.FAILED, f"{name}: the template gives {len(got)} other tokens than chat's {len(expected)}")
+            return Outcome(
+                State.FAILED, f"{name}: the template gives {len(got)} other tokens than chat's {len(expected)}"
+            )
     return Outcome(State.OK, f"{len(messages)} messages, both tokenizers", {"tokens": len(expected)})
 
 
 def _messages() -> list[dict[str, Any]]:
-    turns = [("system", SYSTEM), *((role, text) for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True))]
+    turns = [
+        ("system", SYSTEM),
+        *((role, text) for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)),
+    ]
     return [{"role": role, "content": text} for role, text in (*turns, ("user", QUERY))]
