@@ -323,7 +323,7 @@ def push_command(
     out.print(push(folder, repo_id, private=private, revision=revision, token=token, message=message))
 
 
-@app.command("doctor", epilog=_example("doctor --json"))
+@app.command("doctor", epilog=_example("doctor ./Qwen-7B-Chat-today --json"))
 @_reported
 def doctor_command(
     folder: Annotated[
@@ -347,6 +347,8 @@ def doctor_command(
         _print_json(diagnosis.to_json())
     else:
         out.print(render_diagnosis(diagnosis), soft_wrap=False)
+    if diagnosis.refusal is not None:
+        raise CheckpointError(diagnosis.refusal)
     if not diagnosis.passed:
         raise typer.Exit(FAILED)
 

@@ -14,11 +14,11 @@ _STYLES = {State.OK: "green", State.FAILED: "bold red", State.NOTE: "yellow", St
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
-    """For rich's console: environment, model, a line for each check, and last the sum of it."""
+    """For rich's console: environment, model, a line for each check, and last the sum of it; without a refusal."""
     blocks: list[RenderableType] = [_environment(diagnosis), "", _checks(diagnosis.findings), ""]
     if diagnosis.warnings:
         blocks += [_list("Warnings of libraries", diagnosis.warnings), ""]
-    return Group(*blocks, _summary(diagnosis))
+    return Group(*blocks, _summary(diagnosis)) if diagnosis.refusal is None else Group(*blocks[:-1])
 
 
 def _environment(diagnosis: Diagnosis) -> Table:
@@ -60,8 +60,6 @@ def _list(title: str, lines: list[str]) -> Table:
 
 
 def _summary(diagnosis: Diagnosis) -> Text:
-    if diagnosis.refusal is not None:
-        return Text(printable(diagnosis.refusal), style="bold red")
     failed = [finding.name for finding in diagnosis.findings if finding.failed]
     if failed:
         return Text(

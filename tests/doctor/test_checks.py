@@ -164,8 +164,6 @@ def test_an_alpha_that_changes_while_decoding_is_found(patient, monkeypatch):
 
 def test_wrong_rotation_is_found(patient, monkeypatch):
     rotate = modeling.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda t, freqs: rotate(t, (freqs[0], -freqs[1])))
-    assert "plain arithmetic" not in failed(patient, "plain arithmetic")  # both turned the other way: the same products
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda t, freqs: rotate(t, (freqs[0], freqs[1] * 0.99)))
     assert {"plain arithmetic", "long texts (NTK, LogN)"} <= set(failed(patient))
 
