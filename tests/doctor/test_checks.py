@@ -1,7 +1,9 @@
 """Each check passes on a model that is well, and finds the illness that it is for."""
 
+import copy
 import inspect
 import math
+import types
 from functools import partial
 
 import pytest
@@ -273,6 +275,27 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_only_what_needs_it(patient, mon
 
 
 # --- attention and quantisation ---
+
+
+def test_kernels_for_half_precision_are_tried_on_a_copy(patient, monkeypatch):
+    """Here with sdpa in their place, which takes bfloat16 on a CPU too."""
+    monkeypatch.setattr(backend_checks, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(backend_checks, "version_of", lambda name: "2.8")
+    monkeypatch.setattr(type(patient.model), "device", types.SimpleNamespace(type="cuda"))
+    tried = []
+    monkeypatch.setattr(
+        backend_checks, "check_attention", lambda patient, name, model: tried.append((name, model.dtype))
+    )
+    for name in ("qwen_varlen", "flash_attention_2"):
+        backend_checks.check_flash(patient, name)
+    assert tried == [("qwen_varlen", torch.bfloat16), ("flash_attention_2", torch.bfloat16)]
+    assert patient.model.dtype == torch.float32
+    monkeypatch.setattr(backend_checks, "is_flash_attn_2_available", lambda: False)
+    assert backend_checks.check_flash(patient, "flash_attention_2").state is State.FAILED
+    monkeypatch.undo()
+    outcome = backend_checks.check_attention(patient, "sdpa", copy.deepcopy(patient.model).to(torch.bfloat16))
+    assert outcome.state is State.OK and outcome.detail.startswith("bfloat16") and outcome.figures["largest"] > 1e-3
+    assert "needs a CUDA device" in backend_checks.check_flash(patient, "qwen_varlen").detail
 
 
 def test_attention_that_ignores_padding_is_found(patient, monkeypatch):
