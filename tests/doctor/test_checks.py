@@ -332,6 +332,15 @@ def test_a_quantisation_that_goes_wrong_is_found(monkeypatch):
     assert perform(Check("quantisation", "anything", run)).failed
 
 
+def test_a_quantisation_that_transformers_lacks_is_absent(monkeypatch):
+    def lacking():
+        raise NotImplementedError("not available yet")
+
+    monkeypatch.setattr(backend_checks, "version_of", lambda name: "1.0")
+    outcome = backend_checks.check_quantised("hqq", lacking, backend_checks.EIGHT_BITS)
+    assert outcome.state is State.ABSENT and "hqq 1.0" in outcome.detail and "not available yet" in outcome.detail
+
+
 def test_what_is_not_installed_is_absent_and_names_the_command(patient, monkeypatch):
     monkeypatch.setattr(backend_checks, "version_of", lambda name: None)
     checks = [
