@@ -13,12 +13,12 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
+from ..arguments_qwen import CACHE_NAME
 from ..cache_qwen import QWenCache
 from ..chat_command import TINY_CHAT
 from ..modeling_qwen import FLASH_IMPLEMENTATION, QWenLMHeadModel
 from .environment import version_of
 from .findings import Check, Outcome, State
-from .measuring import cache_argument
 from .model_checks import SHORT, bounded
 from .patient import Patient
 
@@ -86,7 +86,7 @@ def _two_rows(patient: Patient, step: bool) -> torch.Tensor:
     mask[0, :padding] = 0
     cache = QWenCache(config=model.config)
     pieces = [
-        model(input_ids=piece, attention_mask=mask[:, :end], **cache_argument(model, cache)).logits.float()
+        model(input_ids=piece, attention_mask=mask[:, :end], **{CACHE_NAME: cache}).logits.float()
         for piece, end in ((ids[:, :-1], SHORT - 1), (ids[:, -1:], SHORT))[: 1 + step]
     ]
     logits = torch.cat(pieces, dim=1)

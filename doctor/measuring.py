@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from ..arguments_qwen import CACHE_NAME
 from .findings import Outcome, State
 from .plain_model import plain_logits
 
@@ -93,12 +93,7 @@ def full_pass(model: Any, ids: torch.Tensor, alpha: float = 1.0, **arguments: An
 def in_chunks(model: Any, ids: torch.Tensor, lengths: list[int], cache: Cache) -> torch.Tensor:
     """Logits of a text read a piece after the other on top of a cache, (1, T) -> (1, T, V) float32."""
     pieces = ids.split(lengths, dim=1)
-    return torch.cat([model(input_ids=piece, **cache_argument(model, cache)).logits.float() for piece in pieces], dim=1)
-
-
-def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
-    """The cache under the name that `forward` has for it, which changed with transformers 5.24."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    return torch.cat([model(input_ids=piece, **{CACHE_NAME: cache}).logits.float() for piece in pieces], dim=1)
 
 
 def generated(
