@@ -1,7 +1,8 @@
 """The command line of `convert_checkpoint.py`.
 
-Results go to standard output; progress, notes and errors to standard error. Exit codes: 0 done, 1 refused or failed,
-2 wrong usage, 3 checked and found wanting (`inspect`, `verify`, `convert --verify`), 130 interrupted.
+Results go to standard output; progress, notes and errors to standard error. Exit codes: 0 done, 1 refused or failed
+(also `doctor`, where something is wrong), 2 wrong usage, 3 checked and found wanting (`inspect`, `verify`,
+`convert --verify`), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from transformers.utils import logging
 
+from ..chat_command import TINY_CHAT
 from .configurations import RopeScaling
 from .converting import convert, plan_conversion
 from .errors import CheckpointError
@@ -40,7 +42,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them.",
+    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them; look for "
+    "faults of the environment.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
 # Texts and paths of users are printed as they are, on one line each, for other programs to read.
@@ -318,6 +321,36 @@ def push_command(
         out.print("\n" + model_card(folder, repo_id))
         return
     out.print(push(folder, repo_id, private=private, revision=revision, token=token, message=message))
+
+
+@app.command("doctor", epilog=_example("doctor ./Qwen-7B-Chat-today --json"))
+@_reported
+def doctor_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="QWen folder.", show_default="the qwen-tiny-chat that ships")
+    ] = TINY_CHAT,
+    device: Annotated[
+        str | None, typer.Option(help="To compute on.", show_default="cuda if there is one, else cpu")
+    ] = None,
+    slow: Annotated[bool, typer.Option("--slow", help="Also try what has to be compiled: half a minute.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell whether the models run right here: versions, replies, logits, tokenizers, back ends. Ends with 1 if not."""
+    from ..doctor.examination import examine  # here, as no other command needs it
+    from ..doctor.report import render as render_diagnosis
+
+    if device is not None:
+        _check_device(device)
+    with err.status("") as status:
+        diagnosis = examine(folder, device, slow, status.update)
+    if as_json:
+        _print_json(diagnosis.to_json())
+    else:
+        out.print(render_diagnosis(diagnosis), soft_wrap=False)
+    if diagnosis.refusal is not None:
+        raise CheckpointError(diagnosis.refusal)
+    if not diagnosis.passed:
+        raise typer.Exit(FAILED)
 
 
 def main() -> None:

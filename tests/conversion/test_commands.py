@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from qwen1.conversion import commands
 
-COMMANDS = ["inspect", "upgrade", "convert", "verify", "merge-lora", "push"]
+COMMANDS = ["inspect", "upgrade", "convert", "verify", "merge-lora", "push", "doctor"]
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""`qwen1-checkpoint doctor`: whether models run right in the environment at hand; `examination.py` is the outline."""
