@@ -156,6 +156,9 @@ def test_base_model_refuses_and_names_another(chat_model, byte_tokenizer, stream
         ({"query": "q", "stop_words_ids": [1, 2]}, "stop_words_ids has the entry 1: each must be a non-empty list"),
         ({"query": "q", "stop_words_ids": [[]]}, r"stop_words_ids has the entry \[\]"),
         ({"query": "q", "stop_words_ids": [["a"]]}, r"stop_words_ids has the entry \['a'\]"),
+        ({"query": "q", "input_ids": torch.ones(1, 3)}, "A chat makes input_ids from the conversation itself"),
+        ({"query": "q", "attention_mask": None, "inputs": None}, "A chat makes inputs, attention_mask from"),
+        ({"query": "q", "position_ids": torch.ones(1, 3)}, "A chat makes position_ids .* or use generate"),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(chat_model, byte_tokenizer, stream, arguments, message):

@@ -11,6 +11,7 @@ import torch
 
 from qwen1 import ChatHistory, make_context
 from qwen1.cache_qwen import _common_length
+from qwen1.modeling_qwen import ntk_alpha
 
 
 @pytest.fixture
@@ -240,3 +241,25 @@ def test_the_model_is_not_kept_alive(model, byte_tokenizer, tiny_model):
 )
 def test_common_length(first, second, length):
     assert _common_length(first, second) == length
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
+@pytest.mark.parametrize("edge", [1, 2, 4])
+def test_every_length_around_every_edge(chat_model, byte_tokenizer, edge, beyond, forced):
+    """A prompt one token beyond an edge asks for another stretch, which a single position would not tell."""
+    chat_model.config.seq_length = 128
+    history = talk(chat_model, byte_tokenizer, "a", logits_processor=forced("b"))
+    query = "q" * (edge * 128 + beyond - prompt_length(byte_tokenizer, "", history))
+    expected = chat_model.chat(byte_tokenizer, query, history, reuse_cache=False)
+    assert chat_model.chat(byte_tokenizer, query, history) == expected
+
+
+def test_the_stretch_of_kept_keys_is_that_of_the_prompt(chat_model, byte_tokenizer, forced):
+    """Whatever the length, what is kept is used exactly where a prompt of it asks for the same stretch."""
+    chat_model.config.seq_length = 64
+    history = talk(chat_model, byte_tokenizer, "a" * 8, logits_processor=forced("b"))
+    held = history.kept._cache.qwen_ntk.alpha.item()
+    ids = history.kept._ids
+    for length in range(len(ids) + 1, 300):
+        asked = ntk_alpha(torch.tensor([length]), 64).item()
+        assert (history.kept.branch(chat_model, ids + [7] * (length - len(ids))) is not None) == (asked == held), length
