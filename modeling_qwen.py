@@ -950,6 +950,11 @@ class QWenModel(QWenPreTrainedModel):
     ) -> torch.Tensor | None:
         """Alpha of each sequence or token, (B or 1, 1 or T), or None for 1."""
         if self.training or not self.config.use_dynamic_ntk:
+            if given is not None:
+                raise ValueError(
+                    "ntk_alpha is given, but nothing is stretched in training or with use_dynamic_ntk=False: leave it "
+                    "out, or call model.eval() and set use_dynamic_ntk=True."
+                )
             return None
         if given is not None:
             shape = tuple(getattr(given, "shape", ()))

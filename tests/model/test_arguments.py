@@ -170,3 +170,11 @@ def test_packed_texts_told_by_their_starts_alone(tiny_model):
         packed = model(torch.cat(texts, dim=1), cu_seq_lens_q=starts, cu_seq_lens_k=starts, use_cache=False).logits
         alone = torch.cat([model(text, use_cache=False).logits for text in texts], dim=1)
         torch.testing.assert_close(packed, alone, atol=1e-4, rtol=0)
+
+
+def test_an_alpha_that_would_be_ignored(tiny_model):
+    alpha = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="ntk_alpha is given, but nothing is stretched in training"):
+        tiny_model().train()(ids(5), ntk_alpha=alpha)
+    with pytest.raises(ValueError, match="set use_dynamic_ntk=True"):
+        tiny_model(use_dynamic_ntk=False)(ids(5), ntk_alpha=alpha)
