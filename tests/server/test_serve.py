@@ -100,8 +100,9 @@ def test_control_tokens_in_a_message_stay_text(server, shipped):
     assert ask(server, user(text), max_tokens=1).usage.prompt_tokens == len(ids)
 
 
-def test_the_list_of_models_has_those_of_the_cache_only(server):
-    assert server.client.models.list().data == []
+def test_the_list_of_models_has_no_folder_but_the_one_that_is_served(server):
+    """Which transformers lists from 5.24 on; the Hub's cache is empty here."""
+    assert {model.id for model in server.client.models.list().data} <= {server.folder}
 
 
 def test_another_model_than_the_one_that_is_served_is_an_error_that_names_both(server):
@@ -137,7 +138,7 @@ def test_simultaneous_requests_in_one_batch_give_the_replies_of_chat(batching_se
         assert list(pool.map(reply, range(len(texts)))) == expected
     log = batching_server.log.read_text()
     assert log.count("CB: True") == len(texts)
-    assert "use_dynamic_ntk is left out" in log
+    assert "keeps the keys" not in log and "in chunks" not in log, "each request has its own stretch"
 
 
 def test_a_stop_sequence_has_no_effect_in_a_batch(batching_server, shipped):
