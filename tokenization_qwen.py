@@ -274,14 +274,24 @@ def _byte_alphabet() -> tuple[dict[int, int], dict[int, int]]:
     return table, {code: byte for byte, code in table.items()}
 
 
+def byte_level_name(token: bytes) -> str:
+    """The name of a token in the fast class's vocabulary, "Ġhello" for b" hello"."""
+    return token.decode("latin-1").translate(_byte_alphabet()[0])
+
+
+def bytes_of_name(name: str) -> bytes | None:
+    """The bytes of which `byte_level_name` makes this name; None if there are none."""
+    codes = [_byte_alphabet()[1].get(ord(character)) for character in name]
+    return None if None in codes else bytes(code for code in codes if code is not None)
+
+
 def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Tokenizer:
     """Build the `tokenizers.Tokenizer` that gives the ids of tiktoken with these tokens.
 
     The special tokens are part of the BPE vocabulary as well, otherwise `tokenizers` would number them from the size of
     that vocabulary and collide with extra tokens. No piece of text is ever one of them: `PAT_STR` cuts them in three.
     """
-    table, _ = _byte_alphabet()
-    names = {token: token.decode("latin-1").translate(table) for token in ranks}
+    names = {token: byte_level_name(token) for token in ranks}
     vocab = {name: ranks[token] for token, name in names.items()} | dict(special_tokens)
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -481,19 +491,42 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
     mergeable_ranks: Any  # dict[bytes, int]: token bytes -> id, extra vocabulary included
     special_tokens: dict[str, int]
     errors: str
+    add_prefix_space = False
+
+    def _id_of(self, name: str) -> int | None:
+        """Id of a special token, or of the token with this `byte_level_name`; None if there is none."""
+        raise NotImplementedError
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        """The token with this id, as this class has it; None if there is none."""
+        raise NotImplementedError
 
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
         """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
         raise NotImplementedError
 
-    @staticmethod
-    def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for transformers' constructor: the defaults of this model where nothing is given."""
+    def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for transformers' constructor: the defaults of this model where nothing is given.
+
+        Raises:
+            ValueError: a named token is not in the vocabulary; `add_prefix_space` is true.
+        """
         # Files written by other tokenizers name a backend here, and `AutoTokenizer` reads `use_fast`; neither is ours.
         kwargs = {key: value for key, value in kwargs.items() if key not in ("backend", "use_fast")}
+        if kwargs.pop("add_prefix_space", False):
+            raise ValueError(
+                "`add_prefix_space=True` is not possible: this model was trained on text as it is. Leave the argument "
+                "out, and begin the text with a space where you want one."
+            )
         for key, default in (("eos_token", ENDOFTEXT), ("pad_token", ENDOFTEXT), ("chat_template", CHAT_TEMPLATE)):
             if kwargs.get(key) is None:
                 kwargs[key] = default
+        for key in self.SPECIAL_TOKENS_ATTRIBUTES:
+            if kwargs.get(key) is not None:
+                kwargs[key] = self._named(kwargs[key])
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            if isinstance(kwargs.get(key), (list, tuple)):
+                kwargs[key] = [self._named(token) for token in kwargs[key]]
         return kwargs
 
     @classmethod
@@ -553,25 +586,65 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         ordinary = {i: token for token, i in self.mergeable_ranks.items()}
         return ordinary | {i: token.encode() for token, i in self.special_tokens.items()}
 
-    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
-        """Accept the special tokens that exist (so 0 are added) and refuse all others.
+    def _named(self, token: Any) -> str | AddedToken:
+        """A token as a value of `pad_token` and the like: a special token as it is, else its `byte_level_name`.
+
+        That is what both classes save and read. A token of the vocabulary stays ordinary: no text is cut at it, and
+        decoding leaves none out.
+
+        Args:
+            token: a special token, or a token of the vocabulary by its `byte_level_name`, text or bytes.
 
         Raises:
-            ValueError: a token is not one of `special_tokens`.
+            ValueError: the vocabulary has no such token, or it is of another type.
+        """
+        if not isinstance(token, (str, bytes, AddedToken)):
+            raise ValueError(f"A token is a str, bytes or AddedToken, got {token!r}; assign an id to `..._token_id`")
+        if isinstance(token, bytes):
+            names = [byte_level_name(token)]
+        else:
+            text = repair_surrogates(str(token))
+            names = [text, byte_level_name(text.encode())]
+        name = next((name for name in names if self._id_of(name) is not None), None)
+        if name is None:
+            raise ValueError(
+                f"Token {token if isinstance(token, bytes) else str(token)!r} cannot be added: it is not in the "
+                f"vocabulary. Use a token that is, or one of the {len(EXTRAS)} spare control tokens ({EXTRAS[0]} ... "
+                f"{EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result with "
+                "`extra_vocab_file`."
+            )
+        return token if isinstance(token, AddedToken) and name in self.special_tokens else name
+
+    def _name_of_id(self, index: Any) -> str | AddedToken:
+        """`_named` of the token with this id.
+
+        Raises:
+            ValueError: no token has this id.
+        """
+        token = self._token_of(operator.index(index))
+        if token is None:
+            raise ValueError(f"No token has the id {index}; ids go from 0 to {len(self) - 1}")
+        return self._named(token)
+
+    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
+        """Accept tokens of the vocabulary (so 0 are added) and refuse all others.
+
+        Raises:
+            ValueError: a token is not in the vocabulary.
         """
         for token in new_tokens:
-            if str(token) and str(token) not in self.special_tokens:
-                raise ValueError(
-                    f"Token {str(token)!r} cannot be added. Use one of the {len(EXTRAS)} spare control tokens "
-                    f"({EXTRAS[0]} ... {EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result "
-                    "with `extra_vocab_file`."
-                )
+            if str(token):
+                self._named(token)
         return 0
 
     def __setattr__(self, key: str, value: Any) -> None:
         # Checked before anything changes: a name without an id would be saved, and pad with None.
-        if key in self.SPECIAL_TOKENS_ATTRIBUTES and isinstance(value, (str, AddedToken)):
-            self._add_tokens([value])
+        attribute = key.removesuffix("_ids").removesuffix("_id")
+        to_name = self._named if key == attribute else self._name_of_id
+        if attribute in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
+            key, value = attribute, to_name(value)
+        elif attribute == "extra_special_tokens" and isinstance(value, (list, tuple)):
+            key, value = attribute, [to_name(item) for item in value]
         super().__setattr__(key, value)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -1041,7 +1114,36 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         self._added_tokens_decoder = {i: _special_added_token(token) for token, i in self.special_tokens.items()}
         self._add_tokens(kwargs.pop("added_tokens_decoder", {}).values())
         kwargs.pop("tokenizer_file", None)  # read by the fast class only
-        super().__init__(errors=errors, special_tokens_pattern="none", **self._with_defaults(kwargs))
+        super().__init__(
+            errors=errors,
+            extra_vocab_file=extra_vocab_file,
+            special_tokens_pattern="none",
+            **self._with_defaults(kwargs),
+        )
+
+    def __getattr__(self, key: str) -> Any:
+        """`pad_token_id` and the like: ids of names, which `convert_tokens_to_ids` would take for text."""
+        attribute = key.removesuffix("_ids").removesuffix("_id")
+        if attribute != key and attribute in self.SPECIAL_TOKENS_ATTRIBUTES:
+            token = getattr(self, attribute)
+            return None if token is None else self._id_of(token)
+        if key == "extra_special_tokens_ids":
+            return [self._id_of(token) for token in self.extra_special_tokens]
+        return super().__getattr__(key)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of `all_special_tokens`."""
+        return [self._id_of(token) for token in self.all_special_tokens]  # type: ignore[misc]
+
+    def _id_of(self, name: str) -> int | None:
+        if name in self.special_tokens:
+            return self.special_tokens[name]
+        token = bytes_of_name(name)
+        return None if token is None else self.mergeable_ranks.get(token)
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        return self.decoder.get(index)
 
     @functools.cached_property
     def _whole_piece_bpe(self) -> tiktoken.Encoding:
@@ -1173,12 +1275,13 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 self._tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
             else:
                 self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
-        backend = kwargs.get("tokenizer_object") or self._tokenizer
+        else:
+            self._tokenizer = kwargs["tokenizer_object"]
         self.special_tokens = {
-            token.content: i for i, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
+            token.content: i for i, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if token.special
         }
         self._add_tokens(kwargs.get("added_tokens_decoder", {}).values())
-        super().__init__(errors=errors, **self._with_defaults(kwargs))
+        super().__init__(errors=errors, extra_vocab_file=extra_vocab_file, **self._with_defaults(kwargs))
         # `pad` advises against using it with fast tokenizers; chats and restricted special tokens come as ids.
         self.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
@@ -1194,6 +1297,12 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             QWenTokenizer.register_for_auto_class(cls._auto_class)
         kwargs.pop("backend", None)
         return QWenTokenizer.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+    def _id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        return self._tokenizer.id_to_token(index) if index >= 0 else None
 
     @functools.cached_property
     def mergeable_ranks(self) -> dict[bytes, int]:
