@@ -24,13 +24,23 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import tiktoken
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Encoding,
+    PreTokenizedString,
+    Regex,
+    Token,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
@@ -432,6 +442,14 @@ def _unmask(text: str, mask: str) -> str:
     return text.replace(mask, "").replace(json.dumps(mask)[1:-1], "")
 
 
+def _plain(value: Any) -> Any:
+    """A dataclass or pydantic model as a dictionary, anything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    dump = getattr(value, "model_dump", None)
+    return dump() if callable(dump) and not isinstance(value, (Mapping, type)) else value
+
+
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """Rebuild a template argument out of plain types, with `function` applied to each string, keys included.
 
@@ -445,10 +463,8 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
         return {_map_strings(key, function): _map_strings(item, function) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, function) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _map_strings(getattr(value, field.name), function) for field in fields(value)}
-    if callable(getattr(value, "model_dump", None)):  # pydantic
-        return _map_strings(value.model_dump(), function)
+    if (plain := _plain(value)) is not value:
+        return _map_strings(plain, function)
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
         return [_map_strings(item, function) for item in value]  # generators, sets, deques
     return function(str(value))
@@ -878,6 +894,9 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         `make_context`. That holds also where a template of the caller's removes, splits or joins text; only one that
         takes single characters or names apart and glues control tokens out of them is beyond this protection.
 
+        The result of the fast class knows where its tokens are in the text that `tokenize=False` gives (in which lone
+        surrogates are one character each, and pairs too): `char_to_token`, `encodings` and the like.
+
         Raises:
             ValueError: for combinations of arguments that transformers refuses too.
         """
@@ -901,11 +920,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         if not tokenize:
             texts = [_unmask(text, mask) for text in rendered]
             return texts if batched else texts[0]
-        encoded, flags = self._encode_rendered(rendered, spans, mask, edge)
+        chats = self._cut_rendered(rendered, edge)
+        encoded, flags = self._encode_rendered(chats, spans, mask)
         options = self._chat_options(padding, truncation, max_length, tokenizer_kwargs)
-        out = self._from_ids(
-            [(ids, None) for ids in encoded], batched or bool(return_tensors), return_tensors=None, **options
-        )
+        pieces = [[(_unmask(part, mask), n % 2 == 1) for n, part in enumerate(chat) if part != edge] for chat in chats]
+        out = self._chat_encoding(pieces, encoded, batched or bool(return_tensors), options)
         if return_assistant_tokens_mask:
             self._add_assistant_masks(out, flags, options)
         out.convert_to_tensors(return_tensors)
@@ -954,29 +973,44 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             "pad_to_multiple_of": (tokenizer_kwargs or {}).get("pad_to_multiple_of"),
         }
 
+    def _cut_rendered(self, rendered: list[str], edge: str) -> list[list[str]]:
+        """Cut rendered chats at special tokens and at `edge`: text, mark, text, ..., text."""
+        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
+        return [split(text) for text in rendered]
+
     def _encode_rendered(
-        self, rendered: list[str], spans: list[list[tuple[int, int]]], mask: str, edge: str
+        self, chats: list[list[str]], spans: list[list[tuple[int, int]]], mask: str
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Encode rendered chats.
 
         Args:
-            rendered: the chats, in which `edge` marks where to cut and `mask` breaks special tokens in callers' text.
+            chats: text, mark, text, ..., text of each, in which `mask` breaks special tokens in callers' text.
             spans: character ranges of each that the assistant wrote.
 
         Returns:
             (ids, flags) of each chat: a flag is 1 if the assistant wrote any of the token.
         """
-        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
-        chats = [split(text) for text in rendered]  # text, mark, text, ..., text
         texts = [_unmask(part, mask) for chat in chats for part in chat[::2]]
         encoded = iter(self._encode_texts(texts, frozenset()))
-        marks = {token: [i] for token, i in self.special_tokens.items()} | {edge: []}
-        ids = [[marks[part] if n % 2 else next(encoded) for n, part in enumerate(chat)] for chat in chats]
+        marks = {token: [i] for token, i in self.special_tokens.items()}
+        ids = [[marks.get(part, []) if n % 2 else next(encoded) for n, part in enumerate(chat)] for chat in chats]
         flags = [
             self._flag_parts(chat, chat_ids, sorted(chat_spans), mask) if chat_spans else [0] * sum(map(len, chat_ids))
             for chat, chat_ids, chat_spans in zip(chats, ids, spans, strict=True)
         ]
         return [list(itertools.chain.from_iterable(chat_ids)) for chat_ids in ids], flags
+
+    def _chat_encoding(
+        self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
+    ) -> BatchEncoding:
+        """Truncate, pad and pack chats.
+
+        Args:
+            pieces: (text, whether it is a control token) of each chat; what `tokenize=False` gives, when joined.
+            ids: those of each chat.
+            options: for `_from_ids`.
+        """
+        return self._from_ids([(row, None) for row in ids], batched, return_tensors=None, **options)
 
     def _flag_parts(self, parts: list[str], ids: list[list[int]], spans: list[tuple[int, int]], mask: str) -> list[int]:
         """1 for each token of a chat that overlaps one of `spans`, sorted ranges of characters.
@@ -1074,7 +1108,7 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
         raise ValueError("Cannot apply the chat template to an empty conversation; provide at least one message.")
     # OpenAI-style messages have `content: None` beside tool calls; templates expect the key to be absent.
     return batched, [
-        [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in chat]
+        [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in map(_plain, chat)]
         for chat in conversations
     ]
 
@@ -1349,6 +1383,61 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         with self._backend_lock:
             return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
 
+    def _chat_encoding(
+        self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
+    ) -> BatchEncoding:
+        options = dict(options)
+        with_offsets = options.pop("return_offsets_mapping", False)
+        out = super()._chat_encoding(pieces, ids, batched, options)
+        lengths = [len(row) for row in (out["input_ids"] if batched else [out["input_ids"]])]
+        limit = options["max_length"] if options["truncation_strategy"] != "do_not_truncate" else None
+        cut_side, pad_side = self.truncation_side, options.get("padding_side") or self.padding_side
+        pad_id, pad_token = self.pad_token_id, self.pad_token
+
+        def make(chat: list[tuple[str, bool]], length: int) -> Encoding:
+            encoding = self._locate(chat)
+            if limit is not None and len(encoding) > limit:
+                encoding.truncate(limit, direction=cut_side)
+            encoding.set_sequence_id(0)
+            encoding.pad(length, direction=pad_side, pad_id=pad_id, pad_token=pad_token)
+            return encoding
+
+        encodings = _LazyEncodings(make, list(zip(pieces, lengths, strict=True)))
+        if with_offsets:
+            offsets = [encoding.offsets for encoding in encodings]
+            out["offset_mapping"] = offsets if batched else offsets[0]
+        return BatchEncoding(dict(out), encodings, n_sequences=1)
+
+    def _locate(self, pieces: list[tuple[str, bool]]) -> Encoding:
+        """The `tokenizers.Encoding` of pieces (text, whether it is a control token), with their places in the whole."""
+        pieces = [(repair_surrogates(text), is_control) for text, is_control in pieces if text]
+        whole = "".join(text for text, _ in pieces)
+        ends = itertools.accumulate((len(text) for text, _ in pieces), initial=0)
+        # Control tokens go through the pre-tokenizer as runs of a letter that the text lacks, in NFC too.
+        stand_in = _unused_characters([whole, NFC.normalize_str(whole)], 1)[0]
+        disguised = byte_level_name(stand_in.encode())
+        controls = iter([self.special_tokens[text] for text, is_control in pieces if is_control])
+
+        def cut(_: int, text: Any) -> list[Any]:
+            parts = [text[start:end] for start, end in itertools.pairwise(ends)]
+            for part, piece in zip(parts, pieces, strict=True):
+                if piece[1]:
+                    part.map(lambda character: stand_in)
+            return parts
+
+        def tokens_of(word: str) -> list[Token]:
+            if not word.startswith(disguised):
+                return self._tokenizer.model.tokenize(word)
+            control = next(controls)
+            return [Token(control, self._tokenizer.id_to_token(control), (0, len(word.encode())))]
+
+        prepared = PreTokenizedString(whole)
+        prepared.split(cut)
+        prepared.normalize(self._tokenizer.normalizer.normalize)
+        self._tokenizer.pre_tokenizer.pre_tokenize(prepared)
+        prepared.tokenize(tokens_of)
+        return prepared.to_encoding()
+
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -1359,6 +1448,36 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         """Write `tokenizer.json`, and the files that `QWenTokenizer` reads."""
         names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+
+
+class _LazyEncodings(Sequence[Encoding]):
+    """The encodings of a batch of chats, which are made when they are first looked at, as few callers do.
+
+    Args:
+        make: (pieces of a chat, length of its row) -> encoding.
+        chats: those arguments.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[tuple[str, bool]], int], Encoding],
+        chats: list[tuple[list[tuple[str, bool]], int]],
+    ):
+        self._make = make
+        self._chats = chats
+
+    @functools.cached_property
+    def _made(self) -> list[Encoding]:
+        return [self._make(pieces, length) for pieces, length in self._chats]
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (self._made,)  # copies and pickles need no tokenizer
 
 
 def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
