@@ -42,6 +42,7 @@ from tokenizers import (
     processors,
 )
 from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
@@ -663,14 +664,28 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             key, value = attribute, [to_name(item) for item in value]
         super().__setattr__(key, value)
 
+    def _fits_vocabulary_files(self) -> bool:
+        """Whether the special tokens and the ids before them are those that a class reads out of `qwen.tiktoken`."""
+        first = self.special_tokens.get(ENDOFTEXT, 0)
+        before = {token: rank for token, rank in self.mergeable_ranks.items() if rank < first}
+        expected = {token: i for i, token in enumerate(SPECIAL_TOKENS, start=first)}
+        has_bytes = all(bytes([byte]) in before for byte in range(256))
+        return self.special_tokens == expected and len(before) == first and has_bytes
+
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
 
         Raises:
-            ValueError: `save_directory` is not a directory.
+            ValueError: `save_directory` is not a directory, or the special tokens are not those that these files imply.
         """
         if not os.path.isdir(save_directory):
             raise ValueError(f"Cannot save the vocabulary: {save_directory!r} is not a directory")
+        if not self._fits_vocabulary_files():
+            raise ValueError(
+                f"{VOCAB_FILES_NAMES['vocab_file']} implies that {ENDOFTEXT}, {IMSTART}, {IMEND} and {len(EXTRAS)} "
+                "spare tokens follow the others, and here they don't; use `save_pretrained`, which writes "
+                "tokenizer.json, and the fast class"
+            )
         ranks = sorted(self.mergeable_ranks.items(), key=lambda item: item[1])
         files = {
             VOCAB_FILES_NAMES["vocab_file"]: [item for item in ranks if item[1] < self.eod_id],
@@ -1438,6 +1453,67 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         prepared.tokenize(tokens_of)
         return prepared.to_encoding()
 
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Iterable[str | AddedToken] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Learn a vocabulary from texts, and return a tokenizer of this class with it and the settings of this one.
+
+        The ids of the special tokens follow those of the learnt tokens, as in `qwen.tiktoken`, so that both classes
+        load what the new tokenizer saves, with the same ids. Learnt pairs are joined as tiktoken does. An extra
+        vocabulary is left behind.
+
+        Args:
+            text_iterator: texts, or batches of texts.
+            vocab_size: how many tokens there are to be, special tokens included; the 256 bytes are always there.
+            length: how many items `text_iterator` has, for a progress bar.
+            new_special_tokens, special_tokens_map: only special tokens that exist; the spare ones need neither.
+            **kwargs: other arguments of `tokenizers.trainers.BpeTrainer`.
+
+        Raises:
+            ValueError: for other special tokens, a `pad_token` or the like that was not learnt, and an alphabet.
+        """
+        wanted = [*map(str, new_special_tokens or ()), *(special_tokens_map or {}).values()]
+        if unknown := [token for token in wanted if token not in self.special_tokens]:
+            raise ValueError(
+                f"{unknown[0]!r} cannot be a special token: those of QWen have fixed names. Use one of the "
+                f"{len(EXTRAS)} spare ones ({EXTRAS[0]} ... {EXTRAS[-1]}) in its place."
+            )
+        fixed = (
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+            "initial_alphabet",
+            "limit_alphabet",
+            "special_tokens",
+        )
+        if given := [option for option in fixed if kwargs.get(option) is not None]:
+            raise ValueError(
+                f"`{given[0]}` can't be chosen, as every text must have tokens, made of bytes; leave it out"
+            )
+        learner = Tokenizer(BPE())
+        learner.normalizer, learner.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        kwargs["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = BpeTrainer(vocab_size=max(vocab_size - len(self.special_tokens), 256), **kwargs)
+        learner.train_from_iterator(text_iterator, trainer=trainer, length=length)
+        learnt = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+        ranks = {name.translate(_byte_alphabet()[1]).encode("latin-1"): i for name, i in learnt}
+        special_tokens = {token: i for i, token in enumerate(self.special_tokens, start=len(ranks))}
+        return type(self)(tokenizer_object=build_backend(ranks, special_tokens), **self._settings(special_tokens_map))
+
+    def _settings(self, renamed: Mapping[str, str] | None) -> dict[str, Any]:
+        """Arguments that make a tokenizer with another vocabulary like this one."""
+        left_out = ("added_tokens_decoder", "name_or_path", *self.vocab_files_names)
+        given = {key: value for key, value in self.init_kwargs.items() if key not in left_out}
+        extra = self.extra_special_tokens
+        now = ("errors", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names")
+        named = {key: (renamed or {}).get(token, token) for key, token in self.special_tokens_map.items()}
+        return {**given, **{key: getattr(self, key) for key in now}, "extra_special_tokens": extra, **named}
+
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -1445,9 +1521,11 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        """Write `tokenizer.json`, and the files that `QWenTokenizer` reads."""
+        """Write `tokenizer.json`, and the files that `QWenTokenizer` reads if it has these control tokens."""
         names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+        if self._fits_vocabulary_files():
+            return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+        return names
 
 
 class _LazyEncodings(Sequence[Encoding]):
