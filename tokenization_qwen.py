@@ -24,14 +24,25 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import tiktoken
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Encoding,
+    PreTokenizedString,
+    Regex,
+    Token,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
@@ -274,14 +285,24 @@ def _byte_alphabet() -> tuple[dict[int, int], dict[int, int]]:
     return table, {code: byte for byte, code in table.items()}
 
 
+def byte_level_name(token: bytes) -> str:
+    """The name of a token in the fast class's vocabulary, "Ġhello" for b" hello"."""
+    return token.decode("latin-1").translate(_byte_alphabet()[0])
+
+
+def bytes_of_name(name: str) -> bytes | None:
+    """The bytes of which `byte_level_name` makes this name; None if there are none."""
+    codes = [_byte_alphabet()[1].get(ord(character)) for character in name]
+    return None if None in codes else bytes(code for code in codes if code is not None)
+
+
 def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Tokenizer:
     """Build the `tokenizers.Tokenizer` that gives the ids of tiktoken with these tokens.
 
     The special tokens are part of the BPE vocabulary as well, otherwise `tokenizers` would number them from the size of
     that vocabulary and collide with extra tokens. No piece of text is ever one of them: `PAT_STR` cuts them in three.
     """
-    table, _ = _byte_alphabet()
-    names = {token: token.decode("latin-1").translate(table) for token in ranks}
+    names = {token: byte_level_name(token) for token in ranks}
     vocab = {name: ranks[token] for token, name in names.items()} | dict(special_tokens)
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -422,6 +443,14 @@ def _unmask(text: str, mask: str) -> str:
     return text.replace(mask, "").replace(json.dumps(mask)[1:-1], "")
 
 
+def _plain(value: Any) -> Any:
+    """A dataclass or pydantic model as a dictionary, anything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    dump = getattr(value, "model_dump", None)
+    return dump() if callable(dump) and not isinstance(value, (Mapping, type)) else value
+
+
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """Rebuild a template argument out of plain types, with `function` applied to each string, keys included.
 
@@ -435,10 +464,8 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
         return {_map_strings(key, function): _map_strings(item, function) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, function) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _map_strings(getattr(value, field.name), function) for field in fields(value)}
-    if callable(getattr(value, "model_dump", None)):  # pydantic
-        return _map_strings(value.model_dump(), function)
+    if (plain := _plain(value)) is not value:
+        return _map_strings(plain, function)
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
         return [_map_strings(item, function) for item in value]  # generators, sets, deques
     return function(str(value))
@@ -481,19 +508,42 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
     mergeable_ranks: Any  # dict[bytes, int]: token bytes -> id, extra vocabulary included
     special_tokens: dict[str, int]
     errors: str
+    add_prefix_space = False
+
+    def _id_of(self, name: str) -> int | None:
+        """Id of a special token, or of the token with this `byte_level_name`; None if there is none."""
+        raise NotImplementedError
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        """The token with this id, as this class has it; None if there is none."""
+        raise NotImplementedError
 
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
         """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
         raise NotImplementedError
 
-    @staticmethod
-    def _with_defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for transformers' constructor: the defaults of this model where nothing is given."""
+    def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for transformers' constructor: the defaults of this model where nothing is given.
+
+        Raises:
+            ValueError: a named token is not in the vocabulary; `add_prefix_space` is true.
+        """
         # Files written by other tokenizers name a backend here, and `AutoTokenizer` reads `use_fast`; neither is ours.
         kwargs = {key: value for key, value in kwargs.items() if key not in ("backend", "use_fast")}
+        if kwargs.pop("add_prefix_space", False):
+            raise ValueError(
+                "`add_prefix_space=True` is not possible: this model was trained on text as it is. Leave the argument "
+                "out, and begin the text with a space where you want one."
+            )
         for key, default in (("eos_token", ENDOFTEXT), ("pad_token", ENDOFTEXT), ("chat_template", CHAT_TEMPLATE)):
             if kwargs.get(key) is None:
                 kwargs[key] = default
+        for key in self.SPECIAL_TOKENS_ATTRIBUTES:
+            if kwargs.get(key) is not None:
+                kwargs[key] = self._named(kwargs[key])
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            if isinstance(kwargs.get(key), (list, tuple)):
+                kwargs[key] = [self._named(token) for token in kwargs[key]]
         return kwargs
 
     @classmethod
@@ -553,35 +603,89 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         ordinary = {i: token for token, i in self.mergeable_ranks.items()}
         return ordinary | {i: token.encode() for token, i in self.special_tokens.items()}
 
-    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
-        """Accept the special tokens that exist (so 0 are added) and refuse all others.
+    def _named(self, token: Any) -> str | AddedToken:
+        """A token as a value of `pad_token` and the like: a special token as it is, else its `byte_level_name`.
+
+        That is what both classes save and read. A token of the vocabulary stays ordinary: no text is cut at it, and
+        decoding leaves none out.
+
+        Args:
+            token: a special token, or a token of the vocabulary by its `byte_level_name`, text or bytes.
 
         Raises:
-            ValueError: a token is not one of `special_tokens`.
+            ValueError: the vocabulary has no such token, or it is of another type.
+        """
+        if not isinstance(token, (str, bytes, AddedToken)):
+            raise ValueError(f"A token is a str, bytes or AddedToken, got {token!r}; assign an id to `..._token_id`")
+        if isinstance(token, bytes):
+            names = [byte_level_name(token)]
+        else:
+            text = repair_surrogates(str(token))
+            names = [text, byte_level_name(text.encode())]
+        name = next((name for name in names if self._id_of(name) is not None), None)
+        if name is None:
+            raise ValueError(
+                f"Token {token if isinstance(token, bytes) else str(token)!r} cannot be added: it is not in the "
+                f"vocabulary. Use a token that is, or one of the {len(EXTRAS)} spare control tokens ({EXTRAS[0]} ... "
+                f"{EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result with "
+                "`extra_vocab_file`."
+            )
+        return token if isinstance(token, AddedToken) and name in self.special_tokens else name
+
+    def _name_of_id(self, index: Any) -> str | AddedToken:
+        """`_named` of the token with this id.
+
+        Raises:
+            ValueError: no token has this id.
+        """
+        token = self._token_of(operator.index(index))
+        if token is None:
+            raise ValueError(f"No token has the id {index}; ids go from 0 to {len(self) - 1}")
+        return self._named(token)
+
+    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
+        """Accept tokens of the vocabulary (so 0 are added) and refuse all others.
+
+        Raises:
+            ValueError: a token is not in the vocabulary.
         """
         for token in new_tokens:
-            if str(token) and str(token) not in self.special_tokens:
-                raise ValueError(
-                    f"Token {str(token)!r} cannot be added. Use one of the {len(EXTRAS)} spare control tokens "
-                    f"({EXTRAS[0]} ... {EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result "
-                    "with `extra_vocab_file`."
-                )
+            if str(token):
+                self._named(token)
         return 0
 
     def __setattr__(self, key: str, value: Any) -> None:
         # Checked before anything changes: a name without an id would be saved, and pad with None.
-        if key in self.SPECIAL_TOKENS_ATTRIBUTES and isinstance(value, (str, AddedToken)):
-            self._add_tokens([value])
+        attribute = key.removesuffix("_ids").removesuffix("_id")
+        to_name = self._named if key == attribute else self._name_of_id
+        if attribute in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
+            key, value = attribute, to_name(value)
+        elif attribute == "extra_special_tokens" and isinstance(value, (list, tuple)):
+            key, value = attribute, [to_name(item) for item in value]
         super().__setattr__(key, value)
+
+    def _fits_vocabulary_files(self) -> bool:
+        """Whether the special tokens and the ids before them are those that a class reads out of `qwen.tiktoken`."""
+        first = self.special_tokens.get(ENDOFTEXT, 0)
+        before = {token: rank for token, rank in self.mergeable_ranks.items() if rank < first}
+        expected = {token: i for i, token in enumerate(SPECIAL_TOKENS, start=first)}
+        has_bytes = all(bytes([byte]) in before for byte in range(256))
+        return self.special_tokens == expected and len(before) == first and has_bytes
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
 
         Raises:
-            ValueError: `save_directory` is not a directory.
+            ValueError: `save_directory` is not a directory, or the special tokens are not those that these files imply.
         """
         if not os.path.isdir(save_directory):
             raise ValueError(f"Cannot save the vocabulary: {save_directory!r} is not a directory")
+        if not self._fits_vocabulary_files():
+            raise ValueError(
+                f"{VOCAB_FILES_NAMES['vocab_file']} implies that {ENDOFTEXT}, {IMSTART}, {IMEND} and {len(EXTRAS)} "
+                "spare tokens follow the others, and here they don't; use `save_pretrained`, which writes "
+                "tokenizer.json, and the fast class"
+            )
         ranks = sorted(self.mergeable_ranks.items(), key=lambda item: item[1])
         files = {
             VOCAB_FILES_NAMES["vocab_file"]: [item for item in ranks if item[1] < self.eod_id],
@@ -805,6 +909,9 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         `make_context`. That holds also where a template of the caller's removes, splits or joins text; only one that
         takes single characters or names apart and glues control tokens out of them is beyond this protection.
 
+        The result of the fast class knows where its tokens are in the text that `tokenize=False` gives (in which lone
+        surrogates are one character each, and pairs too): `char_to_token`, `encodings` and the like.
+
         Raises:
             ValueError: for combinations of arguments that transformers refuses too.
         """
@@ -828,11 +935,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         if not tokenize:
             texts = [_unmask(text, mask) for text in rendered]
             return texts if batched else texts[0]
-        encoded, flags = self._encode_rendered(rendered, spans, mask, edge)
+        chats = self._cut_rendered(rendered, edge)
+        encoded, flags = self._encode_rendered(chats, spans, mask)
         options = self._chat_options(padding, truncation, max_length, tokenizer_kwargs)
-        out = self._from_ids(
-            [(ids, None) for ids in encoded], batched or bool(return_tensors), return_tensors=None, **options
-        )
+        pieces = [[(_unmask(part, mask), n % 2 == 1) for n, part in enumerate(chat) if part != edge] for chat in chats]
+        out = self._chat_encoding(pieces, encoded, batched or bool(return_tensors), options)
         if return_assistant_tokens_mask:
             self._add_assistant_masks(out, flags, options)
         out.convert_to_tensors(return_tensors)
@@ -881,29 +988,44 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             "pad_to_multiple_of": (tokenizer_kwargs or {}).get("pad_to_multiple_of"),
         }
 
+    def _cut_rendered(self, rendered: list[str], edge: str) -> list[list[str]]:
+        """Cut rendered chats at special tokens and at `edge`: text, mark, text, ..., text."""
+        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
+        return [split(text) for text in rendered]
+
     def _encode_rendered(
-        self, rendered: list[str], spans: list[list[tuple[int, int]]], mask: str, edge: str
+        self, chats: list[list[str]], spans: list[list[tuple[int, int]]], mask: str
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Encode rendered chats.
 
         Args:
-            rendered: the chats, in which `edge` marks where to cut and `mask` breaks special tokens in callers' text.
+            chats: text, mark, text, ..., text of each, in which `mask` breaks special tokens in callers' text.
             spans: character ranges of each that the assistant wrote.
 
         Returns:
             (ids, flags) of each chat: a flag is 1 if the assistant wrote any of the token.
         """
-        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
-        chats = [split(text) for text in rendered]  # text, mark, text, ..., text
         texts = [_unmask(part, mask) for chat in chats for part in chat[::2]]
         encoded = iter(self._encode_texts(texts, frozenset()))
-        marks = {token: [i] for token, i in self.special_tokens.items()} | {edge: []}
-        ids = [[marks[part] if n % 2 else next(encoded) for n, part in enumerate(chat)] for chat in chats]
+        marks = {token: [i] for token, i in self.special_tokens.items()}
+        ids = [[marks.get(part, []) if n % 2 else next(encoded) for n, part in enumerate(chat)] for chat in chats]
         flags = [
             self._flag_parts(chat, chat_ids, sorted(chat_spans), mask) if chat_spans else [0] * sum(map(len, chat_ids))
             for chat, chat_ids, chat_spans in zip(chats, ids, spans, strict=True)
         ]
         return [list(itertools.chain.from_iterable(chat_ids)) for chat_ids in ids], flags
+
+    def _chat_encoding(
+        self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
+    ) -> BatchEncoding:
+        """Truncate, pad and pack chats.
+
+        Args:
+            pieces: (text, whether it is a control token) of each chat; what `tokenize=False` gives, when joined.
+            ids: those of each chat.
+            options: for `_from_ids`.
+        """
+        return self._from_ids([(row, None) for row in ids], batched, return_tensors=None, **options)
 
     def _flag_parts(self, parts: list[str], ids: list[list[int]], spans: list[tuple[int, int]], mask: str) -> list[int]:
         """1 for each token of a chat that overlaps one of `spans`, sorted ranges of characters.
@@ -1001,7 +1123,7 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
         raise ValueError("Cannot apply the chat template to an empty conversation; provide at least one message.")
     # OpenAI-style messages have `content: None` beside tool calls; templates expect the key to be absent.
     return batched, [
-        [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in chat]
+        [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in map(_plain, chat)]
         for chat in conversations
     ]
 
@@ -1041,7 +1163,36 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         self._added_tokens_decoder = {i: _special_added_token(token) for token, i in self.special_tokens.items()}
         self._add_tokens(kwargs.pop("added_tokens_decoder", {}).values())
         kwargs.pop("tokenizer_file", None)  # read by the fast class only
-        super().__init__(errors=errors, special_tokens_pattern="none", **self._with_defaults(kwargs))
+        super().__init__(
+            errors=errors,
+            extra_vocab_file=extra_vocab_file,
+            special_tokens_pattern="none",
+            **self._with_defaults(kwargs),
+        )
+
+    def __getattr__(self, key: str) -> Any:
+        """`pad_token_id` and the like: ids of names, which `convert_tokens_to_ids` would take for text."""
+        attribute = key.removesuffix("_ids").removesuffix("_id")
+        if attribute != key and attribute in self.SPECIAL_TOKENS_ATTRIBUTES:
+            token = getattr(self, attribute)
+            return None if token is None else self._id_of(token)
+        if key == "extra_special_tokens_ids":
+            return [self._id_of(token) for token in self.extra_special_tokens]
+        return super().__getattr__(key)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of `all_special_tokens`."""
+        return [self._id_of(token) for token in self.all_special_tokens]  # type: ignore[misc]
+
+    def _id_of(self, name: str) -> int | None:
+        if name in self.special_tokens:
+            return self.special_tokens[name]
+        token = bytes_of_name(name)
+        return None if token is None else self.mergeable_ranks.get(token)
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        return self.decoder.get(index)
 
     @functools.cached_property
     def _whole_piece_bpe(self) -> tiktoken.Encoding:
@@ -1173,12 +1324,13 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 self._tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
             else:
                 self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
-        backend = kwargs.get("tokenizer_object") or self._tokenizer
+        else:
+            self._tokenizer = kwargs["tokenizer_object"]
         self.special_tokens = {
-            token.content: i for i, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
+            token.content: i for i, token in sorted(self._tokenizer.get_added_tokens_decoder().items()) if token.special
         }
         self._add_tokens(kwargs.get("added_tokens_decoder", {}).values())
-        super().__init__(errors=errors, **self._with_defaults(kwargs))
+        super().__init__(errors=errors, extra_vocab_file=extra_vocab_file, **self._with_defaults(kwargs))
         # `pad` advises against using it with fast tokenizers; chats and restricted special tokens come as ids.
         self.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
@@ -1194,6 +1346,12 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             QWenTokenizer.register_for_auto_class(cls._auto_class)
         kwargs.pop("backend", None)
         return QWenTokenizer.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+    def _id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def _token_of(self, index: int) -> str | bytes | None:
+        return self._tokenizer.id_to_token(index) if index >= 0 else None
 
     @functools.cached_property
     def mergeable_ranks(self) -> dict[bytes, int]:
@@ -1240,6 +1398,122 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         with self._backend_lock:
             return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
 
+    def _chat_encoding(
+        self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
+    ) -> BatchEncoding:
+        options = dict(options)
+        with_offsets = options.pop("return_offsets_mapping", False)
+        out = super()._chat_encoding(pieces, ids, batched, options)
+        lengths = [len(row) for row in (out["input_ids"] if batched else [out["input_ids"]])]
+        limit = options["max_length"] if options["truncation_strategy"] != "do_not_truncate" else None
+        cut_side, pad_side = self.truncation_side, options.get("padding_side") or self.padding_side
+        pad_id, pad_token = self.pad_token_id, self.pad_token
+
+        def make(chat: list[tuple[str, bool]], length: int) -> Encoding:
+            encoding = self._locate(chat)
+            if limit is not None and len(encoding) > limit:
+                encoding.truncate(limit, direction=cut_side)
+            encoding.set_sequence_id(0)
+            encoding.pad(length, direction=pad_side, pad_id=pad_id, pad_token=pad_token)
+            return encoding
+
+        encodings = _LazyEncodings(make, list(zip(pieces, lengths, strict=True)))
+        if with_offsets:
+            offsets = [encoding.offsets for encoding in encodings]
+            out["offset_mapping"] = offsets if batched else offsets[0]
+        return BatchEncoding(dict(out), encodings, n_sequences=1)
+
+    def _locate(self, pieces: list[tuple[str, bool]]) -> Encoding:
+        """The `tokenizers.Encoding` of pieces (text, whether it is a control token), with their places in the whole."""
+        pieces = [(repair_surrogates(text), is_control) for text, is_control in pieces if text]
+        whole = "".join(text for text, _ in pieces)
+        ends = itertools.accumulate((len(text) for text, _ in pieces), initial=0)
+        # Control tokens go through the pre-tokenizer as runs of a letter that the text lacks, in NFC too.
+        stand_in = _unused_characters([whole, NFC.normalize_str(whole)], 1)[0]
+        disguised = byte_level_name(stand_in.encode())
+        controls = iter([self.special_tokens[text] for text, is_control in pieces if is_control])
+
+        def cut(_: int, text: Any) -> list[Any]:
+            parts = [text[start:end] for start, end in itertools.pairwise(ends)]
+            for part, piece in zip(parts, pieces, strict=True):
+                if piece[1]:
+                    part.map(lambda character: stand_in)
+            return parts
+
+        def tokens_of(word: str) -> list[Token]:
+            if not word.startswith(disguised):
+                return self._tokenizer.model.tokenize(word)
+            control = next(controls)
+            return [Token(control, self._tokenizer.id_to_token(control), (0, len(word.encode())))]
+
+        prepared = PreTokenizedString(whole)
+        prepared.split(cut)
+        prepared.normalize(self._tokenizer.normalizer.normalize)
+        self._tokenizer.pre_tokenizer.pre_tokenize(prepared)
+        prepared.tokenize(tokens_of)
+        return prepared.to_encoding()
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Iterable[str | AddedToken] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Learn a vocabulary from texts, and return a tokenizer of this class with it and the settings of this one.
+
+        The ids of the special tokens follow those of the learnt tokens, as in `qwen.tiktoken`, so that both classes
+        load what the new tokenizer saves, with the same ids. Learnt pairs are joined as tiktoken does. An extra
+        vocabulary is left behind.
+
+        Args:
+            text_iterator: texts, or batches of texts.
+            vocab_size: how many tokens there are to be, special tokens included; the 256 bytes are always there.
+            length: how many items `text_iterator` has, for a progress bar.
+            new_special_tokens, special_tokens_map: only special tokens that exist; the spare ones need neither.
+            **kwargs: other arguments of `tokenizers.trainers.BpeTrainer`.
+
+        Raises:
+            ValueError: for other special tokens, a `pad_token` or the like that was not learnt, and an alphabet.
+        """
+        wanted = [*map(str, new_special_tokens or ()), *(special_tokens_map or {}).values()]
+        if unknown := [token for token in wanted if token not in self.special_tokens]:
+            raise ValueError(
+                f"{unknown[0]!r} cannot be a special token: those of QWen have fixed names. Use one of the "
+                f"{len(EXTRAS)} spare ones ({EXTRAS[0]} ... {EXTRAS[-1]}) in its place."
+            )
+        fixed = (
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+            "initial_alphabet",
+            "limit_alphabet",
+            "special_tokens",
+        )
+        if given := [option for option in fixed if kwargs.get(option) is not None]:
+            raise ValueError(
+                f"`{given[0]}` can't be chosen, as every text must have tokens, made of bytes; leave it out"
+            )
+        learner = Tokenizer(BPE())
+        learner.normalizer, learner.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        kwargs["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = BpeTrainer(vocab_size=max(vocab_size - len(self.special_tokens), 256), **kwargs)
+        learner.train_from_iterator(text_iterator, trainer=trainer, length=length)
+        learnt = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+        ranks = {name.translate(_byte_alphabet()[1]).encode("latin-1"): i for name, i in learnt}
+        special_tokens = {token: i for i, token in enumerate(self.special_tokens, start=len(ranks))}
+        return type(self)(tokenizer_object=build_backend(ranks, special_tokens), **self._settings(special_tokens_map))
+
+    def _settings(self, renamed: Mapping[str, str] | None) -> dict[str, Any]:
+        """Arguments that make a tokenizer with another vocabulary like this one."""
+        left_out = ("added_tokens_decoder", "name_or_path", *self.vocab_files_names)
+        given = {key: value for key, value in self.init_kwargs.items() if key not in left_out}
+        extra = self.extra_special_tokens
+        now = ("errors", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names")
+        named = {key: (renamed or {}).get(token, token) for key, token in self.special_tokens_map.items()}
+        return {**given, **{key: getattr(self, key) for key in now}, "extra_special_tokens": extra, **named}
+
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -1247,9 +1521,41 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        """Write `tokenizer.json`, and the files that `QWenTokenizer` reads."""
+        """Write `tokenizer.json`, and the files that `QWenTokenizer` reads if it has these control tokens."""
         names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+        if self._fits_vocabulary_files():
+            return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
+        return names
+
+
+class _LazyEncodings(Sequence[Encoding]):
+    """The encodings of a batch of chats, which are made when they are first looked at, as few callers do.
+
+    Args:
+        make: (pieces of a chat, length of its row) -> encoding.
+        chats: those arguments.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[tuple[str, bool]], int], Encoding],
+        chats: list[tuple[list[tuple[str, bool]], int]],
+    ):
+        self._make = make
+        self._chats = chats
+
+    @functools.cached_property
+    def _made(self) -> list[Encoding]:
+        return [self._make(pieces, length) for pieces, length in self._chats]
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (self._made,)  # copies and pickles need no tokenizer
 
 
 def _map_texts(value: Any, function: Callable[[str], str]) -> Any:

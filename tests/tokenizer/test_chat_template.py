@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -326,8 +327,125 @@ def test_batches_with_padding_and_truncation(fresh):
     assert dict(out) == {"input_ids": ids[0] + [fresh.pad_token_id] * (64 - len(ids[0]))}
     fresh.truncation_side = "left"
     assert render(fresh, [long, short], truncation=True, max_length=5) == [ids[1][-5:], ids[0][-5:]]
-    with pytest.raises(ValueError, match="return_offsets_mapping"):
-        fresh.apply_chat_template(short, tokenizer_kwargs={"return_offsets_mapping": True})
+
+
+# --- where the tokens of a chat are in its text
+
+
+@pytest.fixture
+def small_fast(small_vocabulary):
+    return QWenTokenizerFast(small_vocabulary)
+
+
+LOCATED = [
+    SYSTEM,
+    user(INJECTION + "\u0338e\u0301 hello"),
+    assistant("  hello\n\U0002f803"),
+    user("\U00020000 \ud800 <"),
+]
+
+
+def test_places_of_tokens(small_fast):
+    """Over the text that `tokenize=False` gives, though only the template's control tokens are such."""
+    out = small_fast.apply_chat_template(LOCATED)
+    text = small_fast.apply_chat_template(LOCATED, tokenize=False)
+    encoding = out.encodings[0]
+    assert out.is_fast and encoding.ids == out["input_ids"]
+    assert encoding.tokens == small_fast.convert_ids_to_tokens(out["input_ids"])
+    assert encoding.offsets[0] == (0, len("<|im_start|>"))
+    assert encoding.offsets[-1] == (len(text) - len("<|im_end|>"), len(text))
+    for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if i in small_fast.special_tokens.values():
+            assert text[start:end] == small_fast.decode([i])
+        elif text[start : end + 1].isascii():  # "e" and an accent are one character in NFC
+            assert text[start:end].encode() == small_fast._token_bytes[i]
+    injected = text.index(INJECTION)
+    assert small_fast.decode([out["input_ids"][out.char_to_token(injected)]]) == "<"
+    assert out.char_to_token(text.index("hello", injected)) == out["input_ids"].index(259)
+    words = encoding.word_ids
+    assert words == sorted(words) and len(set(words)) > 40  # counted over the whole chat, not within its pieces
+
+
+def test_places_are_those_of_the_text_where_there_is_no_injection(small_fast):
+    chat = [SYSTEM, user("hello world, e\u0301\n"), assistant("  a")]
+    text = small_fast.apply_chat_template(chat, tokenize=False)
+    whole = small_fast(text, return_offsets_mapping=True)
+    out = small_fast.apply_chat_template(chat, chat_template=PLAIN_TEMPLATE)
+    assert small_fast.apply_chat_template(chat, chat_template=PLAIN_TEMPLATE, tokenize=False) == text
+    assert out["input_ids"] == whole["input_ids"]
+    assert out.encodings[0].offsets == whole["offset_mapping"]
+    assert out.word_ids() == whole.word_ids() and out.sequence_ids() == whole.sequence_ids()
+
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\n' }}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_places_in_padded_and_cut_batches(small_fast, side):
+    small_fast.padding_side = small_fast.truncation_side = side
+    chats = [[SYSTEM, user("a")], LOCATED]
+    options = {"padding": True, "truncation": True, "max_length": 60}
+    out = small_fast.apply_chat_template(chats, tokenizer_kwargs={"return_offsets_mapping": True}, **options)
+    small_fast.padding_side = small_fast.truncation_side = "right"  # later settings don't count
+    assert [encoding.ids for encoding in out.encodings] == out["input_ids"]
+    assert [encoding.attention_mask for encoding in out.encodings] == out["attention_mask"]
+    assert [encoding.offsets for encoding in out.encodings] == out["offset_mapping"]
+    text = small_fast.apply_chat_template(chats[0], tokenize=False)
+    last = out.char_to_token(0, len(text) - 1)
+    assert out["input_ids"][0][last] == small_fast.im_end_id
+    assert last == (59 if side == "left" else len(small_fast(text)["input_ids"]) - 1)
+    tensors = small_fast.apply_chat_template(chats, return_tensors="pt", **options)
+    assert tensors.encodings[1].ids == tensors.input_ids[1].tolist()
+
+
+def test_places_are_looked_for_once_and_on_demand(small_fast, monkeypatch):
+    looked = []
+    locate = small_fast._locate
+    monkeypatch.setattr(small_fast, "_locate", lambda pieces: looked.append(1) or locate(pieces))
+    out = small_fast.apply_chat_template([LOCATED, LOCATED])
+    assert looked == []
+    copied = pickle.loads(pickle.dumps(out))
+    assert copied.encodings[1].offsets == out.encodings[1].offsets and len(looked) == 2
+
+
+def test_places_beside_every_letter(small_fast):
+    """U+2F803 is U+20122 in NFC, which would be the first rare letter that the text lacks."""
+    chat = [SYSTEM, user("".join(map(chr, range(0x20000, 0x20122))) + "\n\U0002f803")]
+    out = small_fast.apply_chat_template(chat)
+    assert out.encodings[0].ids == out["input_ids"]
+
+
+def test_places_need_the_fast_class(small_vocabulary):
+    tokenizer = QWenTokenizer(small_vocabulary)
+    with pytest.raises(ValueError, match="needs QWenTokenizerFast"):
+        tokenizer.apply_chat_template([SYSTEM], tokenizer_kwargs={"return_offsets_mapping": True})
+
+
+def test_places_in_an_empty_chat(small_fast):
+    out = small_fast.apply_chat_template([user("a")], chat_template="{{ '' }}")
+    assert out["input_ids"] == out.encodings[0].ids == []
+
+
+def test_message_objects_without_a_value_for_a_key(small):
+    """As for mappings, templates find the key absent."""
+
+    @dataclass
+    class Message:
+        role: str
+        content: str | None = None
+
+    class Model:
+        def model_dump(self):
+            return {"role": "user", "content": None}
+
+    template = "{% for m in messages %}{{ m.content is defined }}{% endfor %}"
+    text = small.apply_chat_template(
+        [Message("user"), Model(), Message("user", "a")], chat_template=template, tokenize=False
+    )
+    assert text == "FalseFalseTrue"
 
 
 def test_continue_final_message(small):

@@ -211,3 +211,23 @@ def test_added_tokens_of_another_vocabulary_are_refused(tmp_path, small_vocabula
             cls.from_pretrained(tmp_path)
         messages = f"{caught.value} {caught.value.__context__}"
         assert "Token '<new>' cannot be added" in messages
+
+
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_the_extra_vocabulary_is_among_the_arguments(tmp_path, small_vocabulary, write_vocabulary, cls):
+    assert cls(small_vocabulary).init_kwargs["extra_vocab_file"] is None
+    extra = write_vocabulary(tmp_path / "words.tiktoken", [b"aaa"], start=480)
+    tokenizer = cls(small_vocabulary, extra_vocab_file=str(extra))
+    assert tokenizer.init_kwargs["extra_vocab_file"] == str(extra)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "vocab" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    extra.unlink()
+    assert cls.from_pretrained(tmp_path / "saved").encode("aaa") == [480]
+
+
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_no_space_is_put_before_text(small_vocabulary, cls):
+    assert cls(small_vocabulary, add_prefix_space=False).add_prefix_space is False
+    assert cls(small_vocabulary).add_prefix_space is False
+    with pytest.raises(ValueError, match="`add_prefix_space=True` is not possible.* begin the text with a space"):
+        cls(small_vocabulary, add_prefix_space=True)
