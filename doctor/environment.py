@@ -20,7 +20,7 @@ from .findings import Check, Outcome, State
 PACKAGE = "qwen1"
 TESTED = {
     "python": ("3.10", "3.13"),
-    "torch": ("2.6", "2.13"),
+    "torch": ("2.7", "2.13"),
     "transformers": tuple(release.removesuffix(".0") for release in (TESTED_RELEASES[0], TESTED_RELEASES[-1])),
 }
 """Oldest and newest release that is known to run; a newest one without its last number stands for its series."""

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several at a time
@@ -13,6 +14,11 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizer  # noqa: E402
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +34,11 @@ def pytest_collection_modifyitems(items):
 def repository() -> Path:
     """The top level, which is what is pushed to the Hub."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

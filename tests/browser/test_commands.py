@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from typer.testing import CliRunner
 
@@ -79,14 +78,13 @@ def test_the_file_makes_its_own_package(repository, monkeypatch):
         qwen1.app._make_package()
 
 
-def test_the_space_has_what_the_package_needs(repository):
+def test_the_space_has_what_the_package_needs(repository, pyproject):
     space = repository / "docs" / "space"
     matter = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert matter["sdk"] == "gradio" and (repository / matter["app_file"]).is_file()
     assert f"gradio=={matter['sdk_version']}" in (repository / "constraints.txt").read_text().splitlines()
-    needed = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
     lines = (space / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("#")] == needed
+    assert [line for line in lines if not line.startswith("#")] == pyproject["project"]["dependencies"]
 
 
 def test_what_the_guide_uploads_runs_by_itself(repository, tmp_path):

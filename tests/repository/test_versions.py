@@ -1,0 +1,193 @@
+"""The versions that pyproject.toml allows, those that constraints pin, and what `.ci/run` makes of them."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = re.findall(r":: Python :: (3\.\d+)\"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONSTRAINTS = {"constraints.txt": PYTHONS, "constraints-oldest.txt": PYTHONS[:2]}
+"""file -> the Pythons that it is for."""
+
+PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
+README_COMMAND = re.compile(r"^python3 -m venv \.venv && .*\.venv/bin/pytest(?: .*)?$", re.MULTILINE)
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def lines_of(file: str) -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def pins(file: str, python: str) -> dict[str, list[str]]:
+    """The versions that a file pins on a Python, which should be one of each."""
+    found: dict[str, list[str]] = {}
+    for name, version, marker in (PIN.fullmatch(line).groups() for line in lines_of(file)):
+        if marker is None or Marker(marker).evaluate({"python_version": python}):
+            found.setdefault(normal(name), []).append(version)
+    return found
+
+
+@pytest.fixture
+def requirements(pyproject):
+    """What the package needs with an extra, and with those that the extra names in turn."""
+    project = pyproject["project"]
+
+    def collect(extra: str) -> list[Requirement]:
+        needed = []
+        for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"][extra]]):
+            if requirement.name == project["name"]:
+                needed += [inner for other in sorted(requirement.extras) for inner in collect(other)]
+            else:
+                needed.append(requirement)
+        return needed
+
+    return collect
+
+
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_are_exact_public_versions(file):
+    """A local suffix such as +cpu, a URL or a range would not resolve, or not to the tested version, elsewhere."""
+    assert [line for line in lines_of(file) if not PIN.fullmatch(line)] == []
+
+
+@pytest.mark.parametrize("file, python", [(file, python) for file in CONSTRAINTS for python in CONSTRAINTS[file]])
+def test_constraints_pin_a_name_once_on_each_python(file, python):
+    assert {name: versions for name, versions in pins(file, python).items() if len(versions) != 1} == {}
+
+
+@pytest.mark.parametrize("file, extra", [("constraints.txt", "dev"), ("constraints-oldest.txt", "test")])
+def test_constraints_pin_what_is_allowed(requirements, file, extra):
+    for python in CONSTRAINTS[file]:
+        pinned = pins(file, python)
+        for requirement in requirements(extra):
+            (version,) = pinned[normal(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement} on Python {python}, pinned to {version}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds(requirements):
+    """A bound that CI doesn't install is a guess."""
+    pinned = pins("constraints-oldest.txt", PYTHONS[0])
+    for requirement in requirements("test"):
+        bound = re.fullmatch(r">=([0-9.]+)", str(requirement.specifier))[1]
+        (version,) = pinned[normal(requirement.name)]
+        assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", version), f"{requirement}, but {version} is installed"
+
+
+def test_the_pythons_begin_where_the_package_does(pyproject):
+    assert f">={PYTHONS[0]}" == pyproject["project"]["requires-python"]
+    assert PYTHONS == sorted(PYTHONS, key=lambda version: int(version.partition(".")[2]))
+
+
+def test_the_readme_has_one_command_for_ci():
+    (command,) = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "-c constraints.txt" in command
+
+
+def test_ci_names_folders_of_tests():
+    folders = set(re.findall(r"\btests/\w+", (ROOT / ".ci" / "run").read_text(encoding="utf-8")))
+    assert folders >= {f"tests/{name}" for name in ("cache", "chat", "config", "conversion", "model", "tokenizer")}
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+STUB = """#!/usr/bin/env bash
+# Stands for every program of an environment: each says what it was asked.
+here=$(cd "$(dirname "$0")" && pwd)
+environment=$(basename "$(dirname "$here")")
+case "$(basename "$0") $*" in
+"python3 -m venv "* | "python3.10 -m venv "*)
+    mkdir -p "$3/bin"
+    for name in pip pytest pre-commit python uv; do cp "$0" "$3/bin/$name"; done ;;
+"pip index versions transformers" | "python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
+"python -c "*) echo "versions of $environment" ;;
+"pytest "*)
+    echo "$environment: pytest $*" >>"$LOG"
+    [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && exit
+    echo "=== 1 failed in $environment ===" && exit 1 ;;
+"uv pip compile "*) echo transformers==5.0.0 ;;
+"pre-commit "*) [[ " $FAIL " != *" linters "* ]] ;;
+esac
+"""
+
+
+@pytest.fixture
+def ci(tmp_path):
+    """Run `.ci/run` in a repository where stubs stand for Python: (newest transformers, what fails) -> done."""
+    repository, programs = tmp_path / "repository", tmp_path / "programs"
+    (repository / ".ci").mkdir(parents=True)
+    programs.mkdir()
+    for name in (".ci/run", "README.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
+        (repository / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("python3", "python3.10", "chromium"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "TMPDIR": str(tmp_path),
+        **{f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    commit = "git init -q && git add -A && git commit -q -m all"
+    subprocess.run(["bash", "-c", commit], cwd=repository, env=environment, check=True)
+
+    def run(newest: str, fail: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", str(repository / ".ci" / "run")],
+            env={**environment, "NEWEST": newest, "FAIL": fail},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture
+def pin():
+    (version,) = pins("constraints.txt", PYTHONS[-1])["transformers"]
+    return version
+
+
+def test_ci_ends_with_the_summary_of_all_tests(ci, pin):
+    done = ci(pin)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "=== 5 passed in .venv ==="
+    assert f"CI: the newest transformers is the pin, {pin}: not run twice" in done.stdout.splitlines()
+    assert "CI: all tests on versions of .venv: 5 passed in .venv" in done.stdout.splitlines()
+
+
+def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, tmp_path):
+    ci(pin)
+    all_tests, core = (tmp_path / "log").read_text().splitlines()
+    (command,) = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert all_tests == f".venv: pytest {command.partition('.venv/bin/pytest ')[2]}"
+    assert core.startswith("oldest: pytest ") and "tests/conversion" in core and "tests/model" in core
+
+
+@pytest.mark.parametrize("part, name", [(".venv", "tests"), ("oldest", "oldest"), ("linters", "linters")])
+def test_ci_fails_where_a_part_does(ci, pin, part, name):
+    done = ci(pin, fail=part)
+    assert done.returncode == 1
+    assert f"CI: failed: {name}" in done.stdout.splitlines()
+    assert "in .venv" in done.stdout.splitlines()[-1]
+
+
+def test_ci_tells_of_a_newer_release_that_holds(ci):
+    done = ci("99.1.0")
+    assert done.returncode == 0
+    assert "CI: the newest transformers, 99.1.0, held: 5 passed in newest" in done.stdout.splitlines()
+
+
+def test_ci_does_not_fail_where_a_newer_release_does_not_hold(ci):
+    done = ci("99.1.0", fail="newest")
+    assert done.returncode == 0
+    line = "CI: the newest transformers, 99.1.0, DID NOT HOLD (which fails nothing here): 1 failed in newest"
+    assert line in done.stdout.splitlines()
