@@ -1110,6 +1110,18 @@ def _pair_examples(text: Any, text_pair: Any, is_split_into_words: bool) -> list
     return [tuple(item) if pair else (item, None) for item, pair in zip(text, is_pair, strict=True)]
 
 
+class _SortedBytes(bytes):
+    """Bytes that come before any str: transformers sorts the vocabulary for its stop strings (5.24)."""
+
+    __slots__ = ()
+
+    def __lt__(self, other: Any) -> bool:
+        return True if isinstance(other, str) else super().__lt__(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return False if isinstance(other, str) else super().__gt__(other)
+
+
 def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
     """(whether it is a batch, list of conversations), without the keys whose value is None.
 
@@ -1256,8 +1268,8 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         return self._encode_to_ids(text, text_pair, **kwargs)
 
     def get_vocab(self) -> dict[Any, int]:
-        """Token -> id: bytes for ordinary tokens, str for special ones."""
-        return self.mergeable_ranks | self.special_tokens
+        """Token -> id: bytes for ordinary tokens, str for special ones; sorted, these come last."""
+        return {_SortedBytes(token): i for token, i in self.mergeable_ranks.items()} | self.special_tokens
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Id of a token (bytes, or str), or the ids of a list of tokens; None for what is no token.

@@ -50,7 +50,8 @@ def read_names(tree):
 def overridden_names(path):
     """Private attributes of our classes that a class of somebody else's has too."""
     module = importlib.import_module(f"qwen1.{path.stem}")
-    for _, cls in inspect.getmembers(module, lambda value: inspect.isclass(value) and value.__module__ == module.__name__):
+    classes = inspect.getmembers(module, inspect.isclass)
+    for cls in (cls for _, cls in classes if cls.__module__ == module.__name__):
         strangers = [base for base in cls.__mro__[1:] if not base.__module__.startswith("qwen1")]
         yield from (name for name in vars(cls) if is_private(name) and any(name in vars(base) for base in strangers))
 

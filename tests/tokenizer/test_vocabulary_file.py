@@ -188,3 +188,13 @@ def test_saving_the_vocabulary(tmp_path, fresh, small_vocabulary):
     assert (tmp_path / "my-qwen.tiktoken").read_bytes() == small_vocabulary.read_bytes()
     with pytest.raises(ValueError, match="is not a directory"):
         fresh.save_vocabulary(path)
+
+
+@pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
+def test_a_vocabulary_can_be_sorted(cls, byte_vocabulary):
+    """Which transformers does with it for stop strings."""
+    vocabulary = cls(str(byte_vocabulary)).get_vocab()
+    tokens = sorted(vocabulary)
+    assert len(tokens) == len(vocabulary) and set(tokens) == set(vocabulary)
+    if cls is QWenTokenizer:
+        assert tokens[:256] == [bytes([byte]) for byte in range(256)] and tokens[256:] == sorted(tokens[256:])
