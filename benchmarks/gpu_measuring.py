@@ -1,4 +1,4 @@
-"""The 7B shape on a GPU, as our model and as transformers' Qwen2, and how they are timed: what `gpu_sections.py` shares."""
+"""The 7B shape on a GPU, as our model and as transformers' Qwen2, and how they are timed; for `gpu_sections.py`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Bench:
 
     @cached_property
     def models(self) -> tuple[QWenLMHeadModel, Qwen2ForCausalLM]:
-        """Ours and Qwen2 with the same random weights: Qwen2's tensors are ours, or rows of ours, in the same memory."""
+        """Ours and Qwen2 on the same random weights: Qwen2's tensors are ours, or rows of ours, in the same memory."""
         mine, other = configurations(self.sizes)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -230,7 +230,7 @@ def configurations(sizes: Sizes) -> tuple[QWenConfig, Qwen2Config]:
 
 
 def token_bytes(model: QWenLMHeadModel, context: int) -> int:
-    """Bytes that a token needs: all weights but the embedding, of which it reads a row, and keys and values before it."""
+    """Bytes that a token reads: all weights but the embedding, of which it needs a row, and the keys and values."""
     weights = sum(weight.nbytes for weight in model.parameters()) - model.get_input_embeddings().weight.nbytes
     config = model.config
     return (
