@@ -33,10 +33,10 @@ CASES = [
 SHAPE = dict(vocab_size=320, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
 
 
-def golden_error(case: str, implementation: str, static: bool) -> tuple[float, float]:
+def golden_error(case: str, implementation: str, static: bool, device: str = "cpu") -> tuple[float, float]:
     """Largest difference of any golden logit of the case, prompts and decoding; and the logits' standard deviation."""
-    model = QWenLMHeadModel.from_pretrained(GOLDEN / case, attn_implementation=implementation).eval()
-    golden = load_file(GOLDEN / case / "expected.safetensors")
+    model = QWenLMHeadModel.from_pretrained(GOLDEN / case, attn_implementation=implementation).eval().to(device)
+    golden = load_file(GOLDEN / case / "expected.safetensors", device=device)
     worst, spread = 0.0, 0.0
     for name, ids in golden.items():
         if not name.startswith("ids_"):

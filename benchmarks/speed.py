@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import compiling
 import generating
+import gpu
 import loading
 import speculating
 import tokenizing
@@ -38,6 +39,8 @@ for command in (
     loading.imports,
     training_step.training,
     tokenizing.tokenizer,
+    gpu.gpu,
+    gpu.gpu_table,
 ):
     app.command()(command)
 
