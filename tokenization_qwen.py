@@ -137,6 +137,8 @@ UNSTABLE = re.compile(
 # or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
 UNSAFE_TEXT = re.compile(r"\||<(?=\s*\Z)|\A\s*(?=>)|im_start|im_end|endoftext|extra_(?=[0-9])")
 
+ID_SUFFIX = re.compile(r"_ids?\Z")  # `pad_token_id` is the id of `pad_token`
+
 NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
 
 
@@ -656,7 +658,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
 
     def __setattr__(self, key: str, value: Any) -> None:
         # Checked before anything changes: a name without an id would be saved, and pad with None.
-        attribute = key.removesuffix("_ids").removesuffix("_id")
+        attribute = ID_SUFFIX.sub("", key)
         to_name = self._named if key == attribute else self._name_of_id
         if attribute in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
             key, value = attribute, to_name(value)
@@ -1184,7 +1186,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
 
     def __getattr__(self, key: str) -> Any:
         """`pad_token_id` and the like: ids of names, which `convert_tokens_to_ids` would take for text."""
-        attribute = key.removesuffix("_ids").removesuffix("_id")
+        attribute = ID_SUFFIX.sub("", key)
         if attribute != key and attribute in self.SPECIAL_TOKENS_ATTRIBUTES:
             token = getattr(self, attribute)
             return None if token is None else self._id_of(token)
