@@ -9,6 +9,7 @@ Source: `qwen-7b.md` for names, signatures and arithmetic; `golden/model` for th
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -378,23 +379,31 @@ def varlen_attention(
         return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale=softmax_scale, causal=causal)
     if dropout_p:
         raise ValueError(f"attn_pdrop={dropout_p} needs flash-attn: install it, or train with attn_pdrop=0 or 'sdpa'.")
+    kernel, shares_heads = _torch_kernel()
+    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    if shares_heads:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+    output = kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    return cast(torch.Tensor, output)  # a pair only where more is asked for
+
+
+def _torch_kernel() -> tuple[Callable, bool]:
+    """torch's kernel for texts laid end to end, and whether query heads may share key heads in it (torch 2.13).
+
+    Raises:
+        ImportError: there is none, or one that can't be causal.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        takes = inspect.signature(varlen_attn).parameters
+        if "window_size" not in takes:
+            raise ImportError("its varlen_attn has no window_size")
     except ImportError as error:
-        raise ImportError("FlashSelfAttention needs flash-attn >= 2.1 or torch >= 2.13: install either.") from error
-    output = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=softmax_scale,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return cast(torch.Tensor, output)  # a pair only where more is asked for
+        raise ImportError("FlashSelfAttention needs flash-attn >= 2.1 or torch >= 2.11: install either.") from error
+    return varlen_attn, "enable_gqa" in takes
 
 
 class FlashSelfAttention(nn.Module):

@@ -1,5 +1,6 @@
 """FlashSelfAttention: its wiring on a CPU with a reference in the kernel's place, the kernel itself on a GPU."""
 
+import functools
 import inspect
 import sys
 import types
@@ -258,29 +259,64 @@ def test_flash_attn_is_called_where_it_is_installed(half, monkeypatch):
     assert arguments[5:] == (4, 4, 0.1) and scale == 0.5 and causal is True
 
 
+def torchs_kernel(calls, shares_heads):
+    """Stands for torch's kernel, with its signature of 2.13 or, where query heads can't share key heads, of 2.11."""
+    kinds = {"q k v cu_seq_q cu_seq_k max_q max_k": inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    kinds["scale window_size" + " enable_gqa" * shares_heads] = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature([inspect.Parameter(n, kind) for names, kind in kinds.items() for n in names.split()])
+
+    def kernel(*arguments, **options):
+        calls.append(signature.bind(*arguments, **options).arguments)
+        return "output"
+
+    kernel.__signature__ = signature
+    return kernel
+
+
+@pytest.mark.parametrize("shares_heads", [True, False])
 @pytest.mark.parametrize(("causal", "window"), [(True, (-1, 0)), (False, (-1, -1))])
-def test_torch_is_called_otherwise(half, monkeypatch, causal, window):
+def test_torch_is_called_otherwise(half, monkeypatch, causal, window, shares_heads):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    calls = []
+    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(varlen, "varlen_attn", torchs_kernel(calls, shares_heads))
+    assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, causal) == "output"
+    (call,) = calls
+    assert (call["scale"], call["window_size"]) == (0.5, window)
+    assert (call["max_q"], call["max_k"]) == (4, 4) and call["cu_seq_q"] is STARTS
+    assert call.get("enable_gqa", False) is shares_heads
+    assert torch.equal(call["k"], half[1] if shares_heads else half[1].repeat_interleave(2, dim=1))
+
+
+def test_the_arguments_are_those_of_the_torch_installed(half, monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     signature, calls = inspect.signature(varlen.varlen_attn), []
+    if "window_size" not in signature.parameters:
+        pytest.skip("before torch 2.11 it can't be causal")
 
+    @functools.wraps(varlen.varlen_attn)
     def varlen_attn(*arguments, **options):
         calls.append(signature.bind(*arguments, **options).arguments)
         return "output"
 
     monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, causal) == "output"
+    varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, True)
     (call,) = calls
-    assert (call["scale"], call["window_size"], call["enable_gqa"]) == (0.5, window, True)
-    assert (call["max_q"], call["max_k"]) == (4, 4) and call["cu_seq_q"] is STARTS
+    assert (call["max_q"], call["max_k"]) == (4, 4) and call["cu_seq_q"] is STARTS and call["window_size"] == (-1, 0)
 
 
 def test_what_torch_cannot_do_is_said(half, monkeypatch):
     monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="attn_pdrop=0.1 needs flash-attn"):
         varlen_attention(*half, STARTS, STARTS, 4, 4, 0.1, None, True)
+    without_window = types.SimpleNamespace(varlen_attn=lambda q, k, v: None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", without_window)
+    with pytest.raises(ImportError, match="torch >= 2.11") as caught:
+        varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, None, True)
+    assert "no window_size" in str(caught.value.__cause__)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    with pytest.raises(ImportError, match="flash-attn >= 2.1 or torch >= 2.13"):
+    with pytest.raises(ImportError, match="flash-attn >= 2.1 or torch >= 2.11"):
         varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, None, True)
 
 
