@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 INT8_BACKEND = "qwen_int8"
 """Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
@@ -416,13 +419,16 @@ def held_ntk_alpha(cache: Cache | None) -> torch.Tensor | None:
     return None if cache is None or state is None or int(cache.get_seq_length()) == 0 else state.alpha
 
 
-def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
+def resolve_ntk_alpha(
+    cache: Cache, rows: int, choose: Callable[[], torch.Tensor], program_alpha: torch.Tensor
+) -> torch.Tensor:
     """Alpha of this call for the sequences in `cache`: the one they hold, else a new one, which they hold from now on.
 
     Args:
         cache: any transformers cache, before the keys of this call are added to it.
         rows: batch size B of this call.
         choose: gives what the tokens of this call alone ask for, (B, 1) or (1, 1); called only where it is needed.
+        program_alpha: buffer in which a program keeps it that is exported together with its cache, (1, 1).
 
     Returns:
         (B, 1) float32.
@@ -432,8 +438,12 @@ def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor
     """
     state: NTKState | None = getattr(cache, "qwen_ntk", None)
     length = cache.get_seq_length()
+    if is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
+        return _keep_in_program(choose(), length, program_alpha).expand(rows, -1)
     if state is None:
-        return _first_alpha(cache, choose().expand(rows, -1), length)
+        if is_exporting() and not (isinstance(length, int) and length == 0):
+            _warn_of_unknown_alpha()
+        return set_ntk_alpha(cache, choose().expand(rows, -1)).alpha
     if getattr(state, "planned", False):
         state.planned = False
     elif isinstance(length, torch.Tensor):
@@ -445,13 +455,36 @@ def resolve_ntk_alpha(cache: Cache, rows: int, choose: Callable[[], torch.Tensor
     return _match_rows(state.alpha, rows)
 
 
-def _first_alpha(cache: Cache, chosen: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
-    """Alpha of sequences that none is known for, (B, 1); kept, except by an exported program, which can't."""
-    if isinstance(length, torch.Tensor) and torch.compiler.is_exporting():
-        # The program is the same for each step over its static cache. Read a token at a time, as such decoders do, a
-        # text has a prompt of one token; one that is to be stretched is exported with `ntk_alpha` among its inputs.
-        return torch.where(length.to(chosen.device) > 0, torch.ones_like(chosen), chosen)
-    return set_ntk_alpha(cache, chosen).alpha
+def is_exporting() -> bool:
+    """Whether a program is being exported; torch before 2.7 doesn't tell that from compiling."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def _is_program_input(state: NTKState | None) -> bool:
+    """Whether the program that is being exported gets this alpha, with its cache. One that was left in a cache inside
+    the program, by a call before, is a plain tensor, and would be a constant of it."""
+    return state is not None and type(state.alpha) is not torch.Tensor
+
+
+def _keep_in_program(chosen: torch.Tensor, length: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Alpha in a program that holds its static cache, (1, 1): the first tokens choose it, a buffer keeps it."""
+    if len(chosen) > 1:  # a buffer doesn't know how many there will be
+        _warn_of_unknown_alpha()
+        return chosen
+    alpha = torch.where(length.to(chosen.device) > 0, kept.to(chosen), chosen)
+    kept.copy_(alpha)
+    return alpha
+
+
+@torch.compiler.assume_constant_result  # so that it is run while a program is traced, and is no part of it
+def _warn_of_unknown_alpha() -> bool:
+    logger.warning(
+        "This program continues a cache that doesn't tell the NTK alpha its keys were rotated by, so alpha follows the "
+        "positions: wrong for a prompt beyond seq_length, and for a reply that passes it. Export with `ntk_alpha`, "
+        "(B, 1), among the inputs, and give each step of a text what `model.transformer.choose_alpha` says of its "
+        "prompt."
+    )
+    return True
 
 
 def _match_rows(alpha: torch.Tensor, rows: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ from .arguments_qwen import (
     engine_of,
     one_cache,
 )
-from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, resolve_ntk_alpha, set_ntk_alpha
+from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, is_exporting, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
@@ -780,6 +780,8 @@ class QWenPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std / math.sqrt(depth))
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, QWenModel):
+            init.ones_(module.program_alpha)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -865,6 +867,10 @@ class QWenModel(QWenPreTrainedModel):
         self.ln_f = RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rotary_emb_base, config.rotary_scaling)
         self.gradient_checkpointing = False
+        self.program_alpha: torch.Tensor
+        # Only a program that is exported together with a static cache writes to it, which lives in its buffers too.
+        # Whole numbers, because a cast of the model leaves them alone.
+        self.register_buffer("program_alpha", torch.ones((1, 1), dtype=torch.long), persistent=False)
         self.post_init()
 
     @merge_with_config_defaults
@@ -970,12 +976,14 @@ class QWenModel(QWenPreTrainedModel):
             if shape not in ((rows, 1), (1, 1)):
                 raise ValueError(f"ntk_alpha must be a tensor of shape ({rows}, 1), not {shape or given}.")
             # A compiled graph is given it at each step, and leaves the cache alone; what a program returns carries it.
-            kept = not torch.compiler.is_compiling() or torch.compiler.is_exporting()
+            kept = not torch.compiler.is_compiling() or is_exporting()
             alpha = given.expand(rows, -1)
             if kept and isinstance(cache, Cache):
                 give_ntk_alpha(cache, given, rows)
         elif isinstance(cache, Cache):
-            alpha = resolve_ntk_alpha(cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True))
+            alpha = resolve_ntk_alpha(
+                cache, rows, lambda: self.choose_alpha(position_ids).amax(-1, keepdim=True), self.program_alpha
+            )
         elif cache is not None or engine_of(kwargs) is not None:
             lengths = prompt_lengths(position_ids)
             alpha = engine_alpha(

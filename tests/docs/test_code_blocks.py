@@ -35,6 +35,7 @@ _FOLDER = 'folder = "qwen-tiny-chat"'
 _OLD = "cp -rL qwen-tiny-chat Qwen-7B-Chat"
 PRESUMED = {
     "README.md": {"bash": _OLD, "python": _FOLDER},
+    "docs/export.md": {"python": _FOLDER},
     "docs/fine-tune.md": {"python": _FOLDER},
     "docs/long-context.md": {"python": _FOLDER},
     "docs/migrate.md": {"bash": _OLD},
