@@ -438,10 +438,10 @@ def resolve_ntk_alpha(
     """
     state: NTKState | None = getattr(cache, "qwen_ntk", None)
     length = cache.get_seq_length()
-    if is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
+    if torch.compiler.is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
         return _keep_in_program(choose(), length, program_alpha).expand(rows, -1)
     if state is None:
-        if is_exporting() and not (isinstance(length, int) and length == 0):
+        if torch.compiler.is_exporting() and not (isinstance(length, int) and length == 0):
             _warn_of_unknown_alpha()
         return set_ntk_alpha(cache, choose().expand(rows, -1)).alpha
     if getattr(state, "planned", False):
@@ -453,11 +453,6 @@ def resolve_ntk_alpha(
     elif length == 0:
         state.alpha = choose().expand(rows, -1)
     return _match_rows(state.alpha, rows)
-
-
-def is_exporting() -> bool:
-    """Whether a program is being exported; torch before 2.7 doesn't tell that from compiling."""
-    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _is_program_input(state: NTKState | None) -> bool:
