@@ -58,6 +58,7 @@ def overridden_names(path):
 
 MADE_BY_PYTHON_AND_TORCH = {"_abc_impl", "_backward_cls"}
 OF_REGISTRATION = {"_auto_class"}  # set by `register_for_auto_class`, which is public
+OF_EARLY_RELEASES = {"_cache"}  # of transformers 5.4, and nowhere in the newest
 
 
 def test_the_table_is_complete(code, table):
@@ -65,7 +66,7 @@ def test_the_table_is_complete(code, table):
     used = {name for tree in code.values() for name in read_names(tree)} - own
     overridden = {name for path in code for name in overridden_names(path)}
     documented = {name for names, _ in table for name in names}
-    assert (used | overridden) - MADE_BY_PYTHON_AND_TORCH - OF_REGISTRATION == documented
+    assert (used | overridden) - MADE_BY_PYTHON_AND_TORCH - OF_REGISTRATION | OF_EARLY_RELEASES == documented
 
 
 def test_each_row_names_a_test(repository, table):
