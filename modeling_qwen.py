@@ -929,6 +929,8 @@ class QWenModel(QWenPreTrainedModel):
             cache = self.new_cache()
             if alpha is not None:
                 set_ntk_alpha(cache, alpha.amax(-1, keepdim=True))
+        if hasattr(cache, "real_tokens"):
+            cache.real_tokens = _real_tokens(attention_mask, inputs_embeds.shape[1])
         position_embeddings = self._position_embeddings(position_ids, alpha)
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.n_layer]:  # fewer where the model drafts for itself
@@ -1024,6 +1026,18 @@ def _check_lengths(attention_mask: Any, position_ids: torch.Tensor | None, cache
                 f"attention_mask covers {attention_mask.shape[1]} tokens, which must be the {past} of the cache and "
                 f"the {length} of this call: give it {past + length} columns."
             )
+
+
+def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """Which of the last `length` tokens are no padding, (B, T) bool; None where no mask tells of any."""
+    if length == 1 or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
+        return None  # a token alone is a chunk of its own
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -length:].bool()
+    seen = attention_mask
+    if seen.dtype != torch.bool:
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    return seen[..., -length:].any(dim=(1, 2))  # a token that nobody attends to
 
 
 def _infer_positions(
