@@ -257,24 +257,28 @@ def repeat_kv(states: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def allowed_pairs(
-    attention_mask: torch.Tensor | None, query_length: int, key_length: int, device: torch.device
+    attention_mask: torch.Tensor | None,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+    is_causal: bool = True,
 ) -> torch.Tensor:
-    """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens.
+    """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens; all of it if not causal.
 
     A mask with a row per query says by itself which keys are visible, even some behind the diagonal (a prefix that
     reads itself in both directions); a single query sees every key. So the diagonal is only drawn where it is missing.
     """
     complete = attention_mask is not None and attention_mask.shape[-2] == query_length
     allowed = torch.ones((query_length, key_length), dtype=torch.bool, device=device)
-    if query_length > 1 and not complete:
+    if is_causal and query_length > 1 and not complete:
         allowed = allowed.tril(key_length - query_length)
     return allowed[None, None]
 
 
-def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool = True) -> torch.Tensor:
     """Set the scores of invisible keys, (B, H, T, S), to the least finite number, so a row without any stays finite."""
     least = torch.finfo(scores.dtype).min
-    allowed = allowed_pairs(attention_mask, scores.shape[-2], scores.shape[-1], scores.device)
+    allowed = allowed_pairs(attention_mask, scores.shape[-2], scores.shape[-1], scores.device, is_causal)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         allowed = allowed & attention_mask
     elif attention_mask is not None:
@@ -288,6 +292,7 @@ def eager_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The documented attention behind the interface of transformers' registry.
@@ -296,15 +301,18 @@ def eager_attention_forward(
         module: owner of `_attn`; scale and dropout are its own.
         query: (B, H, T, D); key and value: (B, K, S, D).
         attention_mask: (B, 1, T or 1, S), additive or bool, or None.
+        is_causal: False where a query may see keys behind it.
 
     Returns:
         output (B, T, H, D) and probabilities (B, H, T, S).
     """
+    # Causality is no argument of the documented methods, which subclasses may have replaced.
+    direction: dict[str, Any] = {"is_causal": False} if is_causal is False else {}
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     if module.config.softmax_in_fp32:
-        attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
+        attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask, **direction)
         return attn_output.transpose(1, 2), attn_weights
-    return module._attn(query, key, value, attention_mask)
+    return module._attn(query, key, value, attention_mask, **direction)
 
 
 def lone_query_attention(
@@ -321,6 +329,7 @@ def lone_query_attention(
     times as long in half precision. Here they become float32 a chunk at a time, small enough to stay in the processor's
     cache. Arguments as `eager_attention_forward`, without dropout.
     """
+    _warn_of_attentions("sdpa", kwargs)
     rows, heads, _, size = query.shape
     kv_rows, length = rows * key.shape[1], key.shape[2]
     chunk = min(length, max(1, _CHUNK_ELEMENTS // (kv_rows * size)))
@@ -338,6 +347,15 @@ def _in_float32(states: torch.Tensor, room: torch.Tensor) -> Iterator[torch.Tens
     """Keys or values, (B, K, S, D), a chunk of S at a time, (B * K, chunk, D); each is written over the one before."""
     for part in states.flatten(0, 1).split(room.shape[1], dim=1):
         yield room[:, : part.shape[1]].copy_(part)
+
+
+def _warn_of_attentions(implementation: str, kwargs: dict[str, Any]) -> None:
+    """Say, as transformers' own functions do, that this one has no probabilities to give."""
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            f"`{implementation}` attention does not support `output_attentions=True`. Please set your attention to "
+            "`eager` if you want any of these features."
+        )
 
 
 AttentionInterface.register(LONE_QUERY_IMPLEMENTATION, lone_query_attention)
@@ -505,6 +523,7 @@ def flash_self_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`FlashSelfAttention` behind the interface of transformers' registry; arguments as `eager_attention_forward`.
@@ -512,7 +531,13 @@ def flash_self_attention_forward(
     Args:
         attention_mask: (B, tokens seen so far), 1 for real tokens, or None; shorter than S with a static cache.
         cu_seq_lens_q: starts of documents packed into the rows, laid end to end, (N + 1,) int32, or None.
+
+    Raises:
+        ValueError: `is_causal=False`.
     """
+    if is_causal is False:
+        raise ValueError(f"is_causal=False needs another attention than {FLASH_IMPLEMENTATION}: choose 'sdpa'.")
+    _warn_of_attentions(FLASH_IMPLEMENTATION, kwargs)
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     if attention_mask is not None:
         k, v = k[:, : attention_mask.shape[-1]], v[:, : attention_mask.shape[-1]]
@@ -574,6 +599,7 @@ class QWenAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention in the dtype of its inputs.
 
@@ -581,6 +607,7 @@ class QWenAttention(nn.Module):
             query: (B, H, T, D); key and value: (B, H, S, D), the queries being the last T of the S tokens.
             attention_mask: (B, 1, T or 1, S), additive or bool.
             head_mask: broadcast onto the probabilities.
+            is_causal: whether a query sees no key behind it.
 
         Returns:
             output (B, T, H, D) and probabilities (B, H, T, S).
@@ -588,7 +615,7 @@ class QWenAttention(nn.Module):
         attn_weights = torch.matmul(query, key.transpose(-1, -2))
         if self.scale_attn_weights:
             attn_weights = attn_weights / value.size(-1) ** 0.5
-        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = mask_scores(attn_weights, attention_mask, is_causal).softmax(dim=-1)
         attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
         return torch.matmul(attn_weights, value).transpose(1, 2), attn_weights
 
@@ -599,6 +626,7 @@ class QWenAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_attn`, with scores and softmax in float32; the output stays (B, H, T, D), as documented."""
         batch, heads, query_length, size = query.shape
@@ -612,7 +640,7 @@ class QWenAttention(nn.Module):
                 beta=0,
                 alpha=scale,
             ).view(batch, heads, query_length, key_length)
-        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = mask_scores(attn_weights, attention_mask, is_causal).softmax(dim=-1)
         attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
         return torch.matmul(attn_weights, value), attn_weights
 
@@ -911,7 +939,7 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         own_cache = cache if isinstance(cache, Cache) else None  # not an engine's
         _check_lengths(attention_mask, position_ids, own_cache, inputs_embeds.shape[1])
-        attention_mask = self._mark_filled(attention_mask, own_cache, inputs_embeds)
+        attention_mask = self._mark_filled(attention_mask, own_cache, inputs_embeds, kwargs.get("is_causal"))
         if position_ids is None:
             position_ids = _infer_positions(attention_mask, own_cache, inputs_embeds, kwargs.get("cu_seq_lens_q"))
         # Before a cache of our own is made: with one, nobody looks for documents packed into a row any more.
@@ -1003,13 +1031,20 @@ class QWenModel(QWenPreTrainedModel):
         return *self.rotary_emb.cos_sin(position_ids, alpha), logn
 
     def _mark_filled(
-        self, attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+        self,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: torch.Tensor,
+        is_causal: bool | None,
     ) -> torch.Tensor | None:
-        """A mask over the filled slots of a static cache, which flash kernels can't tell from the empty ones."""
+        """A mask over the filled slots of a static cache, where flash kernels, or no causality, let the empty ones be
+        seen.
+        """
         if attention_mask is not None or cache is None or not cache.is_compileable:
             return attention_mask
         implementation = self.config._attn_implementation
-        if implementation != FLASH_IMPLEMENTATION and not is_flash_attention_requested(self.config):
+        flash = implementation == FLASH_IMPLEMENTATION or is_flash_attention_requested(self.config)
+        if not flash and is_causal is not False:
             return None
         rows, length = inputs_embeds.shape[:2]
         return inputs_embeds.new_ones((rows, int(cache.get_seq_length()) + length), dtype=torch.bool)
