@@ -22,7 +22,13 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
@@ -33,6 +39,7 @@ from .arguments_qwen import (
     CACHE_NAMES,
     QWenCausalLMOutput,
     QWenModelOutput,
+    QWenSequenceClassifierOutput,
     cache_argument,
     check_arguments,
     engine_of,
@@ -1091,6 +1098,9 @@ def _infer_positions(
     return (torch.arange(length, device=inputs_embeds.device) + past)[None]
 
 
+_KEYS_BESIDE_A_NEW_HEAD = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
+
+
 class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
@@ -1190,7 +1200,7 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
     """QWen that scores a whole text, at its last token; `config.num_labels` classes, or a regression."""
 
     base_model_prefix = "transformer"
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
 
     def __init__(self, config: QWenConfig):
         # The generic constructor would look the base model up in transformers' registry, where remote code is not.
@@ -1199,3 +1209,122 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
         self.transformer = QWenModel(config)
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> QWenSequenceClassifierOutput | tuple:
+        """Logits (B, num_labels) of the last token that is not `config.pad_token_id`; arguments as `QWenModel.forward`.
+
+        Args:
+            labels: (B,) classes, or (B,) or (B, num_labels) values of a regression, by `config.problem_type`.
+
+        Raises:
+            ValueError: several rows and no `config.pad_token_id`; as `QWenModel.forward`.
+        """
+        outputs = super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )
+        return outputs if isinstance(outputs, tuple) else QWenSequenceClassifierOutput(**outputs)
+
+
+class QWenForTokenClassification(GenericForTokenClassification, QWenPreTrainedModel):
+    """QWen that scores each token; `config.num_labels` classes, behind a dropout of `config.classifier_dropout`."""
+
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
+
+    def __init__(self, config: QWenConfig):
+        QWenPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = QWenModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.n_embd, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | tuple:
+        """Logits (B, T, num_labels); other arguments as `QWenModel.forward`.
+
+        Args:
+            labels: (B, T) classes, not shifted; -100 is left out of the loss.
+        """
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )
+
+
+class QWenForQuestionAnswering(GenericForQuestionAnswering, QWenPreTrainedModel):
+    """QWen that finds an answer in a text: scores of each token as its start and as its end."""
+
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
+    get_input_embeddings = QWenPreTrainedModel.get_input_embeddings  # the generic ones know `embed_tokens` only
+    set_input_embeddings = QWenPreTrainedModel.set_input_embeddings
+
+    def __init__(self, config: QWenConfig):
+        QWenPreTrainedModel.__init__(self, config)
+        self.transformer = QWenModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """`start_logits` and `end_logits`, (B, T) each; other arguments as `QWenModel.forward`.
+
+        Args:
+            start_positions, end_positions: (B,), where the answer begins and ends; beyond the text, none.
+        """
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )
