@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .arguments_qwen import (
     CACHE_NAME,
     CACHE_NAMES,
+    KNOWN_ARGUMENTS,
     QWenCausalLMOutput,
     QWenModelOutput,
     QWenSequenceClassifierOutput,
@@ -49,6 +50,7 @@ from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, is_exporting, 
 from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
+from .logits_qwen import QWenTrainingOutput, UnreadLogits
 from .loss_qwen import head_loss, holds_its_weight
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
@@ -1136,14 +1138,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             labels: (B, T), shifted here; -100 is left out of the loss.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or indices, (N,).
             skip_logits: compute the loss a piece at a time and return no logits, which take most of the memory of a
-                training step. None: where gradients are computed in training and the head is a plain one.
-            kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation.
+                training step. None: where gradients are computed in training and the head is a plain one, the loss is
+                computed so, and the logits when somebody reads them (`QWenTrainingOutput`).
+            kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation, and what a loss
+                of the caller's own (`model.loss_function`) names.
 
         Raises:
             ValueError: as `QWenModel.forward`; `skip_logits=True` without labels, with `logits_to_keep`, or for a head
                 with an adapter, in few bits, on another device or in shards.
         """
         skip = self._skips_logits(labels, logits_to_keep, skip_logits)
+        of_loss = {} if labels is None else self._arguments_of_loss(kwargs)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1153,12 +1158,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             use_cache=use_cache,
             ntk_alpha=ntk_alpha,
             cache=cache,
-            **kwargs,
+            return_dict=True,  # whatever the configuration says of what is returned here
+            **{name: value for name, value in kwargs.items() if name not in of_loss},
         )
         states: torch.Tensor = outputs.last_hidden_state
         if skip and labels is not None:
-            return QWenCausalLMOutput(
+            return QWenTrainingOutput(
                 loss=head_loss(states, self.lm_head.weight, labels, **kwargs),
+                logits=None if skip_logits else UnreadLogits.of(states, self.lm_head),
                 **cache_argument(outputs.cache),
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
@@ -1178,6 +1185,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _arguments_of_loss(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments that only a loss of the caller's own names, which are not for the model."""
+        unknown = kwargs.keys() - KNOWN_ARGUMENTS
+        if not unknown or getattr(self, "_loss_function", None) is None:
+            return {}
+        named = inspect.signature(self.loss_function).parameters
+        return {name: kwargs[name] for name in unknown if name in named}
 
     def _skips_logits(
         self, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, wanted: bool | None
