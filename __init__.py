@@ -8,7 +8,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -18,7 +20,9 @@ from .modeling_qwen import (
     FlashSelfAttention,
     QWenAttention,
     QWenBlock,
+    QWenForQuestionAnswering,
     QWenForSequenceClassification,
+    QWenForTokenClassification,
     QWenLMHeadModel,
     QWenMLP,
     QWenModel,
@@ -53,7 +57,9 @@ __all__ = [
     "QWenBlock",
     "QWenCache",
     "QWenConfig",
+    "QWenForQuestionAnswering",
     "QWenForSequenceClassification",
+    "QWenForTokenClassification",
     "QWenInt8Cache",
     "QWenLMHeadModel",
     "QWenMLP",
@@ -88,6 +94,8 @@ for auto_class, model_class in (
     (AutoModel, QWenModel),
     (AutoModelForCausalLM, QWenLMHeadModel),
     (AutoModelForSequenceClassification, QWenForSequenceClassification),
+    (AutoModelForTokenClassification, QWenForTokenClassification),
+    (AutoModelForQuestionAnswering, QWenForQuestionAnswering),
 ):
     auto_class.register(QWenConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)

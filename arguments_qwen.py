@@ -14,7 +14,11 @@ from typing import Any
 
 import transformers
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 TESTED_RELEASES = ("5.4.0", "5.23.0", "5.24.0")
 """Releases of transformers that were tested: the oldest, the newest with the old name of the cache, the newest."""
@@ -127,3 +131,9 @@ class QWenModelOutput(_UnderBothNames, BaseModelOutputWithPast):
 class QWenCausalLMOutput(_UnderBothNames, CausalLMOutputWithPast):
     """Output of `QWenLMHeadModel`: `loss`, `logits` (B, T, V), the cache as `cache` and as `past_key_values`, and
     `hidden_states` and `attentions` where they were asked for."""
+
+
+@dataclass
+class QWenSequenceClassifierOutput(_UnderBothNames, SequenceClassifierOutputWithPast):
+    """Output of `QWenForSequenceClassification`: `loss`, `logits` (B, num_labels), the cache as `cache` and as
+    `past_key_values`, and `hidden_states` and `attentions` where they were asked for."""

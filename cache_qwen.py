@@ -155,6 +155,18 @@ def quantize_chunk(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     return codes, scale.expand(-1, -1, length, -1), zero.expand(-1, -1, length, -1)
 
 
+def cover_padding(states: torch.Tensor, real_tokens: torch.Tensor) -> torch.Tensor:
+    """Put a real token of the same row, where it has one, in the place of each padding token, which nobody attends to.
+
+    So padding has no part in the range of a chunk, and a row gets the codes that it would get alone.
+
+    Args:
+        states: (B, K, T, D); real_tokens: (B, T) bool.
+    """
+    index = real_tokens.long().argmax(-1)[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3])
+    return torch.where(real_tokens[:, None, :, None], states, states.gather(2, index))
+
+
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `quantize_chunk` up to its rounding: scale * (codes - zero), (B, K, S, D) in `dtype`."""
     return (scale * (codes - zero)).to(dtype)
@@ -189,11 +201,22 @@ class QWenInt8Layer(DynamicLayer):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args,
+        real_tokens: torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append one chunk, (B, K, T, D) each, and return all keys and values, (B, K, S + T, D), dequantised."""
+        """Append one chunk, (B, K, T, D) each, and return all keys and values, (B, K, S + T, D), dequantised.
+
+        Args:
+            real_tokens: (B, T) bool, which tokens of the chunk are no padding; None for all.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if real_tokens is not None:
+            key_states, value_states = (cover_padding(states, real_tokens) for states in (key_states, value_states))
         chunk = (*quantize_chunk(key_states), *quantize_chunk(value_states))
         for name, part in zip(
             ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero"), chunk, strict=True
@@ -317,6 +340,10 @@ class QWenInt8Cache(NTKRows, Cache):
 
     Args:
         config: configuration of the model, for its number of layers; without one, layers are added as they come.
+
+    Attributes:
+        real_tokens: (B, T) bool, which tokens of the chunk that comes next are no padding, None for all: the model says
+            so before each call.
     """
 
     def __init__(self, config: PreTrainedConfig | None = None) -> None:
@@ -324,6 +351,14 @@ class QWenInt8Cache(NTKRows, Cache):
             super().__init__(layer_class_to_replicate=QWenInt8Layer)
         else:
             super().__init__(layers=[QWenInt8Layer() for _ in range(config.num_hidden_layers)])
+        self.real_tokens: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the chunk of one layer, (B, K, T, D) each; returns all, (B, K, S + T, D), dequantised."""
+        real = getattr(self, "real_tokens", None)
+        return super().update(key_states, value_states, layer_idx, *args, real_tokens=real, **kwargs)
 
 
 class KeptCache:

@@ -19,7 +19,9 @@ AUTO_MAP: dict[str, str | list[str]] = {
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
     # Not that it decides anything: `transformers serve` looks for remote code under this name only.
     "AutoModelForDecision": "modeling_qwen.QWenLMHeadModel",
+    "AutoModelForQuestionAnswering": "modeling_qwen.QWenForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_qwen.QWenForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_qwen.QWenForTokenClassification",
     "AutoTokenizer": ["tokenization_qwen.QWenTokenizer", "tokenization_qwen.QWenTokenizerFast"],
 }
 """Where the Auto classes find the code of this repository."""

@@ -22,7 +22,13 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
@@ -31,8 +37,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .arguments_qwen import (
     CACHE_NAME,
     CACHE_NAMES,
+    KNOWN_ARGUMENTS,
     QWenCausalLMOutput,
     QWenModelOutput,
+    QWenSequenceClassifierOutput,
     cache_argument,
     check_arguments,
     engine_of,
@@ -42,6 +50,7 @@ from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, resolve_ntk_al
 from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
+from .logits_qwen import QWenTrainingOutput, UnreadLogits
 from .loss_qwen import head_loss, holds_its_weight
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
@@ -257,24 +266,28 @@ def repeat_kv(states: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def allowed_pairs(
-    attention_mask: torch.Tensor | None, query_length: int, key_length: int, device: torch.device
+    attention_mask: torch.Tensor | None,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+    is_causal: bool = True,
 ) -> torch.Tensor:
-    """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens.
+    """The documented causal mask, (1, 1, T, S) bool: queries are the last T of the S tokens; all of it if not causal.
 
     A mask with a row per query says by itself which keys are visible, even some behind the diagonal (a prefix that
     reads itself in both directions); a single query sees every key. So the diagonal is only drawn where it is missing.
     """
     complete = attention_mask is not None and attention_mask.shape[-2] == query_length
     allowed = torch.ones((query_length, key_length), dtype=torch.bool, device=device)
-    if query_length > 1 and not complete:
+    if is_causal and query_length > 1 and not complete:
         allowed = allowed.tril(key_length - query_length)
     return allowed[None, None]
 
 
-def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool = True) -> torch.Tensor:
     """Set the scores of invisible keys, (B, H, T, S), to the least finite number, so a row without any stays finite."""
     least = torch.finfo(scores.dtype).min
-    allowed = allowed_pairs(attention_mask, scores.shape[-2], scores.shape[-1], scores.device)
+    allowed = allowed_pairs(attention_mask, scores.shape[-2], scores.shape[-1], scores.device, is_causal)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         allowed = allowed & attention_mask
     elif attention_mask is not None:
@@ -288,6 +301,7 @@ def eager_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The documented attention behind the interface of transformers' registry.
@@ -296,15 +310,18 @@ def eager_attention_forward(
         module: owner of `_attn`; scale and dropout are its own.
         query: (B, H, T, D); key and value: (B, K, S, D).
         attention_mask: (B, 1, T or 1, S), additive or bool, or None.
+        is_causal: False where a query may see keys behind it.
 
     Returns:
         output (B, T, H, D) and probabilities (B, H, T, S).
     """
+    # Causality is no argument of the documented methods, which subclasses may have replaced.
+    direction: dict[str, Any] = {"is_causal": False} if is_causal is False else {}
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     if module.config.softmax_in_fp32:
-        attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask)
+        attn_output, attn_weights = module._upcast_and_reordered_attn(query, key, value, attention_mask, **direction)
         return attn_output.transpose(1, 2), attn_weights
-    return module._attn(query, key, value, attention_mask)
+    return module._attn(query, key, value, attention_mask, **direction)
 
 
 def lone_query_attention(
@@ -321,6 +338,7 @@ def lone_query_attention(
     times as long in half precision. Here they become float32 a chunk at a time, small enough to stay in the processor's
     cache. Arguments as `eager_attention_forward`, without dropout.
     """
+    _warn_of_attentions("sdpa", kwargs)
     rows, heads, _, size = query.shape
     kv_rows, length = rows * key.shape[1], key.shape[2]
     chunk = min(length, max(1, _CHUNK_ELEMENTS // (kv_rows * size)))
@@ -338,6 +356,15 @@ def _in_float32(states: torch.Tensor, room: torch.Tensor) -> Iterator[torch.Tens
     """Keys or values, (B, K, S, D), a chunk of S at a time, (B * K, chunk, D); each is written over the one before."""
     for part in states.flatten(0, 1).split(room.shape[1], dim=1):
         yield room[:, : part.shape[1]].copy_(part)
+
+
+def _warn_of_attentions(implementation: str, kwargs: dict[str, Any]) -> None:
+    """Say, as transformers' own functions do, that this one has no probabilities to give."""
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            f"`{implementation}` attention does not support `output_attentions=True`. Please set your attention to "
+            "`eager` if you want any of these features."
+        )
 
 
 AttentionInterface.register(LONE_QUERY_IMPLEMENTATION, lone_query_attention)
@@ -505,6 +532,7 @@ def flash_self_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`FlashSelfAttention` behind the interface of transformers' registry; arguments as `eager_attention_forward`.
@@ -512,7 +540,13 @@ def flash_self_attention_forward(
     Args:
         attention_mask: (B, tokens seen so far), 1 for real tokens, or None; shorter than S with a static cache.
         cu_seq_lens_q: starts of documents packed into the rows, laid end to end, (N + 1,) int32, or None.
+
+    Raises:
+        ValueError: `is_causal=False`.
     """
+    if is_causal is False:
+        raise ValueError(f"is_causal=False needs another attention than {FLASH_IMPLEMENTATION}: choose 'sdpa'.")
+    _warn_of_attentions(FLASH_IMPLEMENTATION, kwargs)
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     if attention_mask is not None:
         k, v = k[:, : attention_mask.shape[-1]], v[:, : attention_mask.shape[-1]]
@@ -574,6 +608,7 @@ class QWenAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention in the dtype of its inputs.
 
@@ -581,6 +616,7 @@ class QWenAttention(nn.Module):
             query: (B, H, T, D); key and value: (B, H, S, D), the queries being the last T of the S tokens.
             attention_mask: (B, 1, T or 1, S), additive or bool.
             head_mask: broadcast onto the probabilities.
+            is_causal: whether a query sees no key behind it.
 
         Returns:
             output (B, T, H, D) and probabilities (B, H, T, S).
@@ -588,7 +624,7 @@ class QWenAttention(nn.Module):
         attn_weights = torch.matmul(query, key.transpose(-1, -2))
         if self.scale_attn_weights:
             attn_weights = attn_weights / value.size(-1) ** 0.5
-        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = mask_scores(attn_weights, attention_mask, is_causal).softmax(dim=-1)
         attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
         return torch.matmul(attn_weights, value).transpose(1, 2), attn_weights
 
@@ -599,6 +635,7 @@ class QWenAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_attn`, with scores and softmax in float32; the output stays (B, H, T, D), as documented."""
         batch, heads, query_length, size = query.shape
@@ -612,7 +649,7 @@ class QWenAttention(nn.Module):
                 beta=0,
                 alpha=scale,
             ).view(batch, heads, query_length, key_length)
-        attn_weights = mask_scores(attn_weights, attention_mask).softmax(dim=-1)
+        attn_weights = mask_scores(attn_weights, attention_mask, is_causal).softmax(dim=-1)
         attn_weights = self._drop_heads(attn_weights.type(value.dtype), head_mask)
         return torch.matmul(attn_weights, value), attn_weights
 
@@ -911,7 +948,7 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         own_cache = cache if isinstance(cache, Cache) else None  # not an engine's
         _check_lengths(attention_mask, position_ids, own_cache, inputs_embeds.shape[1])
-        attention_mask = self._mark_filled(attention_mask, own_cache, inputs_embeds)
+        attention_mask = self._mark_filled(attention_mask, own_cache, inputs_embeds, kwargs.get("is_causal"))
         if position_ids is None:
             position_ids = _infer_positions(attention_mask, own_cache, inputs_embeds, kwargs.get("cu_seq_lens_q"))
         # Before a cache of our own is made: with one, nobody looks for documents packed into a row any more.
@@ -929,6 +966,8 @@ class QWenModel(QWenPreTrainedModel):
             cache = self.new_cache()
             if alpha is not None:
                 set_ntk_alpha(cache, alpha.amax(-1, keepdim=True))
+        if hasattr(cache, "real_tokens"):
+            cache.real_tokens = _real_tokens(attention_mask, inputs_embeds.shape[1])
         position_embeddings = self._position_embeddings(position_ids, alpha)
         hidden_states = self.drop(inputs_embeds)
         for block in self.h[: self.config.n_layer]:  # fewer where the model drafts for itself
@@ -1001,13 +1040,20 @@ class QWenModel(QWenPreTrainedModel):
         return *self.rotary_emb.cos_sin(position_ids, alpha), logn
 
     def _mark_filled(
-        self, attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+        self,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: torch.Tensor,
+        is_causal: bool | None,
     ) -> torch.Tensor | None:
-        """A mask over the filled slots of a static cache, which flash kernels can't tell from the empty ones."""
+        """A mask over the filled slots of a static cache, where flash kernels, or no causality, let the empty ones be
+        seen.
+        """
         if attention_mask is not None or cache is None or not cache.is_compileable:
             return attention_mask
         implementation = self.config._attn_implementation
-        if implementation != FLASH_IMPLEMENTATION and not is_flash_attention_requested(self.config):
+        flash = implementation == FLASH_IMPLEMENTATION or is_flash_attention_requested(self.config)
+        if not flash and is_causal is not False:
             return None
         rows, length = inputs_embeds.shape[:2]
         return inputs_embeds.new_ones((rows, int(cache.get_seq_length()) + length), dtype=torch.bool)
@@ -1026,6 +1072,18 @@ def _check_lengths(attention_mask: Any, position_ids: torch.Tensor | None, cache
             )
 
 
+def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """Which of the last `length` tokens are no padding, (B, T) bool; None where no mask tells of any."""
+    if length == 1 or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 4):
+        return None  # a token alone is a chunk of its own
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -length:].bool()
+    seen = attention_mask
+    if seen.dtype != torch.bool:
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    return seen[..., -length:].any(dim=(1, 2))  # a token that nobody attends to
+
+
 def _infer_positions(
     attention_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor, starts: Any
 ) -> torch.Tensor:
@@ -1040,6 +1098,9 @@ def _infer_positions(
         return (tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]).view(rows, length)
     past = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(length, device=inputs_embeds.device) + past)[None]
+
+
+_KEYS_BESIDE_A_NEW_HEAD = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
@@ -1077,14 +1138,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             labels: (B, T), shifted here; -100 is left out of the loss.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or indices, (N,).
             skip_logits: compute the loss a piece at a time and return no logits, which take most of the memory of a
-                training step. None: where gradients are computed in training and the head is a plain one.
-            kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation.
+                training step. None: where gradients are computed in training and the head is a plain one, the loss is
+                computed so, and the logits when somebody reads them (`QWenTrainingOutput`).
+            kwargs: also `num_items_in_batch`, to divide the summed loss by under gradient accumulation, and what a loss
+                of the caller's own (`model.loss_function`) names.
 
         Raises:
             ValueError: as `QWenModel.forward`; `skip_logits=True` without labels, with `logits_to_keep`, or for a head
                 with an adapter, in few bits, on another device or in shards.
         """
         skip = self._skips_logits(labels, logits_to_keep, skip_logits)
+        of_loss = {} if labels is None else self._arguments_of_loss(kwargs)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1094,12 +1158,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             use_cache=use_cache,
             ntk_alpha=ntk_alpha,
             cache=cache,
-            **kwargs,
+            return_dict=True,  # whatever the configuration says of what is returned here
+            **{name: value for name, value in kwargs.items() if name not in of_loss},
         )
         states: torch.Tensor = outputs.last_hidden_state
         if skip and labels is not None:
-            return QWenCausalLMOutput(
+            return QWenTrainingOutput(
                 loss=head_loss(states, self.lm_head.weight, labels, **kwargs),
+                logits=None if skip_logits else UnreadLogits.of(states, self.lm_head),
                 **cache_argument(outputs.cache),
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
@@ -1119,6 +1185,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _arguments_of_loss(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments that only a loss of the caller's own names, which are not for the model."""
+        unknown = kwargs.keys() - KNOWN_ARGUMENTS
+        if not unknown or getattr(self, "_loss_function", None) is None:
+            return {}
+        named = inspect.signature(self.loss_function).parameters
+        return {name: kwargs[name] for name in unknown if name in named}
 
     def _skips_logits(
         self, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, wanted: bool | None
@@ -1141,7 +1215,7 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
     """QWen that scores a whole text, at its last token; `config.num_labels` classes, or a regression."""
 
     base_model_prefix = "transformer"
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
 
     def __init__(self, config: QWenConfig):
         # The generic constructor would look the base model up in transformers' registry, where remote code is not.
@@ -1150,3 +1224,122 @@ class QWenForSequenceClassification(GenericForSequenceClassification, QWenPreTra
         self.transformer = QWenModel(config)
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> QWenSequenceClassifierOutput | tuple:
+        """Logits (B, num_labels) of the last token that is not `config.pad_token_id`; arguments as `QWenModel.forward`.
+
+        Args:
+            labels: (B,) classes, or (B,) or (B, num_labels) values of a regression, by `config.problem_type`.
+
+        Raises:
+            ValueError: several rows and no `config.pad_token_id`; as `QWenModel.forward`.
+        """
+        outputs = super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )
+        return outputs if isinstance(outputs, tuple) else QWenSequenceClassifierOutput(**outputs)
+
+
+class QWenForTokenClassification(GenericForTokenClassification, QWenPreTrainedModel):
+    """QWen that scores each token; `config.num_labels` classes, behind a dropout of `config.classifier_dropout`."""
+
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
+
+    def __init__(self, config: QWenConfig):
+        QWenPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = QWenModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.n_embd, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | tuple:
+        """Logits (B, T, num_labels); other arguments as `QWenModel.forward`.
+
+        Args:
+            labels: (B, T) classes, not shifted; -100 is left out of the loss.
+        """
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )
+
+
+class QWenForQuestionAnswering(GenericForQuestionAnswering, QWenPreTrainedModel):
+    """QWen that finds an answer in a text: scores of each token as its start and as its end."""
+
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = _KEYS_BESIDE_A_NEW_HEAD
+    get_input_embeddings = QWenPreTrainedModel.get_input_embeddings  # the generic ones know `embed_tokens` only
+    set_input_embeddings = QWenPreTrainedModel.set_input_embeddings
+
+    def __init__(self, config: QWenConfig):
+        QWenPreTrainedModel.__init__(self, config)
+        self.transformer = QWenModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """`start_logits` and `end_logits`, (B, T) each; other arguments as `QWenModel.forward`.
+
+        Args:
+            start_positions, end_positions: (B,), where the answer begins and ends; beyond the text, none.
+        """
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **cache_argument(one_cache(past_key_values, cache)),
+            **kwargs,
+        )

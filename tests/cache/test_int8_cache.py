@@ -220,3 +220,59 @@ def test_layers_come_as_needed_without_a_configuration(states):
     cache.update(states, states, 0)
     cache.update(states, states, 1)
     assert len(cache) == 2 and cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_row_is_as_alone_whatever_its_padding(tiny_model, implementation):
+    """Prefill, chunks and single tokens; in float64, where no code lies so near a boundary that a batch moves it."""
+    model = tiny_model(implementation, use_cache_quantization=True).double()
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 256, (length,), generator=generator) for length in (20, 11, 5, 1)]
+    more = torch.randint(0, 256, (len(rows), 6), generator=generator)
+    mask = torch.stack([torch.arange(20) >= 20 - len(row) for row in rows]).long()
+    batch = torch.stack([torch.cat([torch.full((20 - len(row),), 300), row]) for row in rows])
+    mask, batch = torch.cat([mask, torch.ones_like(more)], -1), torch.cat([batch, more], -1)
+    logits = chunked(model, batch, mask)
+    for row, ids in enumerate(rows):
+        alone = chunked(model, torch.cat([ids, more[row]])[None], None, ends=(-6, -3, -2, -1))
+        torch.testing.assert_close(logits[row, 20 - len(ids) :], alone[0], atol=1e-9, rtol=0)
+
+
+def chunked(model, ids, mask, ends=(20, 23, 24, 25)):
+    """Logits of all tokens, read up to each of `ends` in turn."""
+    found, cache, start = [], None, 0
+    for end in (*(end % ids.shape[1] for end in ends), ids.shape[1]):
+        seen = None if mask is None else mask[:, :end]
+        output = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
+        assert isinstance(output.past_key_values, QWenInt8Cache)
+        found.append(output.logits)
+        cache, start = output.past_key_values, end
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def test_padding_told_by_a_prepared_mask(tiny_model):
+    model = tiny_model(use_cache_quantization=True).double()
+    ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
+    padded = torch.cat([torch.full((1, 4), 300), ids], -1)
+    kept = torch.arange(13)[None] >= 4
+    visible = (torch.ones(13, 13).tril().bool() & kept)[None, None]
+    additive = torch.zeros(1, 1, 13, 13, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
+    positions = (torch.arange(13)[None] - 4).clamp(min=0)
+    expected = model(ids).logits
+    for mask in (visible, additive):
+        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_generation_of_a_padded_batch_is_that_of_each_row(tiny_model):
+    model = tiny_model(use_cache_quantization=True).double()
+    rows = [torch.arange(1, 24), torch.arange(50, 57)]
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=256, eos_token_id=463)
+    batch = torch.full((2, 23), 256)
+    batch[0], batch[1, 16:] = rows
+    written = model.generate(batch, attention_mask=(batch != 256).long(), **settings)
+    for row, ids in enumerate(rows):
+        assert torch.equal(written[row, 23:], model.generate(ids[None], **settings)[0, len(ids) :])

@@ -100,7 +100,9 @@ def test_auto_maps_name_every_auto_class():
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
         "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
         "AutoTokenizer",
     }
 
@@ -160,6 +162,8 @@ for auto, own in (
     ("AutoModel", "QWenModel"),
     ("AutoModelForCausalLM", "QWenLMHeadModel"),
     ("AutoModelForSequenceClassification", "QWenForSequenceClassification"),
+    ("AutoModelForTokenClassification", "QWenForTokenClassification"),
+    ("AutoModelForQuestionAnswering", "QWenForQuestionAnswering"),
 ):
     assert getattr(transformers, auto)._model_mapping[qwen1.QWenConfig] is getattr(qwen1, own), auto
     assert getattr(qwen1, own)._auto_class == auto

@@ -11,8 +11,8 @@ import pytest
 
 REMOTE_CODE = """
 import json, re, sys, torch
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, pipeline)
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering,
+                          AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline)
 
 folder, first, second = sys.argv[1:]
 remote = dict(trust_remote_code=True)
@@ -22,6 +22,10 @@ assert AutoConfig.from_pretrained(folder, n_layer=1, **remote).num_hidden_layers
 base = AutoModel.from_pretrained(folder, **remote)
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **remote)
 assert classifier.score.out_features == 3 and type(base).__name__ == "QWenModel"
+tagger = AutoModelForTokenClassification.from_pretrained(folder, num_labels=3, **remote)
+assert tagger.score.out_features == 3 and type(tagger).__name__ == "QWenForTokenClassification"
+finder = AutoModelForQuestionAnswering.from_pretrained(folder, **remote)
+assert finder.qa_outputs.out_features == 2 and type(finder).__name__ == "QWenForQuestionAnswering"
 tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
 model = AutoModelForCausalLM.from_pretrained(folder, **remote).eval()
 model.save_pretrained(first)

@@ -1,0 +1,1 @@
+../logits_qwen.py
