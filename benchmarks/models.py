@@ -40,7 +40,7 @@ def configurations(**changes: Any) -> tuple[QWenConfig, Qwen2Config]:
     return QWenConfig(**(values | changes)), theirs
 
 
-# As `from_pretrained` makes them: with weights that are created in inference mode torch takes other ways through products.
+# As `from_pretrained` makes them: with weights created in inference mode torch takes other ways through its products.
 @torch.inference_mode(False)
 def build(dtype: torch.dtype, **changes: Any) -> tuple[QWenLMHeadModel, Qwen2ForCausalLM]:
     """Both with the same random weights; `changes` of our configuration."""
