@@ -105,23 +105,30 @@ def tests_of(source: Path, version: str) -> Path:
     return source / "tests"
 
 
-def load_upstream(name: str) -> types.ModuleType:
-    """Import a module of transformers' tests by its name there.
+def find_upstream() -> None:
+    """Make transformers' tests a package that can be imported.
 
     Raises:
         NotAvailable: they can't be had.
     """
-    if PACKAGE not in sys.modules:
-        version = transformers.__version__
-        source = os.environ.get("QWEN_TRANSFORMERS_TESTS")
-        cache = platformdirs.user_cache_path("qwen1") / "transformers-tests"
-        tests = tests_of(Path(source), version) if source else fetch_tests(version, cache)
-        package = types.ModuleType(PACKAGE)
-        package.__path__ = [str(tests)]
-        sys.modules[PACKAGE] = package
-        for module, contents in STAND_INS.items():
-            sys.modules[f"{PACKAGE}.{module}"] = types.ModuleType(f"{PACKAGE}.{module}")
-            vars(sys.modules[f"{PACKAGE}.{module}"]).update(contents)
+    if PACKAGE in sys.modules:
+        return
+    version = transformers.__version__
+    if source := os.environ.get("QWEN_TRANSFORMERS_TESTS"):
+        tests = tests_of(Path(source), version)
+    else:
+        tests = fetch_tests(version, platformdirs.user_cache_path("qwen1") / "transformers-tests")
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(tests)]
+    sys.modules[PACKAGE] = package
+    for name, contents in STAND_INS.items():
+        module = sys.modules[f"{PACKAGE}.{name}"] = types.ModuleType(f"{PACKAGE}.{name}")
+        vars(module).update(contents)
+
+
+def load_upstream(name: str) -> types.ModuleType:
+    """Import a module of transformers' tests by its name there; raises as `find_upstream`."""
+    find_upstream()
     # Two of their modules look for transformers in the folders beside them.
     with unittest.mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
         return importlib.import_module(f"{PACKAGE}.{name}")
@@ -131,7 +138,7 @@ def load_upstream(name: str) -> types.ModuleType:
 def upstream():
     """Import a module of transformers' tests by its name there. Skips where they can't be had."""
     try:
-        load_upstream("test_memory_cleanup_mixin")  # any
+        find_upstream()
     except NotAvailable as error:
         pytest.skip(f"the tests of transformers {transformers.__version__} can't be downloaded: {error}")
     yield load_upstream
