@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -258,6 +259,19 @@ class QWenGenerationMixin(_GenerativeModel):
         with _CacheOfCall.forgotten():
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
         return _without_drafts(_under_both_names(output), settings, prompt)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers; whoever comes between this and `forward` gets the cache under its first name.
+
+        Peft (0.21) does, with a function in the place of this one or a hook before `forward`, and knows no other name:
+        it would put its prefix into a cache that nobody uses, or before each token anew.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        between = "prepare_inputs_for_generation" in vars(self) or self._forward_pre_hooks
+        if between and CACHE_NAME in inputs:
+            inputs[CACHE_NAMES[0]] = inputs.pop(CACHE_NAME)
+        return inputs
 
     _cache = _CacheOfCall()
 

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import types
 import unittest
+import unittest.mock
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,38 @@ import transformers
 from filelock import FileLock
 
 PACKAGE = "transformers_tests"  # the name under which their modules are imported; they import one another relatively
+
+
+def _several_processes(*args, **kwargs):
+    raise unittest.SkipTest("runs in several processes, for which the source distribution lacks a helper")
+
+
+STAND_INS = {
+    "distributed_testing_utils": {
+        "run_distributed": _several_processes,
+        "_start_rank_processes": _several_processes,
+        "_get_distributed_backend": lambda: "gloo",
+        "_get_distributed_device_type": lambda: "cpu",
+        "_get_rank_device": _several_processes,
+        "_set_rank_device": _several_processes,
+    },
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "utils.test_configuration_utils": {
+        "config_common_kwargs": {
+            "return_dict": False,
+            "output_hidden_states": True,
+            "output_attentions": True,
+            "dtype": "float16",
+            "chunk_size_feed_forward": 5,
+            "architectures": ["BertModel"],
+            "id2label": {0: "label"},
+            "label2id": {"label": "0"},
+            "problem_type": "regression",
+        }
+    },
+}
+"""Modules of their tests that the source distribution lacks, and what others import from them."""
 
 
 class NotAvailable(Exception):
@@ -72,23 +105,69 @@ def tests_of(source: Path, version: str) -> Path:
     return source / "tests"
 
 
-@pytest.fixture(scope="session")
-def upstream():
-    """Import a module of transformers' tests by its name there. Skips where they can't be had."""
+def find_upstream() -> None:
+    """Make transformers' tests a package that can be imported.
+
+    Raises:
+        NotAvailable: they can't be had.
+    """
+    if PACKAGE in sys.modules:
+        return
     version = transformers.__version__
-    try:
-        if source := os.environ.get("QWEN_TRANSFORMERS_TESTS"):
-            tests = tests_of(Path(source), version)
-        else:
-            tests = fetch_tests(version, platformdirs.user_cache_path("qwen1") / "transformers-tests")
-    except NotAvailable as error:
-        pytest.skip(f"the tests of transformers {version} can't be downloaded: {error}")
+    if source := os.environ.get("QWEN_TRANSFORMERS_TESTS"):
+        tests = tests_of(Path(source), version)
+    else:
+        tests = fetch_tests(version, platformdirs.user_cache_path("qwen1") / "transformers-tests")
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(tests)]
     sys.modules[PACKAGE] = package
-    yield lambda name: importlib.import_module(f"{PACKAGE}.{name}")
+    for name, contents in STAND_INS.items():
+        module = sys.modules[f"{PACKAGE}.{name}"] = types.ModuleType(f"{PACKAGE}.{name}")
+        vars(module).update(contents)
+
+
+def load_upstream(name: str) -> types.ModuleType:
+    """Import a module of transformers' tests by its name there; raises as `find_upstream`."""
+    find_upstream()
+    # Two of their modules look for transformers in the folders beside them.
+    with unittest.mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+        return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+@pytest.fixture(scope="session")
+def upstream():
+    """Import a module of transformers' tests by its name there. Skips where they can't be had."""
+    try:
+        find_upstream()
+    except NotAvailable as error:
+        pytest.skip(f"the tests of transformers {transformers.__version__} can't be downloaded: {error}")
+    yield load_upstream
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
+
+
+MARKS = (
+    *("accelerate_tests", "torch_compile_test", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test"),
+    *("is_training_test", "is_tensor_parallel_test", "is_fsdp_test", "is_expert_parallel_test", "is_pipeline_test"),
+)
+"""Marks that their tests carry."""
+
+
+def pytest_configure(config):
+    for mark in MARKS:
+        config.addinivalue_line("markers", f"{mark}: of transformers' tests")
+
+
+def pytest_generate_tests(metafunc):
+    """Give a test that takes `upstream_case` each of the cases that `list_cases` of its module finds upstream."""
+    if "upstream_case" not in metafunc.fixturenames:
+        return
+    try:
+        cases = metafunc.module.list_cases(load_upstream)
+    except NotAvailable as error:
+        skip = pytest.mark.skip(reason=f"the tests of transformers can't be downloaded: {error}")
+        cases = [pytest.param(None, marks=skip, id="not-available")]
+    metafunc.parametrize("upstream_case", cases)
 
 
 class Outcomes(unittest.TestResult):
