@@ -42,7 +42,6 @@ MIXINS = {
 """Module of their tests -> the class in it that holds the tests of any model."""
 
 REASONS = {
-    "test_bc_cache_name_forward": "looks at caches of transformers' own type only, and wants a warning about the name",
     "test_model_rope_scaling_frequencies": "wants a rotary module that is made from a configuration alone",
     "test_sliding_window_mask": "QWen has no sliding window",
     **dict.fromkeys(
