@@ -42,6 +42,9 @@ ALIASES = {
 }
 """Other spelling -> the documented one. The first seven are those of the 2023-12 release."""
 
+_READ_ONLY = ("attention_dropout",)
+"""Spellings that are not written: published files have `attn_dropout_prob`, and whoever edits two has found all."""
+
 ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 """Names of the dictionary of rotary parameters: that of transformers 5, and the older one."""
 
@@ -368,7 +371,7 @@ class QWenConfig(PreTrainedConfig):
         for key in _ROPE_DEFAULTS:
             output[ALIASES[key]] = self.rope_parameters[key]
         for alias, name in ALIASES.items():
-            if name in output:
+            if name in output and alias not in _READ_ONLY:
                 output[alias] = output[name]
         if self.rope_scaling is None:
             output.pop("rope_parameters", None)  # which the other spellings say all of
@@ -561,8 +564,6 @@ def _require(config: QWenConfig, name: str, holds: Callable[[Any], bool], wanted
 
 
 def _check_heads(config: QWenConfig) -> None:
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads.")
     if config.n_head % config.num_key_value_heads:
         raise ValueError(
             f"n_head={config.n_head} does not divide into num_key_value_heads={config.num_key_value_heads} groups."

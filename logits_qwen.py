@@ -34,7 +34,7 @@ class _Origin:
 
     def __init__(self, states: torch.Tensor, head: nn.Linear):
         self.head, self.weight = head, head.weight
-        self.version, self.looks = _version(head.weight), self._look()
+        self.version, self.looks = _version_of(head.weight), self._look()
         self.dtype, self.device, self.differentiated = states.dtype, states.device, states.requires_grad
         kind = states.device.type
         self.autocast = torch.is_autocast_enabled(kind)
@@ -48,7 +48,7 @@ class _Origin:
     def _check_head(self) -> None:
         """Refuse a head that isn't the one of `forward` any more."""
         same = holds_its_weight(self.head) and self.head.weight is self.weight
-        if same and _version(self.weight) == self.version and torch.equal(self._look().to(self.looks), self.looks):
+        if same and _version_of(self.weight) == self.version and torch.equal(self._look().to(self.looks), self.looks):
             return
         raise RuntimeError(
             "The logits of this training step were not computed yet, and the head has changed since: it was trained, "
@@ -71,7 +71,7 @@ class _Origin:
             return logits.to(states.device, states.dtype) if moved else logits
 
 
-def _version(weight: torch.Tensor) -> int:
+def _version_of(weight: torch.Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
