@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -255,7 +256,9 @@ class QWenGenerationMixin(_GenerativeModel):
         cache = self._default_cache(settings) if given is None else given
         if given is None and cache is not None and settings["cache_implementation"] is not None:
             kwargs["cache_implementation"] = None  # it is this cache
-        kwargs |= self._alpha_argument(prompt, cache, drafted=assistant_model is not None)
+        # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
+        named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
+        kwargs |= self._alpha_argument(prompt, cache, named)
         with _CacheOfCall.forgotten():
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
         return _without_drafts(_under_both_names(output), settings, prompt)
@@ -304,9 +307,9 @@ class QWenGenerationMixin(_GenerativeModel):
         named = settings["cache_implementation"] == "quantized" and backend == INT8_BACKEND
         return QWenInt8Cache(self.config) if named else None
 
-    def _alpha_argument(self, prompt: Prompt, cache: Cache | None, drafted: bool) -> dict[str, torch.Tensor]:
+    def _alpha_argument(self, prompt: Prompt, cache: Cache | None, named: bool) -> dict[str, torch.Tensor]:
         """The alpha of each row as an argument of `forward`, (B, 1), which doesn't see the whole prompt in chunks,
-        behind drafts or without a cache. An assistant would be handed the argument too, so there the cache keeps it.
+        behind drafts or without a cache; kept by the cache alone where `forward` can't be given it.
         """
         if not self.config.use_dynamic_ntk or self.training or prompt.ntk_alpha is not None:
             return {}
@@ -314,7 +317,7 @@ class QWenGenerationMixin(_GenerativeModel):
         if held is not None and held.shape[0] not in (1, prompt.rows):
             return {}  # of beams or samples, which `forward` tells apart
         alpha = self.transformer.choose_alpha(prompt.position_ids).amax(-1, keepdim=True) if held is None else held
-        if not drafted:
+        if named:
             return {"ntk_alpha": alpha.expand(prompt.rows, -1)}
         if held is None and cache is not None:
             set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)

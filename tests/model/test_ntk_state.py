@@ -445,3 +445,16 @@ def test_state_is_a_plain_value():
     state = NTKState(alpha=torch.ones(2, 1))
     assert not state.planned and list(vars(state)) == ["alpha"], "exporters make an input of each tensor in vars"
     assert copy.deepcopy(state).alpha is not state.alpha
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 16}])
+def test_a_wrapped_forward_that_names_no_alpha(model, monkeypatch, settings):
+    """As tools that watch or time a model leave it: the cache alone keeps the alpha of the whole prompt."""
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, input_ids=None, **kwargs: forward(self, input_ids, **kwargs)
+    )
+    prompt = tokens(70)
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY, **settings)
+    monkeypatch.undo()
+    assert written.tolist() == greedy_truth(model, prompt, 6).tolist()
