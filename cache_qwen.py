@@ -473,10 +473,10 @@ def resolve_ntk_alpha(
     """
     state: NTKState | None = getattr(cache, "qwen_ntk", None)
     length = cache.get_seq_length()
-    if torch.compiler.is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
+    if is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
         return _keep_in_program(choose(), length, program_alpha).expand(rows, -1)
     if state is None:
-        if torch.compiler.is_exporting() and not (isinstance(length, int) and length == 0):
+        if is_exporting() and not (isinstance(length, int) and length == 0):
             _warn_of_unknown_alpha()
         return set_ntk_alpha(cache, choose().expand(rows, -1)).alpha
     if getattr(state, "planned", False):
@@ -488,6 +488,15 @@ def resolve_ntk_alpha(
     elif length == 0:
         state.alpha = choose().expand(rows, -1)
     return _match_rows(state.alpha, rows)
+
+
+def is_exporting() -> bool:
+    """Whether a program is being exported, which before torch 2.12 a graph is told that is only compiled.
+
+    There a program of `torch.export.export(strict=True)` counts as compiled, for nothing tells the two apart.
+    """
+    told_wrong = torch.__version__ < "2.12" and torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting() and not told_wrong
 
 
 def _is_program_input(state: NTKState | None) -> bool:

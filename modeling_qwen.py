@@ -46,7 +46,7 @@ from .arguments_qwen import (
     engine_of,
     one_cache,
 )
-from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, resolve_ntk_alpha, set_ntk_alpha
+from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, is_exporting, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
@@ -1015,7 +1015,7 @@ class QWenModel(QWenPreTrainedModel):
             if shape not in ((rows, 1), (1, 1)):
                 raise ValueError(f"ntk_alpha must be a tensor of shape ({rows}, 1), not {shape or given}.")
             # A compiled graph is given it at each step, and leaves the cache alone; what a program returns carries it.
-            kept = not torch.compiler.is_compiling() or torch.compiler.is_exporting()
+            kept = not torch.compiler.is_compiling() or is_exporting()
             alpha = given.expand(rows, -1)
             if kept and isinstance(cache, Cache):
                 give_ntk_alpha(cache, given, rows)
@@ -1188,7 +1188,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
 
     def _arguments_of_loss(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments that only a loss of the caller's own names, which are not for the model."""
-        unknown = kwargs.keys() - KNOWN_ARGUMENTS
+        # Not a difference of sets, which torch before 2.12 can't trace.
+        unknown = [name for name in kwargs if name not in KNOWN_ARGUMENTS]
         if not unknown or getattr(self, "_loss_function", None) is None:
             return {}
         named = inspect.signature(self.loss_function).parameters
