@@ -6,8 +6,7 @@ Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -359,74 +358,6 @@ class QWenInt8Cache(NTKRows, Cache):
         """Append the chunk of one layer, (B, K, T, D) each; returns all, (B, K, S + T, D), dequantised."""
         real = getattr(self, "real_tokens", None)
         return super().update(key_states, value_states, layer_idx, *args, real_tokens=real, **kwargs)
-
-
-class KeptCache:
-    """Keys and values of a conversation between two turns. What is kept never changes: a turn goes on with a branch.
-
-    Args:
-        model: which made it, a `QWenLMHeadModel`; remembered, but not kept alive.
-        ids: token ids of the conversation, at least as many as the cache has tokens.
-        cache: of one sequence, which nobody uses from now on.
-    """
-
-    def __init__(self, model: Any, ids: Sequence[int], cache: QWenCache):
-        self._model = weakref.ref(model)
-        self._weights = _weights_state(model)
-        self._ids = list(ids[: cache.get_seq_length()])
-        self._cache = cache
-
-    def branch(self, model: Any, prompt: Sequence[int]) -> QWenCache | None:
-        """A cache with as much of the beginning of a prompt as is kept, or None where nothing of it can be used.
-
-        At least the last token of the prompt is left to be read. Nothing is used if the model or its weights have
-        changed, or if the prompt is as long as to ask for another stretch of the rotary base than the keys have.
-
-        Args:
-            model: that is to go on.
-            prompt: token ids of the whole prompt.
-        """
-        if self._model() is not model or self._weights != _weights_state(model):
-            return None
-        length = _common_length(self._ids, prompt[:-1])
-        if not length or not self._has_alpha_of(model, len(prompt)) or not self._is_rotated_as(model, len(prompt)):
-            return None
-        branch = copy.copy(self._cache)
-        branch.layers = [copy.copy(layer) for layer in branch.layers]
-        if length < len(self._ids):
-            branch.crop(length - len(self._ids))
-        if (state := getattr(branch, "qwen_ntk", None)) is not None:
-            set_ntk_alpha(branch, state.alpha)
-        return branch
-
-    def _is_rotated_as(self, model: Any, length: int) -> bool:
-        """Whether "dynamic" scaling, which goes by the length that a text had when a key was made, hasn't begun."""
-        scaling = model.transformer.rotary_emb.scaling
-        return scaling.kind != "dynamic" or max(length, len(self._ids)) <= scaling.length
-
-    def _has_alpha_of(self, model: Any, length: int) -> bool:
-        state: NTKState | None = getattr(self._cache, "qwen_ntk", None)
-        if state is None or not model.config.use_dynamic_ntk:
-            return state is None and not model.config.use_dynamic_ntk
-        asked = model.transformer.choose_alpha(torch.arange(length)[None]).amax()
-        return bool((state.alpha.cpu() == asked).all())
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens at the beginning are the same."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _weights_state(model: Any) -> tuple:
-    """Differs after weights were trained, loaded, moved or replaced, and after adapters were merged or switched."""
-    weights = [(id(p), p.device, p.dtype, 0 if p.is_inference() else p._version) for p in model.parameters()]
-    adapters = [
-        (tuple(layer.merged_adapters), tuple(layer.active_adapters), layer.disable_adapters)
-        for layer in model.modules()
-        if hasattr(layer, "merged_adapters")  # a layer of peft
-    ]
-    return (*weights, *adapters)
 
 
 def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:

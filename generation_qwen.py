@@ -25,7 +25,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
-from .cache_qwen import INT8_BACKEND, KeptCache, QWenCache, QWenInt8Cache, held_ntk_alpha, set_ntk_alpha
+from .cache_qwen import INT8_BACKEND, QWenCache, QWenInt8Cache, held_ntk_alpha, set_ntk_alpha
+from .kept_qwen import KeptCache, cache_of_turn
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     DEFAULT_WINDOW,
@@ -548,12 +549,10 @@ class QWenGenerationMixin(_GenerativeModel):
     def _conversation_cache(
         self, history: Iterable[Sequence[str]] | None, context: TokensType, settings: ChatSettings
     ) -> QWenCache | None:
-        """A branch of what the history carries, or an empty cache; None where another kind of cache is asked for."""
+        """A branch of what the history carries, or an empty cache; None where none can be kept or others are used."""
         if not settings.default_cache or self.training:
             return None
-        kept: KeptCache | None = getattr(history, "kept", None)
-        branch = None if kept is None else kept.branch(self, context)
-        return QWenCache(config=self.config) if branch is None else branch
+        return cache_of_turn(self, getattr(history, "kept", None), context)
 
     def _has_default_cache(self, settings: GenerationSettings, other_kwargs: dict[str, Any]) -> bool:
         """Whether generation keeps one sequence in the model's growing cache and nothing else."""

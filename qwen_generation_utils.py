@@ -103,7 +103,7 @@ class ChatHistory(HistoryType):
     it agrees with them.
 
     Attributes:
-        kept: `cache_qwen.KeptCache`, or None.
+        kept: `kept_qwen.KeptCache`, or None.
     """
 
     kept: Any = None

@@ -123,12 +123,19 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture
-def count_read():
+def count_read(monkeypatch):
     """Count what a model is given from now on: model -> a function that tells how many tokens since its last call."""
 
     def watch(model):
         counted = []
-        model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+        embedding = torch.nn.functional.embedding
+
+        def count(ids, weight, *args, **kwargs):
+            if weight is model.transformer.wte.weight:
+                counted.append(ids.numel())
+            return embedding(ids, weight, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, "embedding", count)  # a hook would end what is kept of conversations
 
         def since():
             total = sum(counted)

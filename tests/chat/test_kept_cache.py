@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qwen1 import ChatHistory, make_context
-from qwen1.cache_qwen import _common_length
+from qwen1.fingerprint_qwen import fingerprint
+from qwen1.kept_qwen import _common_length
 from qwen1.modeling_qwen import ntk_alpha
 
 
@@ -123,12 +124,30 @@ def replace_weights(model, history):
     return {}
 
 
+def train_by_fused_optimizer(model, history):
+    """As the Trainer does by default: such an optimizer doesn't raise the version of a tensor."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    ids = torch.arange(20)[None]
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return {}
+
+
+def edit_by_numpy(model, history):
+    model.transformer.wte.weight.numpy()[:64] += 0.5
+    return {}
+
+
 CHANGES = {
     "turns": change_turns,
     "system": lambda model, history: {"system": "Be brief."},
     "window": lambda model, history: {"max_window_size": 90},
     "trained weights": change_weights,
     "replaced weights": replace_weights,
+    "a fused optimizer": train_by_fused_optimizer,
+    "numpy": edit_by_numpy,
+    "a setting": lambda model, history: setattr(model.transformer.h[0].ln_1, "eps", 0.5) or {},
 }
 
 
@@ -136,9 +155,33 @@ CHANGES = {
 @torch.no_grad()
 def test_what_has_changed_is_read_anew(model, byte_tokenizer, change):
     history = talk(model, byte_tokenizer, "first", "second")
+    unchanged = model.chat(byte_tokenizer, "third", list(history))
     settings = change(model, history)
     expected = model.chat(byte_tokenizer, "third", list(history), **settings)
+    assert expected != unchanged
     assert model.chat(byte_tokenizer, "third", history, **settings) == expected
+
+
+def test_nothing_is_kept_where_a_function_may_change_what_is_computed(model, byte_tokenizer):
+    """What a hook does the next time, nobody can tell."""
+    scale = [1.0]
+    hook = model.transformer.h[0].register_forward_hook(lambda module, inputs, output: scale[0] * output)
+    history = talk(model, byte_tokenizer, "first")
+    assert history.kept is None
+    scale[0] = 3.0
+    expected = model.chat(byte_tokenizer, "second", list(history))
+    assert model.chat(byte_tokenizer, "second", history) == expected
+    hook.remove()
+    assert talk(model, byte_tokenizer, "third", history=history).kept is not None
+
+
+def test_weights_that_change_while_a_turn_is_written_end_what_it_keeps(model, byte_tokenizer):
+    history = model.new_history()
+    for _ in model.chat_stream(byte_tokenizer, "first", history, max_new_tokens=8, min_new_tokens=8):
+        model.lm_head.weight.data[0] += 1e-3
+    assert history.kept is not None
+    history.append(("first", "reply"))
+    assert history.kept.branch(model, fingerprint(model), history.kept._ids) is None
 
 
 def test_another_model_reads_anew(model, byte_tokenizer, tiny_model, read):
@@ -169,12 +212,13 @@ def test_dynamic_scaling_reads_anew_once_it_has_begun(model, byte_tokenizer, tin
     scaled = tiny_model("sdpa", use_dynamic_ntk=False, n_positions=120, rope_parameters=rope)
     scaled.generation_config = model.generation_config
     history = talk(scaled, byte_tokenizer, "first", max_new_tokens=4)
-    assert history.kept.branch(scaled, history.kept._ids) is not None
+    assert history.kept.branch(scaled, fingerprint(scaled), history.kept._ids) is not None
     query = "x" * 20
     assert prompt_length(byte_tokenizer, query, history) > 120
     reply, longer = scaled.chat(byte_tokenizer, query, history, max_new_tokens=4)
     assert reply == scaled.chat(byte_tokenizer, query, list(history), reuse_cache=False, max_new_tokens=4)[0]
-    assert longer.kept.branch(scaled, longer.kept._ids[:100]) is None  # short again, but these keys are stretched
+    # Short again, but these keys are stretched.
+    assert longer.kept.branch(scaled, fingerprint(scaled), longer.kept._ids[:100]) is None
 
 
 @pytest.mark.parametrize(
@@ -259,7 +303,8 @@ def test_the_stretch_of_kept_keys_is_that_of_the_prompt(chat_model, byte_tokeniz
     chat_model.config.seq_length = 64
     history = talk(chat_model, byte_tokenizer, "a" * 8, logits_processor=forced("b"))
     held = history.kept._cache.qwen_ntk.alpha.item()
-    ids = history.kept._ids
+    ids, made_by = history.kept._ids, fingerprint(chat_model)
     for length in range(len(ids) + 1, 300):
         asked = ntk_alpha(torch.tensor([length]), 64).item()
-        assert (history.kept.branch(chat_model, ids + [7] * (length - len(ids))) is not None) == (asked == held), length
+        branch = history.kept.branch(chat_model, made_by, ids + [7] * (length - len(ids)))
+        assert (branch is not None) == (asked == held), length

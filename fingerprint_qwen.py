@@ -1,0 +1,131 @@
+"""What the keys and values of a text depend on beside the text: a digest of a model as it is now.
+
+Versions of tensors don't tell: fused optimizers, `weight.data` and numpy write past them. So every weight is read,
+about as much work as one generated token makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_WORD = 8
+"""Bytes that are added up at a time: as int64, the one width for which torch has a fast sum that wraps around."""
+_STRANDS = 255
+"""In how many parts the words of a tensor lie above one another to be added up: an odd number, so that as many signs
+turned at once don't cancel each other, and many, which torch adds up as quickly as it reads."""
+
+_LIBRARIES = ("transformers", "torch", "accelerate")
+"""Whose hooks compute nothing else than the weights say: they collect outputs, move and gather weights."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def fingerprint(model: nn.Module) -> bytes | None:
+    """A digest that is another one whenever anything has changed that the model computes with.
+
+    That is every value of its weights, buffers and other tensors, wherever they lie; its configuration; the settings
+    of its modules, adapters and their scales included; and the code that they run.
+
+    Returns:
+        16 bytes, or None where that can't be told: functions of somebody else run inside the model (hooks, a `forward`
+        that was replaced), or tensors can't be read here (shards of other processes).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    sums: list[torch.Tensor] = []
+    configurations = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    digest.update(repr([_plain(vars(config)) for config in configurations.values()]).encode())
+    for module in model.modules():
+        if not all(map(_is_of_a_library, _functions_inside(module))):
+            return None
+        digest.update(repr(_settings(module)).encode())
+        for name, tensor in _tensors(module):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
+            parts = _checksum(_at_hand(module, name, tensor))
+            if parts is None:
+                return None
+            sums += parts
+    for device in dict.fromkeys(part.device for part in sums):
+        digest.update(repr(torch.stack([part for part in sums if part.device == device]).tolist()).encode())
+    return digest.digest()
+
+
+def _functions_inside(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What runs in a call of a module beside its class's own code."""
+    for hooks in (
+        nn.modules.module._global_forward_hooks,
+        nn.modules.module._global_forward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+    ):
+        yield from hooks.values()
+    # Where accelerate moves the weights of a module, it calls what was there before.
+    replaced = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    original = getattr(replaced, "_torchdynamo_orig_callable", replaced)
+    if original is not None and getattr(original, "__func__", None) is not type(module).forward:
+        yield original
+
+
+def _is_of_a_library(function: Any) -> bool:
+    function = getattr(function, "func", function)  # of functools.partial
+    return str(getattr(function, "__module__", "")).partition(".")[0] in _LIBRARIES
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """The code of a module and what is set on it, but for tensors and other modules."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
+    return type(module), type(module).forward, module.training, _plain(own)
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """Numbers, switches, names and collections of them; None for other objects, which are looked at elsewhere."""
+    if isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        return value
+    if depth and isinstance(value, Mapping):
+        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        items = [_plain(item, depth - 1) for item in value]
+        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of a module itself: weights, buffers, and what else lies on it, as scales of few-bit layers."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+    yield from ((name, held) for name, held in vars(module).items() if isinstance(held, torch.Tensor))
+
+
+def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or where accelerate has offloaded it, what its hook would load."""
+    offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return tensor if tensor.device.type != "meta" or offloaded is None else offloaded[name]
+
+
+@torch.no_grad()
+def _checksum(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """Sums over all bytes of a tensor, () int64 each, on its device; None where the bytes can't be read."""
+    if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors
+        inner = [_checksum(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return None if None in inner else [part for parts in inner if parts for part in parts]
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return None
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if octets.storage_offset() % _WORD:
+        octets = octets.clone()
+    end = octets.numel() // _WORD * _WORD
+    words = octets[:end].view(torch.int64)
+    strands = words[: len(words) // _STRANDS * _STRANDS].view(_STRANDS, -1).sum(0)
+    return [_weighted(part) for part in (strands, words[len(strands) * _STRANDS :], octets[end:].long())]
+
+
+def _weighted(words: torch.Tensor) -> torch.Tensor:
+    """Sum of words, (N,) int64, each times an odd number of its own, so that their order tells; the highest bits, which
+    a product pushes out, are first brought down.
+    """
+    mixed = words ^ (words >> 29)
+    return (mixed * (2 * torch.arange(len(words), device=words.device) + 1)).sum()
