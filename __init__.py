@@ -4,16 +4,7 @@
 `trust_remote_code=True`, and makes `save_pretrained` write the .py files beside the weights.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-
+from .auto_classes import register
 from .cache_qwen import QWenCache, QWenInt8Cache
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import (
@@ -87,21 +78,4 @@ __all__ = [
     "run_tools",
 ]
 
-# `register` makes the Auto classes load these classes; `register_for_auto_class` makes saving copy their files along.
-AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
-QWenConfig.register_for_auto_class("AutoConfig")
-for auto_class, model_class in (
-    (AutoModel, QWenModel),
-    (AutoModelForCausalLM, QWenLMHeadModel),
-    (AutoModelForSequenceClassification, QWenForSequenceClassification),
-    (AutoModelForTokenClassification, QWenForTokenClassification),
-    (AutoModelForQuestionAnswering, QWenForQuestionAnswering),
-):
-    auto_class.register(QWenConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)
-AutoTokenizer.register(
-    QWenConfig, slow_tokenizer_class=QWenTokenizer, fast_tokenizer_class=QWenTokenizerFast, exist_ok=True
-)
-for tokenizer_class in (QWenTokenizer, QWenTokenizerFast):
-    tokenizer_class.register_for_auto_class("AutoTokenizer")
-del auto_class, model_class, tokenizer_class
+register()

@@ -81,6 +81,9 @@ ARITHMETIC = (
 )
 """Keys of relatives of these models that change what is computed, unless they are off or 1."""
 
+RELATIVES = {"visual": "Qwen-VL", "audio": "Qwen-Audio"}
+"""Key of config.json -> the family that has it, beside `"model_type": "qwen"`."""
+
 _BASE_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 PRECISION_FLAGS = ("bf16", "fp16", "fp32")
@@ -348,6 +351,7 @@ class QWenConfig(PreTrainedConfig):
             ValueError: as the constructor.
         """
         for values in (config_dict, kwargs):
+            refuse_relatives(values)
             _refuse_contradictions(values)
         checked = {name: kwargs.pop(name) for name in (*PRECISION_FLAGS, *_FOREIGN, *ARITHMETIC) if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
@@ -522,8 +526,30 @@ def _rope_number(rope: dict[str, Any], key: str, least: float, default: Any = No
     return value
 
 
+def relative(values: Mapping[str, Any]) -> str | None:
+    """The family that a configuration belongs to, if it is one that sees or hears: "Qwen-VL", "Qwen-Audio", or None."""
+    return next((family for key, family in RELATIVES.items() if values.get(key)), None)
+
+
+def refuse_relatives(values: Mapping[str, Any]) -> None:
+    """Refuse the configuration of a model that sees or hears, of which only the language model would be left.
+
+    Raises:
+        ValueError: names the family and the remedy.
+    """
+    if family := relative(values):
+        key = next(key for key, name in RELATIVES.items() if name == family)
+        raise ValueError(
+            f"This is a checkpoint of {family} (its configuration has {key!r}), not of QWen: without the part that "
+            f"reads {'pictures' if key == 'visual' else 'sound'} it would answer as if there were none. Load it with "
+            "its own code (trust_remote_code=True, in a release of transformers that this code is for, 4.31 to 4.37), "
+            "or take a text model of the family, such as Qwen-7B-Chat."
+        )
+
+
 def _refuse_foreign(values: Mapping[str, Any]) -> None:
     """Refuse what keys of other decoders ask for and this architecture doesn't do."""
+    refuse_relatives(values)
     for name in ARITHMETIC:
         value = values.get(name)
         if value is True or value not in (None, False, 0, 1):  # True equals 1

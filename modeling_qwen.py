@@ -49,11 +49,13 @@ from .arguments_qwen import (
 from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, is_exporting, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig, RotaryScaling
 from .engines_qwen import engine_alpha
-from .generation_qwen import QWenGenerationMixin
-from .logits_qwen import QWenTrainingOutput, UnreadLogits
-from .loss_qwen import head_loss, holds_its_weight
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
+from .fingerprint_qwen import fingerprint as fingerprint
+from .generation_qwen import QWenGenerationMixin
+from .kept_qwen import KeptCache as KeptCache
+from .logits_qwen import QWenTrainingOutput, UnreadLogits
+from .loss_qwen import head_loss, holds_its_weight
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
