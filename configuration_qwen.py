@@ -84,6 +84,18 @@ ARITHMETIC = (
 RELATIVES = {"visual": "Qwen-VL", "audio": "Qwen-Audio"}
 """Key of config.json -> the family that has it, beside `"model_type": "qwen"`."""
 
+WITHOUT_EFFECT = (
+    "activation",
+    "bias_dropout_fusion",
+    "onnx_safe",
+    "params_dtype",
+    "pos_emb",
+    "resid_pdrop",
+    "tokenizer_type",
+    "use_cache_kernel",
+)
+"""Options of 2023 that changed nothing that is computed; kept, in a file and as arguments of `from_pretrained`."""
+
 _BASE_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 PRECISION_FLAGS = ("bf16", "fp16", "fp32")
@@ -353,7 +365,8 @@ class QWenConfig(PreTrainedConfig):
         for values in (config_dict, kwargs):
             refuse_relatives(values)
             _refuse_contradictions(values)
-        checked = {name: kwargs.pop(name) for name in (*PRECISION_FLAGS, *_FOREIGN, *ARITHMETIC) if name in kwargs}
+        taken = (*PRECISION_FLAGS, *WITHOUT_EFFECT, *_FOREIGN, *ARITHMETIC)  # whether the file has them or not
+        checked = {name: kwargs.pop(name) for name in taken if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result  # with return_unused_kwargs
         _refuse_foreign({**vars(config), **checked})
@@ -404,6 +417,10 @@ class QWenConfig(PreTrainedConfig):
                 f"beyond the trained seq_length={self.seq_length}: for that, set max_position_embeddings="
                 f"{self.seq_length} as well."
             )
+
+    def __dir__(self) -> list[str]:
+        """Every spelling, for programs that look for names there: those of `attribute_map` are no attributes."""
+        return sorted({*super().__dir__(), *self.attribute_map})
 
     # The base class becomes a dataclass, whose own comparison would see none of the keys above.
     __eq__ = PreTrainedConfig.__eq__

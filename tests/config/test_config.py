@@ -99,6 +99,12 @@ def test_published_files_survive_two_round_trips(golden, tmp_path):
         assert again.to_dict() == first.to_dict(), file
 
 
+@pytest.mark.parametrize("spelling", [spelling for alias, name, _ in SPELLINGS for spelling in (alias, name)])
+def test_every_spelling_is_listed(spelling):
+    """Programs such as ms-swift look for the names that they know in `dir(config)`."""
+    assert spelling in dir(QWenConfig()) and len(set(dir(QWenConfig()))) == len(dir(QWenConfig()))
+
+
 @pytest.mark.parametrize(("alias", "name", "value"), SPELLINGS)
 def test_both_spellings_are_read_set_and_written(alias, name, value):
     config = QWenConfig(**{alias: value})

@@ -63,6 +63,26 @@ def test_precision_flags(folder, flag, dtype):
     assert load(folder).dtype == dtype
 
 
+@pytest.mark.parametrize("cls", [QWenLMHeadModel, AutoModelForCausalLM], ids=lambda cls: cls.__name__)
+def test_every_argument_of_2023_is_taken(folder, cls):
+    """Both constructors' parameters and the keys of their files, which programs gave to `from_pretrained`."""
+    arguments = {
+        **{"use_cache_quantization": True, "use_cache_kernel": True, "use_flash_attn": False},
+        **{"use_dynamic_ntk": True, "use_logn_attn": False, "softmax_in_fp32": True, "fp32": True, "bf16": False},
+        **{"fp16": False, "scale_attn_weights": True, "use_cache": True, "no_bias": True, "rotary_pct": 1.0},
+        **{"emb_dropout_prob": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.1, "n_inner": None, "initializer_range": 0.5},
+        **{"seq_length": 50, "max_position_embeddings": 99, "layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000},
+        **{"onnx_safe": None, "pos_emb": "rotary", "activation": "swiglu", "bias_dropout_fusion": True},
+        **{"params_dtype": "torch.bfloat16", "tokenizer_type": "QWenTokenizer", "tie_word_embeddings": False},
+        **{"apply_residual_connection_post_layernorm": False, "padded_vocab_size": None},
+    }
+    model = cls.from_pretrained(folder, **arguments)
+    assert {name: getattr(model.config, name) for name in arguments} == arguments
+    assert model.dtype == torch.float32
+    with pytest.raises(TypeError, match="use_cash"):
+        cls.from_pretrained(folder, use_cash=True)
+
+
 def test_an_explicit_dtype_wins(folder):
     change(folder, bf16=True)
     assert load(folder, dtype=torch.float16).dtype == torch.float16
