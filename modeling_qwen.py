@@ -54,6 +54,7 @@ from .engines_qwen import engine_alpha
 from .fingerprint_qwen import fingerprint as fingerprint
 from .generation_qwen import QWenGenerationMixin
 from .kept_qwen import KeptCache as KeptCache
+from .loading_qwen import check_packages
 from .logits_qwen import QWenTrainingOutput, UnreadLogits
 from .loss_qwen import head_loss, holds_its_weight
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -836,6 +837,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: two of the precision flags contradict each other.
+            ImportError: weights in few bits, and the packages that read them are not installed.
         """
         flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
@@ -845,6 +847,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         else:
             hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             effective = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **flags)
+        check_packages(kwargs.get("quantization_config") or getattr(effective, "quantization_config", None))
         precision = effective.precision_flag()
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and precision is not None:
             kwargs["dtype"] = _DTYPES[precision]

@@ -51,7 +51,7 @@ def serve(
         model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
         launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(f"qwen1-browser: {error}", err=True)
         raise typer.Exit(1) from error
 

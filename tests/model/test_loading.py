@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import qwen1.loading_qwen as loading
 import qwen1.modeling_qwen as modeling
 from qwen1 import QWenConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenModel
 from qwen1.configuration_qwen import AUTO_MAP
@@ -283,3 +284,25 @@ def test_offloaded_to_disk(folder, tmp_path, offloaded):
         torch.testing.assert_close(model(ids).logits, load(folder)(ids).logits)
     settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert model.generate(ids, **settings).tolist() == load(folder).generate(ids, **settings).tolist()
+
+
+@pytest.mark.parametrize("given", ["in the file", "as an argument"])
+@pytest.mark.parametrize(
+    ("quantization", "packages"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptqmodel and optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel and accelerate"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes and accelerate"),
+    ],
+    ids=["gptq", "awq", "bitsandbytes"],
+)
+def test_missing_packages_of_a_quantisation_are_named(folder, monkeypatch, quantization, packages, given):
+    """And not the GPU that transformers asks for first."""
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    arguments = {"quantization_config": quantization}
+    if given == "in the file":
+        change(folder, **arguments)
+        arguments = {}
+    for cls in (QWenLMHeadModel, AutoModelForCausalLM):
+        with pytest.raises(ImportError, match=rf"needs {packages}; .*pip install {packages.replace(' and ', ' ')}\)"):
+            cls.from_pretrained(folder, **arguments)
