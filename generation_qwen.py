@@ -63,7 +63,8 @@ class ChatSettings:
     Attributes:
         generation_config: a copy of the caller's or the model's, with the loose settings of the call in it.
         other_kwargs: arguments of `generate` that are no settings.
-        stops: sequences that end a reply.
+        cut: token sequences that end a reply and are no part of it.
+        kept: those that are, stop words as published.
         window: tokens of context.
         default_cache: whether keys and values are in a growing cache of one sequence, which a history can carry.
         stop_text: a text that ends a reply, whichever tokens it is made of.
@@ -71,7 +72,8 @@ class ChatSettings:
 
     generation_config: GenerationConfig
     other_kwargs: dict[str, Any]
-    stops: list[TokensType]
+    cut: list[TokensType]
+    kept: list[TokensType]
     window: int
     default_cache: bool
     stop_text: str | None = None
@@ -176,8 +178,9 @@ def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt) -
     sequences = _sequences_of(output)
     if settings["stop_words_ids"] is None or len(sequences) > 1:  # only single texts are drafted
         return output
-    end = find_end(sequences[0, prompt.length :].tolist(), check_stop_words(settings["stop_words_ids"]), whole=True)
-    kept = sequences[:, : prompt.length + end]
+    written = sequences[0, prompt.length :].tolist()
+    end = find_end(written, cut=(), kept=check_stop_words(settings["stop_words_ids"]))
+    kept = sequences if end is None else sequences[:, : prompt.length + end]
     if isinstance(output, torch.Tensor):
         return kept
     output.sequences = kept
@@ -336,6 +339,7 @@ class QWenGenerationMixin(_GenerativeModel):
         max_window_size: int | None = None,
         reuse_cache: bool = True,
         tools: Iterable[Any] | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> tuple[str, HistoryType] | Generator[str, None, None]:
         """Answer a query within a conversation.
@@ -348,7 +352,7 @@ class QWenGenerationMixin(_GenerativeModel):
             system: system message.
             append_history: add this turn to the history returned.
             stream: return what `chat_stream` returns.
-            stop_words_ids: token sequences that end the reply and are left out of it.
+            stop_words_ids: token sequences that end the reply.
             generation_config: in place of the model's own.
             max_window_size: tokens of context; whole turns are left out from the front. Default: the generation
                 configuration's, else 6144.
@@ -356,6 +360,8 @@ class QWenGenerationMixin(_GenerativeModel):
                 let the returned one carry them. Only what the model's default cache holds is carried.
             tools: what the model may call: functions with type hints and docstrings, JSON schemas, or `Tool`s. The
                 reply is then a `ToolReply`, a text with the call or the answer in it; nothing is run here.
+            keep_stop_words: leave the stop word that ended the reply in it, and so in the history, as published; with
+                tools and for the tokens that end every reply it is always left out.
             generate_kwargs: anything that `generate` takes, such as `max_new_tokens`, `top_p`, `seed`.
 
         Returns:
@@ -366,11 +372,14 @@ class QWenGenerationMixin(_GenerativeModel):
         """
         if stream:
             generate_kwargs |= {"generation_config": generation_config, "max_window_size": max_window_size}
-            generate_kwargs |= {"reuse_cache": reuse_cache, "tools": tools}
+            generate_kwargs |= {"reuse_cache": reuse_cache, "tools": tools, "keep_stop_words": keep_stop_words}
             return self.chat_stream(tokenizer, query, history, system, stop_words_ids, **generate_kwargs)
         turns = checked_history(history)
         exchange = Exchange.begin(query, turns, tools)
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        keep = keep_stop_words and tools is None
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep, generation_config, max_window_size, generate_kwargs
+        )
         context = _exchange_context(tokenizer, exchange, system, settings)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
@@ -392,6 +401,7 @@ class QWenGenerationMixin(_GenerativeModel):
         max_window_size: int | None = None,
         reuse_cache: bool = True,
         tools: Iterable[Any] | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> Generator[str, None, None]:
         """As `chat`, yielding the response so far each time it has grown.
@@ -403,7 +413,10 @@ class QWenGenerationMixin(_GenerativeModel):
         """
         if generate_kwargs.pop("streamer", None) is not None:
             raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        keep = keep_stop_words and tools is None
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep, generation_config, max_window_size, generate_kwargs
+        )
         if settings.generation_config.num_beams not in (None, 1):
             raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
         exchange = Exchange.begin(query, history, tools)
@@ -421,7 +434,7 @@ class QWenGenerationMixin(_GenerativeModel):
             if cache is not None and isinstance(history, ChatHistory):
                 history.kept = KeptCache(self, _sequences_of(output)[0].tolist(), cache)
 
-        texts = stream_text(stream_tokens(generate), tokenizer, settings.stops)
+        texts = stream_text(stream_tokens(generate), tokenizer, settings.cut, settings.kept)
         return texts if settings.stop_text is None else exchange.stream(stream_until(texts, settings.stop_text))
 
     run_tools = run_tools  # of `tools_qwen.py`, its first argument being the model
@@ -441,6 +454,7 @@ class QWenGenerationMixin(_GenerativeModel):
         stop_words_ids: list[TokensType] | None = None,
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> tuple[list[str], list[HistoryType]]:
         """Answer one query in each of several conversations, as a single batch; each as it would be alone.
@@ -468,7 +482,9 @@ class QWenGenerationMixin(_GenerativeModel):
         if not queries:
             return [], []
         turns = [checked_history(history) for history in histories]
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep_stop_words, generation_config, max_window_size, generate_kwargs
+        )
         contexts = [
             fitting_context(tokenizer, *conversation, settings.window)
             for conversation in zip(queries, turns, systems, strict=True)
@@ -485,6 +501,7 @@ class QWenGenerationMixin(_GenerativeModel):
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop_words_ids: list[TokensType] | None,
+        keep_stop_words: bool,
         generation_config: GenerationConfig | None,
         max_window_size: int | None,
         generate_kwargs: dict[str, Any],
@@ -503,14 +520,14 @@ class QWenGenerationMixin(_GenerativeModel):
         settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
         if effective["stop_strings"] is not None:
             other_kwargs["tokenizer"] = tokenizer  # which `generate` asks for with them
-        configured = check_stop_words(effective["stop_words_ids"]) + _eos_sequences(effective["eos_token_id"])
-        stops = check_stop_words(stop_words_ids) + configured + end_sequences(chat_format, tokenizer)
-        settings.stop_words_ids = stops = [list(stop) for stop in dict.fromkeys(map(tuple, stops))]
+        words = check_stop_words(stop_words_ids) + check_stop_words(effective["stop_words_ids"])
+        ends = _eos_sequences(effective["eos_token_id"]) + end_sequences(chat_format, tokenizer)
+        settings.stop_words_ids = [list(stop) for stop in dict.fromkeys(map(tuple, words + ends))]
         if max_window_size is None:
             max_window_size = effective["max_window_size"] or DEFAULT_WINDOW
-        return ChatSettings(
-            settings, other_kwargs, stops, max_window_size, self._has_default_cache(effective, other_kwargs)
-        )
+        cut, kept = (ends, words) if keep_stop_words else (ends + words, [])
+        default_cache = self._has_default_cache(effective, other_kwargs)
+        return ChatSettings(settings, other_kwargs, cut, kept, max_window_size, default_cache)
 
     def _chat_inputs(
         self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
@@ -540,7 +557,8 @@ class QWenGenerationMixin(_GenerativeModel):
         """The texts behind prompts of `length` tokens, one for each of `count` conversations."""
         copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
         replies = sequences[::copies, length:].tolist()
-        texts = [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
+        ends = [find_end(reply, settings.cut, settings.kept) for reply in replies]
+        texts = [decode_text(tokenizer, reply[:end]).strip() for reply, end in zip(replies, ends, strict=True)]
         if settings.stop_text is None:
             return texts
         return [text.partition(settings.stop_text)[0].rstrip() for text in texts]

@@ -215,7 +215,7 @@ def decode_tokens(
     reply = reply.tolist() if isinstance(reply, torch.Tensor) else list(reply)
     end = find_end(reply, end_sequences(chat_format, tokenizer))
     text = decode_text(tokenizer, reply[:end], errors).strip()
-    reason = f"Gen {tokenizer.decode(reply[end : end + 1])!r}" if end < len(reply) else f"Gen length {len(tokens)}"
+    reason = f"Gen length {len(tokens)}" if end is None else f"Gen {tokenizer.decode(reply[end : end + 1])!r}"
     if verbose:
         print(f"\nReply: {text}\nEnd reason: {reason}")
     return (text, reason) if return_end_reason else text
@@ -231,20 +231,31 @@ def end_sequences(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[
     return [*get_stop_words_ids(chat_format, tokenizer), [tokenizer.eod_id]]
 
 
-def find_end(reply: Sequence[int], stops: Sequence[Sequence[int]], start: int = 0, whole: bool = False) -> int:
-    """Index in `reply` where the stop sequence that is complete first begins, or its length where there is none.
+def find_end(
+    reply: Sequence[int], cut: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] = (), start: int = 0
+) -> int | None:
+    """Length of the reply, up to the stop sequence that is complete first, or None where there is none.
 
-    The first and not the leftmost one, so that a reply ends the same however many tokens come at once.
+    The first and not the leftmost one, so that a reply ends the same however many tokens come at once. Where one to cut
+    off and one to keep are complete at once, the first is cut off the second.
 
     Args:
+        cut: stop sequences that are no part of the reply.
+        kept: those that are.
         start: tokens in which no stop sequence is complete, for a reply that is searched while it grows.
-        whole: where the stop sequence ends instead.
     """
     for end in range(start + 1, len(reply) + 1):
-        lengths = [len(stop) for stop in stops if list(reply[max(end - len(stop), 0) : end]) == list(stop)]
+        lengths = [len(stop) for stop in cut if _ends_with(reply, end, stop)]
         if lengths:
-            return end if whole else end - max(lengths)
-    return len(reply)
+            return end - max(lengths)
+        if any(_ends_with(reply, end, stop) for stop in kept):
+            return end
+    return None
+
+
+def _ends_with(reply: Sequence[int], end: int, stop: Sequence[int]) -> bool:
+    """Whether the first `end` tokens end with a stop sequence."""
+    return list(reply[max(end - len(stop), 0) : end]) == list(stop)
 
 
 def _held_back(reply: Sequence[int], stops: Iterable[Sequence[int]]) -> int:
@@ -435,24 +446,28 @@ def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, N
 
 
 def stream_text(
-    chunks: Generator[TokensType, None, None], tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[int]]
+    chunks: Generator[TokensType, None, None],
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]] = (),
 ) -> Generator[str, None, None]:
     """The reply so far each time it has grown, from new tokens as they come; `chunks` is closed with it.
 
-    Half a character is held back until the rest of its bytes is there, half a stop word until it is none; the last
-    text, of which each one before is the beginning, is that of `chat`. There is always one, if only an empty one.
+    Half a character is held back until the rest of its bytes is there, half a stop word that is cut off until it is
+    none; the last text, of which each one before is the beginning, is that of `chat`. There is always one, if only an
+    empty one.
     """
     reply: TokensType = []
     shown = ""
-    end = 0
+    end = None
     with closing(chunks):
         for chunk in chunks:
             searched = len(reply)
             reply += chunk
-            end = find_end(reply, stops, searched)
-            if end < len(reply):
+            end = find_end(reply, cut, kept, searched)
+            if end is not None:
                 break
-            text = decode_text(tokenizer, reply[: end - _held_back(reply, stops)])
+            text = decode_text(tokenizer, reply[: len(reply) - _held_back(reply, cut)])
             text = text.rstrip(_INCOMPLETE).strip()
             if len(text) > len(shown):
                 shown = text

@@ -32,6 +32,7 @@ def test_rows_end_on_their_own(chat_model, byte_tokenizer, forced):
         ["q"] * 4,
         stop_words_ids=[list(b"STOP")],
         max_new_tokens=6,
+        keep_stop_words=False,
         logits_processor=processors,
     )
     assert replies == ["a", "bc", "defghi", ""]

@@ -132,7 +132,7 @@ def test_random_replies_in_random_chunks(byte_tokenizer):
         list(text.encode()) for text in ("你", "😀", FAMILY, "é", " ", "\n", "a", "Obs", "Observation:", "\ufffd")
     ]
     pieces += [[0xE4], [0xBD], [0xFF], [IM_END], [300]]
-    stops = [list(b"Observation:"), list(b"serv!"), [*"😀".encode()[1:], ord("a")], [IM_END], [EOD]]
+    words, ends = [list(b"Observation:"), list(b"serv!"), [*"😀".encode()[1:], ord("a")]], [[IM_END], [EOD]]
     stopped = 0
     for _ in range(300):
         reply = sum(rng.choices(pieces, weights=[5] * 10 + [1] * 5, k=rng.randint(0, 12)), [])
@@ -141,9 +141,10 @@ def test_random_replies_in_random_chunks(byte_tokenizer):
             size = rng.randint(1, 4)
             chunks.append(rest[:size])
             rest = rest[size:]
-        end = find_end(reply, stops)
-        stopped += end < len(reply)
-        texts = list(stream_text((chunk for chunk in chunks), byte_tokenizer, stops))
+        cut, kept = rng.choice([(ends + words, []), (ends, words)])
+        end = find_end(reply, cut, kept)
+        stopped += end is not None
+        texts = list(stream_text((chunk for chunk in chunks), byte_tokenizer, cut, kept))
         assert texts[-1] == byte_tokenizer.decode(reply[:end]).strip()
         check_growing(texts)
     assert 50 < stopped < 250

@@ -73,17 +73,22 @@ def test_unknown_format(byte_tokenizer, call):
 
 
 @pytest.mark.parametrize(
-    ("reply", "stops", "end"),
+    ("reply", "cut", "kept", "end"),
     [
-        ([1, 2, 3], [[4]], 3),
-        ([1, 2, 3], [[2, 3], [3]], 1),  # both complete at once: the longer one is cut off
-        ([1, 2, 3, 4], [[1, 2, 3, 4], [3]], 2),  # the one that is complete first ends the reply
-        ([1, 1, 2], [[1, 2]], 1),
-        ([1, 2], [[1, 2, 3]], 2),
-        ([], [[1]], 0),
+        ([1, 2, 3], [[4]], [[5]], None),
+        ([1, 2, 3], [[2, 3], [3]], [], 1),  # both complete at once: the longer one is cut off
+        ([1, 2, 3], [[3]], [[2, 3]], 2),  # the control token behind a stop word
+        ([1, 2, 3, 4], [[1, 2, 3, 4], [3]], [], 2),  # the one that is complete first ends the reply
+        ([1, 2, 3, 4], [[3]], [[1, 2]], 2),
+        ([1, 2, 3, 4], [[1]], [[1, 2]], 0),
+        ([1, 2, 3], [], [[2, 3], [3]], 3),
+        ([1, 1, 2], [[1, 2]], [], 1),
+        ([1, 1, 2], [], [[1, 2]], 3),
+        ([1, 2], [[1, 2, 3]], [[2, 3]], None),
+        ([], [[1]], [[2]], None),
     ],
 )
-def test_find_end(reply, stops, end):
-    assert find_end(reply, stops) == end
-    found = (find_end(reply[:size], stops, start=size - 1) for size in range(1, len(reply) + 1))
-    assert next((place for size, place in enumerate(found, 1) if place < size), len(reply)) == end
+def test_find_end(reply, cut, kept, end):
+    assert find_end(reply, cut, kept) == end
+    found = (find_end(reply[:size], cut, kept, start=size - 1) for size in range(1, len(reply) + 1))
+    assert next((place for place in found if place is not None), None) == end
