@@ -354,8 +354,8 @@ class QWenGenerationMixin(_GenerativeModel):
             stream: return what `chat_stream` returns.
             stop_words_ids: token sequences that end the reply.
             generation_config: in place of the model's own.
-            max_window_size: tokens of context; whole turns are left out from the front. Default: the generation
-                configuration's, else 6144.
+            max_window_size: tokens of context; whole turns are left out from the front, all of them, with a warning,
+                where the query alone is longer. Default: the generation configuration's, else 6144.
             reuse_cache: take up the keys and values that the history carries, as far as they agree with the prompt, and
                 let the returned one carry them. Only what the model's default cache holds is carried.
             tools: what the model may call: functions with type hints and docstrings, JSON schemas, or `Tool`s. The
@@ -368,7 +368,8 @@ class QWenGenerationMixin(_GenerativeModel):
             the response, and the history with this turn, a `ChatHistory`.
 
         Raises:
-            ValueError: a base model, a query that alone is longer than the window, or arguments of the wrong form.
+            ValueError: a base model, a prompt that leaves no room for a reply within `max_length`, or arguments of the
+                wrong form.
         """
         if stream:
             generate_kwargs |= {"generation_config": generation_config, "max_window_size": max_window_size}
@@ -525,6 +526,8 @@ class QWenGenerationMixin(_GenerativeModel):
         settings.stop_words_ids = [list(stop) for stop in dict.fromkeys(map(tuple, words + ends))]
         if max_window_size is None:
             max_window_size = effective["max_window_size"] or DEFAULT_WINDOW
+        if not isinstance(max_window_size, int):
+            raise ValueError(f"max_window_size={max_window_size!r} must be a whole number of tokens.")
         cut, kept = (ends, words) if keep_stop_words else (ends + words, [])
         default_cache = self._has_default_cache(effective, other_kwargs)
         return ChatSettings(settings, other_kwargs, cut, kept, max_window_size, default_cache)

@@ -21,6 +21,9 @@ from transformers import (
     StoppingCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 HistoryType = list[tuple[str, str]]
 """Earlier turns of a conversation: (query, response), oldest first."""
@@ -154,22 +157,27 @@ def fitting_context(
 ) -> TokensType:
     """Token ids of `make_context`, and of what the reply begins with, which takes its room from the history.
 
+    A prompt that is longer than the window even without history is read without any, and a warning says so: as in the
+    published code, the window cuts no query.
+
     Args:
         begun: the first part of the reply, which the model is to go on from.
         (the others): as `make_context`.
 
     Raises:
-        ValueError: query, system message and what is begun don't fit into the window; or as `make_context`.
+        ValueError: as `make_context`.
     """
     begun_ids = tokenizer.encode(begun, allowed_special=set()) if begun else []
     _, alone = make_context(tokenizer, query, None, system)
-    if len(alone) + len(begun_ids) > max_window_size:
+    room = max_window_size - len(begun_ids)
+    if len(alone) > room:
         parts = "The query, the system message and the reply so far" if begun else "The query and the system message"
-        raise ValueError(
-            f"{parts} alone take {len(alone) + len(begun_ids)} tokens, more than "
-            f"max_window_size={max_window_size}: shorten them, or pass a larger max_window_size."
+        logger.warning(
+            f"{parts} alone take {len(alone) + len(begun_ids)} tokens, more than max_window_size={max_window_size}: "
+            f"they are read whole, without any of the {len(history)} earlier turns."
         )
-    return make_context(tokenizer, query, history, system, max_window_size - len(begun_ids))[1] + begun_ids
+        return alone + begun_ids
+    return make_context(tokenizer, query, history, system, room)[1] + begun_ids
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[TokensType]:
