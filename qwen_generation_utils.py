@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
@@ -35,6 +36,7 @@ DEFAULT_WINDOW = 6144
 """Tokens of context that the published code allows where the generation configuration names no number."""
 
 _INCOMPLETE = "\ufffd"
+_EOD = "<|endoftext|>"
 
 
 def make_context(
@@ -205,11 +207,14 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The reply in the output of `generate`, without the prompt and without what ended it.
+    """The reply in the output of `generate`, without the prompt.
+
+    In `"chatml"` it ends before the first token that ends a reply. In `"raw"` it is everything behind the prompt, as
+    published, with `<|endoftext|>` taken out wherever it stands.
 
     Args:
         tokens: prompt and reply, (length,).
-        raw_text_len: length of the prompt in characters; the published code cut by it, here tokens are counted.
+        raw_text_len: length of the prompt in characters; the published code cut by it, `"chatml"` counts tokens here.
         context_length: length of the prompt in tokens.
         chat_format: `"chatml"` or `"raw"`.
         verbose: print the reply and why it ended.
@@ -219,14 +224,40 @@ def decode_tokens(
     Raises:
         ValueError: an unknown `chat_format`.
     """
-    reply = tokens[context_length:]
-    reply = reply.tolist() if isinstance(reply, torch.Tensor) else list(reply)
-    end = find_end(reply, end_sequences(chat_format, tokenizer))
-    text = decode_text(tokenizer, reply[:end], errors).strip()
-    reason = f"Gen length {len(tokens)}" if end is None else f"Gen {tokenizer.decode(reply[end : end + 1])!r}"
+    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+    if chat_format == "raw":
+        whole = _raw_reply(ids, tokenizer, raw_text_len, context_length, errors)
+        text, reason = _without_eod(whole, f"Gen length {len(ids)}")
+    else:
+        reply = ids[context_length:]
+        end = find_end(reply, end_sequences(chat_format, tokenizer))
+        whole = decode_text(tokenizer, reply, errors)
+        text = decode_text(tokenizer, reply[:end], errors).strip()
+        reason = f"Gen length {len(ids)}" if end is None else f"Gen {tokenizer.decode(reply[end : end + 1])!r}"
     if verbose:
-        print(f"\nReply: {text}\nEnd reason: {reason}")
+        print(f"\nRaw Generate: {whole}\n\nEnd Reason: {reason}\n\nGenerate: {text}")
     return (text, reason) if return_end_reason else text
+
+
+def _raw_reply(
+    tokens: TokensType, tokenizer: PreTrainedTokenizerBase, raw_text_len: int, context_length: int, errors: str
+) -> str:
+    """What stands behind the first `raw_text_len` characters; behind the prompt's own where NFC changed their number.
+
+    The tokenizer composes what it encodes, so a prompt may be decoded to fewer characters than it was written with, or
+    to more, by a mark, where a composed character has no place in NFC.
+    """
+    prompt = decode_text(tokenizer, tokens[:context_length], "replace" if errors == "strict" else errors)
+    marks = sum(unicodedata.category(character).startswith("M") for character in prompt)
+    if len(prompt) - marks <= raw_text_len <= len(unicodedata.normalize("NFD", prompt)):
+        raw_text_len = len(prompt)
+    return decode_text(tokenizer, tokens, errors)[raw_text_len:]
+
+
+def _without_eod(text: str, reason: str) -> tuple[str, str]:
+    """A reply without `<|endoftext|>`; it ends where one remains, put together by taking out another."""
+    text, found, _ = text.replace(_EOD, "").strip().partition(_EOD)
+    return text.strip(), f"Gen {_EOD!r}" if found else reason
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: TokensType, errors: str = "replace") -> str:
