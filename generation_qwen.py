@@ -41,6 +41,7 @@ from .qwen_generation_utils import (
     end_sequences,
     find_end,
     fitting_context,
+    plain_text,
     stream_text,
     stream_tokens,
     stream_until,
@@ -386,7 +387,7 @@ class QWenGenerationMixin(_GenerativeModel):
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         sequences = _sequences_of(self.generate(**inputs, **cache_argument(cache)))
         (reply,) = self._read_replies(tokenizer, sequences, len(context), settings, count=1)
-        said = ChatHistory(exchange.history(reply) if append_history else turns)
+        said = ChatHistory(checked_history(exchange.history(reply)) if append_history else turns)
         said.kept = None if cache is None else KeptCache(self, sequences[0].tolist(), cache)
         return exchange.reply(reply), said
 
@@ -495,7 +496,7 @@ class QWenGenerationMixin(_GenerativeModel):
         length = inputs["input_ids"].shape[1]
         replies = self._read_replies(tokenizer, sequences, length, settings, count=len(contexts))
         if append_history:
-            turns = [[*turns[row], (query, replies[row])] for row, query in enumerate(queries)]
+            turns = [[*turns[row], (plain_text(query), replies[row])] for row, query in enumerate(queries)]
         return replies, turns
 
     def _chat_settings(

@@ -6,6 +6,7 @@ them, also from this file alone: it needs none of the others.
 
 from __future__ import annotations
 
+import copy
 import queue
 import random
 import threading
@@ -103,9 +104,9 @@ def make_context(
 class ChatHistory(HistoryType):
     """The turns of a conversation, a list, with the keys and values of what the model has read of it.
 
-    `chat` returns one, and takes up what it carries. Copies carry it too; it isn't pickled, and it goes when the last
-    history that has it goes, or by `drop_cache`. Turns may be changed in any way: what is kept is used only as far as
-    it agrees with them.
+    `chat` returns one, and takes up what it carries. Copies carry it too, and it goes when the last history that has it
+    goes, or by `drop_cache`. What leaves the process (pickles, YAML, JSON) is a plain list, which needs nothing of this
+    code to be read. Turns may be changed in any way: what is kept is used only as far as it agrees with them.
 
     Attributes:
         kept: `cache_qwen.KeptCache`, or None.
@@ -127,14 +128,32 @@ class ChatHistory(HistoryType):
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChatHistory:
-        return self.copy()
+        memo[id(self)] = other = ChatHistory()
+        other.extend(copy.deepcopy(turn, memo) for turn in self)
+        other.kept = self.kept
+        return other
 
     def __reduce__(self) -> tuple[type, tuple[HistoryType]]:
-        return ChatHistory, (list(self),)
+        return list, (list(self),)
+
+
+def _write_as_list_in_yaml() -> None:
+    """Teach PyYAML, which asks for the exact class, that a history is a list; where it is absent, nothing asks."""
+    try:
+        from yaml.representer import Representer, SafeRepresenter  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    for representer in (Representer, SafeRepresenter):
+        representer.add_representer(ChatHistory, SafeRepresenter.represent_list)
+
+
+_write_as_list_in_yaml()
 
 
 def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
     """A copy of the history as a list of pairs; the caller's own list is never changed.
+
+    Texts of a derived class, such as a `ToolReply`, become plain ones, which can be read wherever they are stored.
 
     Raises:
         ValueError: no history, or a turn that is no pair of query and response.
@@ -145,8 +164,13 @@ def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
     for index, item in enumerate(history or ()):
         if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
             raise ValueError(f"history[{index}]={item!r:.80} must be a pair (query, response).")
-        turns.append((item[0], item[1]))
+        turns.append((plain_text(item[0]), plain_text(item[1])))
     return turns
+
+
+def plain_text(text: Any) -> Any:
+    """A text of a class derived from `str` as a `str`; anything else as it is."""
+    return str.__str__(text) if isinstance(text, str) else text
 
 
 def fitting_context(
