@@ -426,7 +426,7 @@ class QWenGenerationMixin(_GenerativeModel):
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         criteria = inputs.pop("stopping_criteria", None) or ()
-        autocast = _callers_autocast(self.device.type)
+        autocast = _callers_autocast(inputs["input_ids"].device.type)
 
         def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
             every = StoppingCriteriaList([*criteria, *stopping_criteria])
@@ -543,9 +543,10 @@ class QWenGenerationMixin(_GenerativeModel):
         for row, context in enumerate(contexts):
             input_ids[row, length - len(context) :] = torch.tensor(context)
             attention_mask[row, length - len(context) :] = 1
+        device = _input_device(self)
         inputs = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask.to(self.device),
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
             "generation_config": settings.generation_config,
             **settings.other_kwargs,
         }
@@ -592,6 +593,18 @@ class QWenGenerationMixin(_GenerativeModel):
 def _sequences_of(output: Any) -> torch.Tensor:
     """Token ids of prompts and replies, (B, T), whatever form `generate` was asked to return."""
     return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids belong: beside the embedding, or where accelerate takes it to from the CPU or a disk."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):  # several hooks are one that has them
+        execution_device = getattr(part, "execution_device", None)
+        if execution_device is not None:
+            return torch.empty(0, device=execution_device).device  # accelerate names a GPU by its number alone
+    device: torch.device = embedding.weight.device
+    return device
 
 
 def _exchange_context(
