@@ -6,6 +6,7 @@ them, also from this file alone: it needs none of the others.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import queue
 import random
@@ -475,10 +476,58 @@ class _TokenQueue(BaseStreamer):
         """Nothing to do: the reader waits for the thread."""
 
 
+_exiting = threading.Event()
+"""The interpreter is about to end."""
+
+
+class _StreamThread(threading.Thread):
+    """Runs `generate` for a reader in another thread.
+
+    A daemon, since the interpreter waits for all others before it tells anybody that it ends. But it can't stop one
+    that is in the middle of torch, and would abort, so each is stopped and waited for at the exit.
+
+    Attributes:
+        tokens: what was generated, an error, and None behind the last. The error of a stream that was stopped at the
+            exit ends the thread that reads it, without a message.
+        stop: ends the generation after the step under way.
+        finished: nothing more is generated.
+    """
+
+    def __init__(self, generate: Callable[..., Any]):
+        super().__init__(name="qwen-chat-stream", daemon=True)
+        self.tokens, self.stop, self.finished = _TokenQueue(), threading.Event(), threading.Event()
+        self._generate = generate
+
+    def run(self) -> None:
+        try:
+            if not _exiting.is_set():
+                self._generate(streamer=self.tokens, stopping_criteria=[_Stopped(self.stop)])
+            if _exiting.is_set():
+                raise SystemExit("The interpreter ends, and this stream with it: read or close it before.")
+        except BaseException as error:  # handed to the reader, who raises it
+            self.tokens.items.put(error)
+        finally:
+            del self._generate  # and with it the model
+            self.tokens.items.put(None)
+            self.finished.set()
+
+
+@atexit.register
+def _end_streams() -> None:
+    """Stop every stream that is open, and wait for the steps under way."""
+    _exiting.set()
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, _StreamThread)]
+    for thread in threads:
+        thread.stop.set()
+    for thread in threads:
+        thread.finished.wait()
+
+
 def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, None]:
     """Run `generate` in a thread of its own and yield the tokens of one conversation as they come.
 
-    The thread ends with the generator: closing it stops the generation after the step under way and waits for that.
+    The thread ends with the generator: closing it stops the generation after the step under way and waits for that. One
+    that is open when the interpreter ends is closed then.
 
     Args:
         generate: called once with the keyword arguments `streamer` and `stopping_criteria`.
@@ -486,24 +535,15 @@ def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, N
     Raises:
         Exception: whatever `generate` raised.
     """
-    tokens, stop = _TokenQueue(), threading.Event()
-
-    def run() -> None:
-        try:
-            generate(streamer=tokens, stopping_criteria=[_Stopped(stop)])
-        except BaseException as error:  # handed to the reader, who raises it
-            tokens.items.put(error)
-        tokens.items.put(None)
-
-    thread = threading.Thread(target=run, name="qwen-chat-stream", daemon=True)
+    thread = _StreamThread(generate)
     thread.start()
     try:
-        while (item := tokens.items.get()) is not None:
+        while (item := thread.tokens.items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stop.set()
+        thread.stop.set()
         if thread is not threading.current_thread():  # where the garbage collector happened to run
             thread.join()
 

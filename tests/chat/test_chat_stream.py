@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
+from qwen1 import qwen_generation_utils
 from qwen1.qwen_generation_utils import find_end, stream_text, stream_tokens
 
 EOD, IM_START, IM_END = 256, 257, 258
@@ -283,6 +284,23 @@ def test_the_callers_autocast_holds_in_a_stream(chat_model, byte_tokenizer, enab
     hook.remove()
     assert set(dtypes) == {torch.bfloat16 if enabled else torch.float32}
     assert streamed[-1] == text
+
+
+def test_the_exit_of_the_interpreter_ends_streams(endless, stream_threads, monkeypatch):
+    """Before it can't stop them; whoever reads one doesn't take it for a whole reply."""
+    monkeypatch.setattr(qwen_generation_utils, "_exiting", threading.Event())
+    streams = [endless() for _ in range(2)]
+    for stream, _ in streams:
+        next(stream)
+    qwen_generation_utils._end_streams()
+    steps = [slow.steps for _, slow in streams]
+    for stream, _ in streams:
+        with pytest.raises(SystemExit, match="The interpreter ends, and this stream with it"):
+            list(stream)
+    late, slow = endless()
+    with pytest.raises(SystemExit):
+        next(late)
+    assert slow.steps == 0 and [slow.steps for _, slow in streams] == steps and stream_threads() == []
 
 
 def test_generation_that_never_reports_its_end():
