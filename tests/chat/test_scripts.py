@@ -90,6 +90,33 @@ if sys.argv[2] == "error":
 sys.exit(0 if sys.argv[2] == "end" else 3)
 """
 
+DEMO = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationConfig
+
+folder = sys.argv[1]
+AutoConfig.from_pretrained(folder, trust_remote_code=True, resume_download=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, resume_download=True)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, device_map="cpu", trust_remote_code=True, resume_download=True
+).eval()
+model.generation_config = config = GenerationConfig.from_pretrained(
+    folder, trust_remote_code=True, resume_download=True
+)
+history = []
+for query in ("hello", "and"):
+    for response in model.chat_stream(tokenizer, query, history=history, generation_config=config):
+        pass
+    history.append((query, response))
+response, _ = model.chat(tokenizer, "q", history=history, stop_words_ids=[tokenizer.encode("x")], top_k=1, top_p=0.5)
+for saved in (model, tokenizer):
+    saved.save_pretrained("saved")
+assert "resume_download" not in open("saved/tokenizer_config.json").read() + open("saved/config.json").read()
+AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).chat(tokenizer, "q", history=None)
+print("done")
+"""
+
 
 @pytest.fixture
 def run_script(tmp_path):
@@ -115,6 +142,10 @@ def test_three_turns_and_a_stream(checkpoint_folder, run_script):
 
 def test_three_turns_and_a_stream_of_the_shipped_model(repository, run_script):
     run_script(THREE_TURNS, repository / "qwen-tiny-chat")
+
+
+def test_the_first_lines_of_the_demos(checkpoint_folder, run_script):
+    assert run_script(DEMO, checkpoint_folder).count("resume_download is left out") == 2, "of tokenizer and model"
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("exit", 3), ("error", 1)])
