@@ -193,6 +193,7 @@ def test_query_longer_than_the_window_is_answered(chat_model, byte_tokenizer, na
     ends = [place for place, token in enumerate(written) if token in (EOD, IM_START, IM_END)]
     expected = byte_tokenizer.decode(written[: ends[0] if ends else None]).strip()
     _, history = chat_model.chat(byte_tokenizer, "a", [("b", "c")], system)
+    transformers_log.clear()
     for reuse in (True, False):
         reply, said = chat_model.chat(byte_tokenizer, query, history, system, reuse_cache=reuse, **narrow)
         assert reply == expected and said == [*history, (query, expected)]
