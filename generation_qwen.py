@@ -596,7 +596,11 @@ def _sequences_of(output: Any) -> torch.Tensor:
 
 
 def _input_device(model: Any) -> torch.device:
-    """Where token ids belong: beside the embedding, or where accelerate takes it to from the CPU or a disk."""
+    """Where token ids belong: beside the embedding, or where accelerate takes it to from the CPU or a disk.
+
+    Raises:
+        ValueError: weights that are nowhere.
+    """
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     for part in (hook, *getattr(hook, "hooks", ())):  # several hooks are one that has them
@@ -604,6 +608,11 @@ def _input_device(model: Any) -> torch.device:
         if execution_device is not None:
             return torch.empty(0, device=execution_device).device  # accelerate names a GPU by its number alone
     device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        raise ValueError(
+            "The embedding of this model is on the meta device, and no hook of accelerate takes it to another (early "
+            "releases of transformers 5 put none where all is on a disk): load it with another device_map."
+        )
     return device
 
 

@@ -57,9 +57,16 @@ def test_sampled_replies_and_the_callers_autocast(chat_model, byte_tokenizer, of
 
 def test_folder_loaded_onto_a_disk(checkpoint_folder, byte_tokenizer, tmp_path):
     ordinary = QWenLMHeadModel.from_pretrained(checkpoint_folder)
-    model = QWenLMHeadModel.from_pretrained(checkpoint_folder, device_map={"": "disk"}, offload_folder=tmp_path / "o")
+    parts = ("transformer.drop", "transformer.rotary_emb", "transformer.h", "transformer.ln_f", "lm_head")
+    device_map = {"transformer.wte": "disk", **dict.fromkeys(parts, "cpu")}
+    model = QWenLMHeadModel.from_pretrained(checkpoint_folder, device_map=device_map, offload_folder=tmp_path / "o")
     assert model.device.type == "meta"
     assert model.chat(byte_tokenizer, "q", do_sample=False) == ordinary.chat(byte_tokenizer, "q", do_sample=False)
+
+
+def test_weights_that_are_nowhere_are_told(chat_model, byte_tokenizer):
+    with pytest.raises(ValueError, match="on the meta device, and no hook .* another device_map"):
+        chat_model.to("meta").chat(byte_tokenizer, "q")
 
 
 def test_a_hook_beside_it(chat_model, byte_tokenizer, offloaded):
