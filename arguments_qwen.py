@@ -19,6 +19,9 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 TESTED_RELEASES = ("5.4.0", "5.23.0", "5.24.0")
 """Releases of transformers that were tested: the oldest, the newest with the old name of the cache, the newest."""
@@ -55,6 +58,13 @@ _REMEDIES = {
     "encoder_hidden_states": "QWen has no cross-attention: leave it out",
     "encoder_attention_mask": "QWen has no cross-attention: leave it out",
 }
+
+
+def without_resume_download(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` without the one that the programs of 2023 pass and transformers 5 doesn't know."""
+    if "resume_download" in arguments:
+        logger.warning_once("resume_download is left out: downloads are always resumed. Remove the argument.")
+    return {name: value for name, value in arguments.items() if name != "resume_download"}
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

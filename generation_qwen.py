@@ -42,6 +42,7 @@ from .qwen_generation_utils import (
     end_sequences,
     find_end,
     fitting_context,
+    plain_text,
     stream_text,
     stream_tokens,
     stream_until,
@@ -64,7 +65,8 @@ class ChatSettings:
     Attributes:
         generation_config: a copy of the caller's or the model's, with the loose settings of the call in it.
         other_kwargs: arguments of `generate` that are no settings.
-        stops: sequences that end a reply.
+        cut: token sequences that end a reply and are no part of it.
+        kept: those that are, stop words as published.
         window: tokens of context.
         default_cache: whether keys and values are in a growing cache of one sequence, which a history can carry.
         stop_text: a text that ends a reply, whichever tokens it is made of.
@@ -72,7 +74,8 @@ class ChatSettings:
 
     generation_config: GenerationConfig
     other_kwargs: dict[str, Any]
-    stops: list[TokensType]
+    cut: list[TokensType]
+    kept: list[TokensType]
     window: int
     default_cache: bool
     stop_text: str | None = None
@@ -177,8 +180,9 @@ def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt) -
     sequences = _sequences_of(output)
     if settings["stop_words_ids"] is None or len(sequences) > 1:  # only single texts are drafted
         return output
-    end = find_end(sequences[0, prompt.length :].tolist(), check_stop_words(settings["stop_words_ids"]), whole=True)
-    kept = sequences[:, : prompt.length + end]
+    written = sequences[0, prompt.length :].tolist()
+    end = find_end(written, cut=(), kept=check_stop_words(settings["stop_words_ids"]))
+    kept = sequences if end is None else sequences[:, : prompt.length + end]
     if isinstance(output, torch.Tensor):
         return kept
     output.sequences = kept
@@ -337,6 +341,7 @@ class QWenGenerationMixin(_GenerativeModel):
         max_window_size: int | None = None,
         reuse_cache: bool = True,
         tools: Iterable[Any] | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> tuple[str, HistoryType] | Generator[str, None, None]:
         """Answer a query within a conversation.
@@ -349,35 +354,41 @@ class QWenGenerationMixin(_GenerativeModel):
             system: system message.
             append_history: add this turn to the history returned.
             stream: return what `chat_stream` returns.
-            stop_words_ids: token sequences that end the reply and are left out of it.
+            stop_words_ids: token sequences that end the reply.
             generation_config: in place of the model's own.
-            max_window_size: tokens of context; whole turns are left out from the front. Default: the generation
-                configuration's, else 6144.
+            max_window_size: tokens of context; whole turns are left out from the front, all of them, with a warning,
+                where the query alone is longer. Default: the generation configuration's, else 6144.
             reuse_cache: take up the keys and values that the history carries, as far as they agree with the prompt, and
                 let the returned one carry them. Only what the model's default cache holds is carried.
             tools: what the model may call: functions with type hints and docstrings, JSON schemas, or `Tool`s. The
                 reply is then a `ToolReply`, a text with the call or the answer in it; nothing is run here.
+            keep_stop_words: leave the stop word that ended the reply in it, and so in the history, as published; with
+                tools and for the tokens that end every reply it is always left out.
             generate_kwargs: anything that `generate` takes, such as `max_new_tokens`, `top_p`, `seed`.
 
         Returns:
             the response, and the history with this turn, a `ChatHistory`.
 
         Raises:
-            ValueError: a base model, a query that alone is longer than the window, or arguments of the wrong form.
+            ValueError: a base model, a prompt that leaves no room for a reply within `max_length`, or arguments of the
+                wrong form.
         """
         if stream:
             generate_kwargs |= {"generation_config": generation_config, "max_window_size": max_window_size}
-            generate_kwargs |= {"reuse_cache": reuse_cache, "tools": tools}
+            generate_kwargs |= {"reuse_cache": reuse_cache, "tools": tools, "keep_stop_words": keep_stop_words}
             return self.chat_stream(tokenizer, query, history, system, stop_words_ids, **generate_kwargs)
         turns = checked_history(history)
         exchange = Exchange.begin(query, turns, tools)
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        keep = keep_stop_words and tools is None
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep, generation_config, max_window_size, generate_kwargs
+        )
         context = _exchange_context(tokenizer, exchange, system, settings)
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         sequences = _sequences_of(self.generate(**inputs, **cache_argument(cache)))
         (reply,) = self._read_replies(tokenizer, sequences, len(context), settings, count=1)
-        said = ChatHistory(exchange.history(reply) if append_history else turns)
+        said = ChatHistory(checked_history(exchange.history(reply)) if append_history else turns)
         said.kept = None if cache is None else KeptCache(self, sequences[0].tolist(), cache)
         return exchange.reply(reply), said
 
@@ -393,6 +404,7 @@ class QWenGenerationMixin(_GenerativeModel):
         max_window_size: int | None = None,
         reuse_cache: bool = True,
         tools: Iterable[Any] | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> Generator[str, None, None]:
         """As `chat`, yielding the response so far each time it has grown.
@@ -404,7 +416,10 @@ class QWenGenerationMixin(_GenerativeModel):
         """
         if generate_kwargs.pop("streamer", None) is not None:
             raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        keep = keep_stop_words and tools is None
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep, generation_config, max_window_size, generate_kwargs
+        )
         if settings.generation_config.num_beams not in (None, 1):
             raise ValueError(f"num_beams={settings.generation_config.num_beams} can't be streamed: use chat.")
         exchange = Exchange.begin(query, history, tools)
@@ -412,7 +427,7 @@ class QWenGenerationMixin(_GenerativeModel):
         inputs = self._chat_inputs(tokenizer, [context], settings)
         cache = self._conversation_cache(history, context, settings) if reuse_cache else None
         criteria = inputs.pop("stopping_criteria", None) or ()
-        autocast = _callers_autocast(self.device.type)
+        autocast = _callers_autocast(inputs["input_ids"].device.type)
 
         def generate(streamer: BaseStreamer, stopping_criteria: list[StoppingCriteria]) -> None:
             every = StoppingCriteriaList([*criteria, *stopping_criteria])
@@ -422,7 +437,7 @@ class QWenGenerationMixin(_GenerativeModel):
             if cache is not None and isinstance(history, ChatHistory):
                 history.kept = KeptCache(self, _sequences_of(output)[0].tolist(), cache)
 
-        texts = stream_text(stream_tokens(generate), tokenizer, settings.stops)
+        texts = stream_text(stream_tokens(generate), tokenizer, settings.cut, settings.kept)
         return texts if settings.stop_text is None else exchange.stream(stream_until(texts, settings.stop_text))
 
     run_tools = run_tools  # of `tools_qwen.py`, its first argument being the model
@@ -442,6 +457,7 @@ class QWenGenerationMixin(_GenerativeModel):
         stop_words_ids: list[TokensType] | None = None,
         generation_config: GenerationConfig | None = None,
         max_window_size: int | None = None,
+        keep_stop_words: bool = True,
         **generate_kwargs: Any,
     ) -> tuple[list[str], list[HistoryType]]:
         """Answer one query in each of several conversations, as a single batch; each as it would be alone.
@@ -469,7 +485,9 @@ class QWenGenerationMixin(_GenerativeModel):
         if not queries:
             return [], []
         turns = [checked_history(history) for history in histories]
-        settings = self._chat_settings(tokenizer, stop_words_ids, generation_config, max_window_size, generate_kwargs)
+        settings = self._chat_settings(
+            tokenizer, stop_words_ids, keep_stop_words, generation_config, max_window_size, generate_kwargs
+        )
         contexts = [
             fitting_context(tokenizer, *conversation, settings.window)
             for conversation in zip(queries, turns, systems, strict=True)
@@ -479,13 +497,14 @@ class QWenGenerationMixin(_GenerativeModel):
         length = inputs["input_ids"].shape[1]
         replies = self._read_replies(tokenizer, sequences, length, settings, count=len(contexts))
         if append_history:
-            turns = [[*turns[row], (query, replies[row])] for row, query in enumerate(queries)]
+            turns = [[*turns[row], (plain_text(query), replies[row])] for row, query in enumerate(queries)]
         return replies, turns
 
     def _chat_settings(
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop_words_ids: list[TokensType] | None,
+        keep_stop_words: bool,
         generation_config: GenerationConfig | None,
         max_window_size: int | None,
         generate_kwargs: dict[str, Any],
@@ -504,14 +523,16 @@ class QWenGenerationMixin(_GenerativeModel):
         settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
         if effective["stop_strings"] is not None:
             other_kwargs["tokenizer"] = tokenizer  # which `generate` asks for with them
-        configured = check_stop_words(effective["stop_words_ids"]) + _eos_sequences(effective["eos_token_id"])
-        stops = check_stop_words(stop_words_ids) + configured + end_sequences(chat_format, tokenizer)
-        settings.stop_words_ids = stops = [list(stop) for stop in dict.fromkeys(map(tuple, stops))]
+        words = check_stop_words(stop_words_ids) + check_stop_words(effective["stop_words_ids"])
+        ends = _eos_sequences(effective["eos_token_id"]) + end_sequences(chat_format, tokenizer)
+        settings.stop_words_ids = [list(stop) for stop in dict.fromkeys(map(tuple, words + ends))]
         if max_window_size is None:
             max_window_size = effective["max_window_size"] or DEFAULT_WINDOW
-        return ChatSettings(
-            settings, other_kwargs, stops, max_window_size, self._has_default_cache(effective, other_kwargs)
-        )
+        if not isinstance(max_window_size, int):
+            raise ValueError(f"max_window_size={max_window_size!r} must be a whole number of tokens.")
+        cut, kept = (ends, words) if keep_stop_words else (ends + words, [])
+        default_cache = self._has_default_cache(effective, other_kwargs)
+        return ChatSettings(settings, other_kwargs, cut, kept, max_window_size, default_cache)
 
     def _chat_inputs(
         self, tokenizer: PreTrainedTokenizerBase, contexts: list[TokensType], settings: ChatSettings
@@ -523,9 +544,10 @@ class QWenGenerationMixin(_GenerativeModel):
         for row, context in enumerate(contexts):
             input_ids[row, length - len(context) :] = torch.tensor(context)
             attention_mask[row, length - len(context) :] = 1
+        device = _input_device(self)
         inputs = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask.to(self.device),
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
             "generation_config": settings.generation_config,
             **settings.other_kwargs,
         }
@@ -541,7 +563,8 @@ class QWenGenerationMixin(_GenerativeModel):
         """The texts behind prompts of `length` tokens, one for each of `count` conversations."""
         copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
         replies = sequences[::copies, length:].tolist()
-        texts = [decode_text(tokenizer, reply[: find_end(reply, settings.stops)]).strip() for reply in replies]
+        ends = [find_end(reply, settings.cut, settings.kept) for reply in replies]
+        texts = [decode_text(tokenizer, reply[:end]).strip() for reply, end in zip(replies, ends, strict=True)]
         if settings.stop_text is None:
             return texts
         return [text.partition(settings.stop_text)[0].rstrip() for text in texts]
@@ -569,6 +592,27 @@ class QWenGenerationMixin(_GenerativeModel):
 def _sequences_of(output: Any) -> torch.Tensor:
     """Token ids of prompts and replies, (B, T), whatever form `generate` was asked to return."""
     return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids belong: beside the embedding, or where accelerate takes it to from the CPU or a disk.
+
+    Raises:
+        ValueError: weights that are nowhere.
+    """
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):  # several hooks are one that has them
+        execution_device = getattr(part, "execution_device", None)
+        if execution_device is not None:
+            return torch.empty(0, device=execution_device).device  # accelerate names a GPU by its number alone
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        raise ValueError(
+            "The embedding of this model is on the meta device, and no hook of accelerate takes it to another (early "
+            "releases of transformers 5 put none where all is on a disk): load it with another device_map."
+        )
+    return device
 
 
 def _exchange_context(

@@ -45,6 +45,7 @@ from .arguments_qwen import (
     check_arguments,
     engine_of,
     one_cache,
+    without_resume_download,
 )
 from .cache_qwen import QWenCache, QWenInt8Cache, give_ntk_alpha, is_exporting, resolve_ntk_alpha, set_ntk_alpha
 from .configuration_qwen import QWenConfig, RotaryScaling
@@ -839,6 +840,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             ValueError: two of the precision flags contradict each other.
             ImportError: weights in few bits, and the packages that read them are not installed.
         """
+        kwargs = without_resume_download(kwargs)
         flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
             config = effective = copy.deepcopy(config)

@@ -6,9 +6,12 @@ them, also from this file alone: it needs none of the others.
 
 from __future__ import annotations
 
+import atexit
+import copy
 import queue
 import random
 import threading
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
@@ -21,6 +24,9 @@ from transformers import (
     StoppingCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 HistoryType = list[tuple[str, str]]
 """Earlier turns of a conversation: (query, response), oldest first."""
@@ -32,6 +38,7 @@ DEFAULT_WINDOW = 6144
 """Tokens of context that the published code allows where the generation configuration names no number."""
 
 _INCOMPLETE = "\ufffd"
+_EOD = "<|endoftext|>"
 
 
 def make_context(
@@ -98,9 +105,9 @@ def make_context(
 class ChatHistory(HistoryType):
     """The turns of a conversation, a list, with the keys and values of what the model has read of it.
 
-    `chat` returns one, and takes up what it carries. Copies carry it too; it isn't pickled, and it goes when the last
-    history that has it goes, or by `drop_cache`. Turns may be changed in any way: what is kept is used only as far as
-    it agrees with them.
+    `chat` returns one, and takes up what it carries. Copies carry it too, and it goes when the last history that has it
+    goes, or by `drop_cache`. What leaves the process (pickles, YAML, JSON) is a plain list, which needs nothing of this
+    code to be read. Turns may be changed in any way: what is kept is used only as far as it agrees with them.
 
     Attributes:
         kept: `kept_qwen.KeptCache`, or None.
@@ -122,14 +129,32 @@ class ChatHistory(HistoryType):
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChatHistory:
-        return self.copy()
+        memo[id(self)] = other = ChatHistory()
+        other.extend(copy.deepcopy(turn, memo) for turn in self)
+        other.kept = self.kept
+        return other
 
     def __reduce__(self) -> tuple[type, tuple[HistoryType]]:
-        return ChatHistory, (list(self),)
+        return list, (list(self),)
+
+
+def _write_as_list_in_yaml() -> None:
+    """Teach PyYAML, which asks for the exact class, that a history is a list; where it is absent, nothing asks."""
+    try:
+        from yaml.representer import Representer, SafeRepresenter  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    for representer in (Representer, SafeRepresenter):
+        representer.add_representer(ChatHistory, SafeRepresenter.represent_list)
+
+
+_write_as_list_in_yaml()
 
 
 def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
     """A copy of the history as a list of pairs; the caller's own list is never changed.
+
+    Texts of a derived class, such as a `ToolReply`, become plain ones, which can be read wherever they are stored.
 
     Raises:
         ValueError: no history, or a turn that is no pair of query and response.
@@ -140,8 +165,13 @@ def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
     for index, item in enumerate(history or ()):
         if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
             raise ValueError(f"history[{index}]={item!r:.80} must be a pair (query, response).")
-        turns.append((item[0], item[1]))
+        turns.append((plain_text(item[0]), plain_text(item[1])))
     return turns
+
+
+def plain_text(text: Any) -> Any:
+    """A text of a class derived from `str` as a `str`; anything else as it is."""
+    return str.__str__(text) if isinstance(text, str) else text
 
 
 def fitting_context(
@@ -154,22 +184,27 @@ def fitting_context(
 ) -> TokensType:
     """Token ids of `make_context`, and of what the reply begins with, which takes its room from the history.
 
+    A prompt that is longer than the window even without history is read without any, and a warning says so: as in the
+    published code, the window cuts no query.
+
     Args:
         begun: the first part of the reply, which the model is to go on from.
         (the others): as `make_context`.
 
     Raises:
-        ValueError: query, system message and what is begun don't fit into the window; or as `make_context`.
+        ValueError: as `make_context`.
     """
     begun_ids = tokenizer.encode(begun, allowed_special=set()) if begun else []
     _, alone = make_context(tokenizer, query, None, system)
-    if len(alone) + len(begun_ids) > max_window_size:
+    room = max_window_size - len(begun_ids)
+    if len(alone) > room:
         parts = "The query, the system message and the reply so far" if begun else "The query and the system message"
-        raise ValueError(
-            f"{parts} alone take {len(alone) + len(begun_ids)} tokens, more than "
-            f"max_window_size={max_window_size}: shorten them, or pass a larger max_window_size."
+        logger.warning(
+            f"{parts} alone take {len(alone) + len(begun_ids)} tokens, more than max_window_size={max_window_size}: "
+            f"they are read whole, without any of the {len(history)} earlier turns."
         )
-    return make_context(tokenizer, query, history, system, max_window_size - len(begun_ids))[1] + begun_ids
+        return alone + begun_ids
+    return make_context(tokenizer, query, history, system, room)[1] + begun_ids
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[TokensType]:
@@ -197,11 +232,14 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The reply in the output of `generate`, without the prompt and without what ended it.
+    """The reply in the output of `generate`, without the prompt.
+
+    In `"chatml"` it ends before the first token that ends a reply. In `"raw"` it is everything behind the prompt, as
+    published, with `<|endoftext|>` taken out wherever it stands.
 
     Args:
         tokens: prompt and reply, (length,).
-        raw_text_len: length of the prompt in characters; the published code cut by it, here tokens are counted.
+        raw_text_len: length of the prompt in characters; the published code cut by it, `"chatml"` counts tokens here.
         context_length: length of the prompt in tokens.
         chat_format: `"chatml"` or `"raw"`.
         verbose: print the reply and why it ended.
@@ -211,14 +249,40 @@ def decode_tokens(
     Raises:
         ValueError: an unknown `chat_format`.
     """
-    reply = tokens[context_length:]
-    reply = reply.tolist() if isinstance(reply, torch.Tensor) else list(reply)
-    end = find_end(reply, end_sequences(chat_format, tokenizer))
-    text = decode_text(tokenizer, reply[:end], errors).strip()
-    reason = f"Gen {tokenizer.decode(reply[end : end + 1])!r}" if end < len(reply) else f"Gen length {len(tokens)}"
+    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+    if chat_format == "raw":
+        whole = _raw_reply(ids, tokenizer, raw_text_len, context_length, errors)
+        text, reason = _without_eod(whole, f"Gen length {len(ids)}")
+    else:
+        reply = ids[context_length:]
+        end = find_end(reply, end_sequences(chat_format, tokenizer))
+        whole = decode_text(tokenizer, reply, errors)
+        text = decode_text(tokenizer, reply[:end], errors).strip()
+        reason = f"Gen length {len(ids)}" if end is None else f"Gen {tokenizer.decode(reply[end : end + 1])!r}"
     if verbose:
-        print(f"\nReply: {text}\nEnd reason: {reason}")
+        print(f"\nRaw Generate: {whole}\n\nEnd Reason: {reason}\n\nGenerate: {text}")
     return (text, reason) if return_end_reason else text
+
+
+def _raw_reply(
+    tokens: TokensType, tokenizer: PreTrainedTokenizerBase, raw_text_len: int, context_length: int, errors: str
+) -> str:
+    """What stands behind the first `raw_text_len` characters; behind the prompt's own where NFC changed their number.
+
+    The tokenizer composes what it encodes, so a prompt may be decoded to fewer characters than it was written with, or
+    to more, by a mark, where a composed character has no place in NFC.
+    """
+    prompt = decode_text(tokenizer, tokens[:context_length], "replace" if errors == "strict" else errors)
+    marks = sum(unicodedata.category(character).startswith("M") for character in prompt)
+    if len(prompt) - marks <= raw_text_len <= len(unicodedata.normalize("NFD", prompt)):
+        raw_text_len = len(prompt)
+    return decode_text(tokenizer, tokens, errors)[raw_text_len:]
+
+
+def _without_eod(text: str, reason: str) -> tuple[str, str]:
+    """A reply without `<|endoftext|>`; it ends where one remains, put together by taking out another."""
+    text, found, _ = text.replace(_EOD, "").strip().partition(_EOD)
+    return text.strip(), f"Gen {_EOD!r}" if found else reason
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: TokensType, errors: str = "replace") -> str:
@@ -231,20 +295,31 @@ def end_sequences(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[
     return [*get_stop_words_ids(chat_format, tokenizer), [tokenizer.eod_id]]
 
 
-def find_end(reply: Sequence[int], stops: Sequence[Sequence[int]], start: int = 0, whole: bool = False) -> int:
-    """Index in `reply` where the stop sequence that is complete first begins, or its length where there is none.
+def find_end(
+    reply: Sequence[int], cut: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] = (), start: int = 0
+) -> int | None:
+    """Length of the reply, up to the stop sequence that is complete first, or None where there is none.
 
-    The first and not the leftmost one, so that a reply ends the same however many tokens come at once.
+    The first and not the leftmost one, so that a reply ends the same however many tokens come at once. Where one to cut
+    off and one to keep are complete at once, the first is cut off the second.
 
     Args:
+        cut: stop sequences that are no part of the reply.
+        kept: those that are.
         start: tokens in which no stop sequence is complete, for a reply that is searched while it grows.
-        whole: where the stop sequence ends instead.
     """
     for end in range(start + 1, len(reply) + 1):
-        lengths = [len(stop) for stop in stops if list(reply[max(end - len(stop), 0) : end]) == list(stop)]
+        lengths = [len(stop) for stop in cut if _ends_with(reply, end, stop)]
         if lengths:
-            return end if whole else end - max(lengths)
-    return len(reply)
+            return end - max(lengths)
+        if any(_ends_with(reply, end, stop) for stop in kept):
+            return end
+    return None
+
+
+def _ends_with(reply: Sequence[int], end: int, stop: Sequence[int]) -> bool:
+    """Whether the first `end` tokens end with a stop sequence."""
+    return list(reply[max(end - len(stop), 0) : end]) == list(stop)
 
 
 def _held_back(reply: Sequence[int], stops: Iterable[Sequence[int]]) -> int:
@@ -401,10 +476,58 @@ class _TokenQueue(BaseStreamer):
         """Nothing to do: the reader waits for the thread."""
 
 
+_exiting = threading.Event()
+"""The interpreter is about to end."""
+
+
+class _StreamThread(threading.Thread):
+    """Runs `generate` for a reader in another thread.
+
+    A daemon, since the interpreter waits for all others before it tells anybody that it ends. But it can't stop one
+    that is in the middle of torch, and would abort, so each is stopped and waited for at the exit.
+
+    Attributes:
+        tokens: what was generated, an error, and None behind the last. The error of a stream that was stopped at the
+            exit ends the thread that reads it, without a message.
+        stop: ends the generation after the step under way.
+        finished: nothing more is generated.
+    """
+
+    def __init__(self, generate: Callable[..., Any]):
+        super().__init__(name="qwen-chat-stream", daemon=True)
+        self.tokens, self.stop, self.finished = _TokenQueue(), threading.Event(), threading.Event()
+        self._generate = generate
+
+    def run(self) -> None:
+        try:
+            if not _exiting.is_set():
+                self._generate(streamer=self.tokens, stopping_criteria=[_Stopped(self.stop)])
+            if _exiting.is_set():
+                raise SystemExit("The interpreter ends, and this stream with it: read or close it before.")
+        except BaseException as error:  # handed to the reader, who raises it
+            self.tokens.items.put(error)
+        finally:
+            del self._generate  # and with it the model
+            self.tokens.items.put(None)
+            self.finished.set()
+
+
+@atexit.register
+def _end_streams() -> None:
+    """Stop every stream that is open, and wait for the steps under way."""
+    _exiting.set()
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, _StreamThread)]
+    for thread in threads:
+        thread.stop.set()
+    for thread in threads:
+        thread.finished.wait()
+
+
 def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, None]:
     """Run `generate` in a thread of its own and yield the tokens of one conversation as they come.
 
-    The thread ends with the generator: closing it stops the generation after the step under way and waits for that.
+    The thread ends with the generator: closing it stops the generation after the step under way and waits for that. One
+    that is open when the interpreter ends is closed then.
 
     Args:
         generate: called once with the keyword arguments `streamer` and `stopping_criteria`.
@@ -412,47 +535,42 @@ def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, N
     Raises:
         Exception: whatever `generate` raised.
     """
-    tokens, stop = _TokenQueue(), threading.Event()
-
-    def run() -> None:
-        try:
-            generate(streamer=tokens, stopping_criteria=[_Stopped(stop)])
-        except BaseException as error:  # handed to the reader, who raises it
-            tokens.items.put(error)
-        tokens.items.put(None)
-
-    thread = threading.Thread(target=run, name="qwen-chat-stream", daemon=True)
+    thread = _StreamThread(generate)
     thread.start()
     try:
-        while (item := tokens.items.get()) is not None:
+        while (item := thread.tokens.items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stop.set()
+        thread.stop.set()
         if thread is not threading.current_thread():  # where the garbage collector happened to run
             thread.join()
 
 
 def stream_text(
-    chunks: Generator[TokensType, None, None], tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[int]]
+    chunks: Generator[TokensType, None, None],
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]] = (),
 ) -> Generator[str, None, None]:
     """The reply so far each time it has grown, from new tokens as they come; `chunks` is closed with it.
 
-    Half a character is held back until the rest of its bytes is there, half a stop word until it is none; the last
-    text, of which each one before is the beginning, is that of `chat`. There is always one, if only an empty one.
+    Half a character is held back until the rest of its bytes is there, half a stop word that is cut off until it is
+    none; the last text, of which each one before is the beginning, is that of `chat`. There is always one, if only an
+    empty one.
     """
     reply: TokensType = []
     shown = ""
-    end = 0
+    end = None
     with closing(chunks):
         for chunk in chunks:
             searched = len(reply)
             reply += chunk
-            end = find_end(reply, stops, searched)
-            if end < len(reply):
+            end = find_end(reply, cut, kept, searched)
+            if end is not None:
                 break
-            text = decode_text(tokenizer, reply[: end - _held_back(reply, stops)])
+            text = decode_text(tokenizer, reply[: len(reply) - _held_back(reply, cut)])
             text = text.rstrip(_INCOMPLETE).strip()
             if len(text) > len(shown):
                 shown = text

@@ -531,7 +531,10 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             ValueError: a named token is not in the vocabulary; `add_prefix_space` is true.
         """
         # Files written by other tokenizers name a backend here, and `AutoTokenizer` reads `use_fast`; neither is ours.
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("backend", "use_fast")}
+        if "resume_download" in kwargs:  # passed by programs of 2023; it would be saved with the tokenizer
+            logger.warning_once("resume_download is left out: downloads are always resumed. Remove the argument.")
+        others = ("backend", "use_fast", "resume_download")
+        kwargs = {key: value for key, value in kwargs.items() if key not in others}
         if kwargs.pop("add_prefix_space", False):
             raise ValueError(
                 "`add_prefix_space=True` is not possible: this model was trained on text as it is. Leave the argument "

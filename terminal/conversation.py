@@ -104,7 +104,7 @@ class Conversation:
             stop: set by someone else, ends the reply as far as it went. Of a reply that never began nothing is kept.
 
         Raises:
-            ValueError: a query that doesn't fit into the window, a base model.
+            ValueError: a query that leaves no room for a reply, a base model.
         """
         query = _clean(query)
         meter = Meter(stop)

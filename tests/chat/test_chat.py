@@ -146,8 +146,8 @@ def test_base_model_refuses_and_names_another(chat_model, byte_tokenizer, stream
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"query": "q" * 100, "max_window_size": 50}, r"take \d+ tokens, more than max_window_size=50: shorten them"),
-        ({"query": "q", "max_window_size": 0}, "more than max_window_size=0"),
+        ({"query": "q", "max_window_size": "50"}, "max_window_size='50' must be a whole number"),
+        ({"query": "q", "max_window_size": 50.5}, "max_window_size=50.5 must be a whole number"),
         ({"query": 5}, "text of the user must be a str, got int: 5"),
         ({"query": "q", "system": None}, "text of the system must be a str, got NoneType"),
         ({"query": "q", "history": ["ab"]}, r"history\[0\]='ab' must be a pair"),
@@ -173,3 +173,45 @@ def test_stopping_criteria_of_the_caller_count(chat_model, byte_tokenizer, force
         assert chat_model.chat(byte_tokenizer, "q", logits_processor=forced("abcd"), **arguments)[0] == "ab"
         stream = chat_model.chat_stream(byte_tokenizer, "q", logits_processor=forced("abcd"), **arguments)
         assert list(stream)[-1] == "ab"
+
+
+@pytest.fixture(params=["configured", "passed"])
+def narrow(request, chat_model):
+    """Arguments under which the window is 80 tokens."""
+    if request.param == "passed":
+        return {"max_window_size": 80}
+    chat_model.generation_config.max_window_size = 80
+    return {}
+
+
+@pytest.mark.parametrize("length", [200, 513])
+def test_query_longer_than_the_window_is_answered(chat_model, byte_tokenizer, narrow, transformers_log, length):
+    """As `generate` answers it without the history, at every door, on the keys of the history or without."""
+    query, system = "q" * length, "Be brief."
+    context = make_context(byte_tokenizer, query, None, system)[1]
+    written = chat_model.generate(torch.tensor([context]))[0, len(context) :].tolist()
+    ends = [place for place, token in enumerate(written) if token in (EOD, IM_START, IM_END)]
+    expected = byte_tokenizer.decode(written[: ends[0] if ends else None]).strip()
+    _, history = chat_model.chat(byte_tokenizer, "a", [("b", "c")], system)
+    transformers_log.clear()
+    for reuse in (True, False):
+        reply, said = chat_model.chat(byte_tokenizer, query, history, system, reuse_cache=reuse, **narrow)
+        assert reply == expected and said == [*history, (query, expected)]
+        texts = list(chat_model.chat_stream(byte_tokenizer, query, history, system, reuse_cache=reuse, **narrow))
+        assert texts[-1] == expected
+    replies, histories = chat_model.batch_chat(byte_tokenizer, ["x", query], [history, history], system, **narrow)
+    assert replies == [chat_model.chat(byte_tokenizer, "x", history, system, **narrow)[0], expected]
+    assert histories[1] == [*history, (query, expected)]
+    assert len(transformers_log.messages) == 5
+    assert all(f"take {len(context)} tokens, more than max_window_size=80" in m for m in transformers_log.messages)
+    # The next turn goes on from there, with as much history as has room again.
+    texts = [chat_model.chat(byte_tokenizer, "y", said, system, reuse_cache=reuse)[0] for reuse in (True, False)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_position_left_for_a_reply(chat_model, byte_tokenizer, stream):
+    chat_model.generation_config.max_new_tokens = None
+    with pytest.raises(ValueError, match="is 2.., but `max_length` is set to 150.*`max_new_tokens`"):
+        result = chat_model.chat(byte_tokenizer, "q" * 200, max_window_size=80, max_length=150, stream=stream)
+        list(result)

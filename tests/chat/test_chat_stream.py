@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
+from qwen1 import qwen_generation_utils
 from qwen1.qwen_generation_utils import find_end, stream_text, stream_tokens
 
 EOD, IM_START, IM_END = 256, 257, 258
@@ -132,7 +133,7 @@ def test_random_replies_in_random_chunks(byte_tokenizer):
         list(text.encode()) for text in ("你", "😀", FAMILY, "é", " ", "\n", "a", "Obs", "Observation:", "\ufffd")
     ]
     pieces += [[0xE4], [0xBD], [0xFF], [IM_END], [300]]
-    stops = [list(b"Observation:"), list(b"serv!"), [*"😀".encode()[1:], ord("a")], [IM_END], [EOD]]
+    words, ends = [list(b"Observation:"), list(b"serv!"), [*"😀".encode()[1:], ord("a")]], [[IM_END], [EOD]]
     stopped = 0
     for _ in range(300):
         reply = sum(rng.choices(pieces, weights=[5] * 10 + [1] * 5, k=rng.randint(0, 12)), [])
@@ -141,9 +142,10 @@ def test_random_replies_in_random_chunks(byte_tokenizer):
             size = rng.randint(1, 4)
             chunks.append(rest[:size])
             rest = rest[size:]
-        end = find_end(reply, stops)
-        stopped += end < len(reply)
-        texts = list(stream_text((chunk for chunk in chunks), byte_tokenizer, stops))
+        cut, kept = rng.choice([(ends + words, []), (ends, words)])
+        end = find_end(reply, cut, kept)
+        stopped += end is not None
+        texts = list(stream_text((chunk for chunk in chunks), byte_tokenizer, cut, kept))
         assert texts[-1] == byte_tokenizer.decode(reply[:end]).strip()
         check_growing(texts)
     assert 50 < stopped < 250
@@ -282,6 +284,23 @@ def test_the_callers_autocast_holds_in_a_stream(chat_model, byte_tokenizer, enab
     hook.remove()
     assert set(dtypes) == {torch.bfloat16 if enabled else torch.float32}
     assert streamed[-1] == text
+
+
+def test_the_exit_of_the_interpreter_ends_streams(endless, stream_threads, monkeypatch):
+    """Before it can't stop them; whoever reads one doesn't take it for a whole reply."""
+    monkeypatch.setattr(qwen_generation_utils, "_exiting", threading.Event())
+    streams = [endless() for _ in range(2)]
+    for stream, _ in streams:
+        next(stream)
+    qwen_generation_utils._end_streams()
+    steps = [slow.steps for _, slow in streams]
+    for stream, _ in streams:
+        with pytest.raises(SystemExit, match="The interpreter ends, and this stream with it"):
+            list(stream)
+    late, slow = endless()
+    with pytest.raises(SystemExit):
+        next(late)
+    assert slow.steps == 0 and [slow.steps for _, slow in streams] == steps and stream_threads() == []
 
 
 def test_generation_that_never_reports_its_end():

@@ -90,11 +90,22 @@ def test_window_drops_whole_turns_from_the_front(byte_tokenizer):
     )
 
 
-def test_query_that_fills_the_window(byte_tokenizer):
-    _, alone = make_context(byte_tokenizer, "q" * 50, None, "s")
-    assert fitting_context(byte_tokenizer, "q" * 50, [("a", "b")], "s", len(alone))[-len(alone) + 10 :] == alone[10:]
-    with pytest.raises(ValueError, match=f"take {len(alone)} tokens, more than max_window_size={len(alone) - 1}"):
-        fitting_context(byte_tokenizer, "q" * 50, [("a", "b")], "s", len(alone) - 1)
+@pytest.mark.parametrize("begun", ["", "Thought: a"])
+def test_query_longer_than_the_window_is_read_whole_and_alone(byte_tokenizer, transformers_log, begun):
+    """A window of one token more keeps what history there is room for, as published."""
+    history = [("a", "b"), ("c", "d")]
+    alone = make_context(byte_tokenizer, "q" * 50, None, "s")[1]
+    taken = len(alone) + len(begun)
+    enough = fitting_context(byte_tokenizer, "q" * 50, history, "s", taken, begun)
+    assert enough == make_context(byte_tokenizer, "q" * 50, history, "s")[1] + list(begun.encode())
+    assert transformers_log.messages == []
+    for window in (taken - 1, 1, 0, -1):
+        context = fitting_context(byte_tokenizer, "q" * 50, history, "s", window, begun)
+        assert context == alone + list(begun.encode())
+        (message,) = transformers_log.messages
+        assert f"alone take {taken} tokens, more than max_window_size={window}" in message
+        assert ("reply so far" in message) is bool(begun) and "the 2 earlier turns" in message
+        transformers_log.clear()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """The published `decode_tokens` and `get_stop_words_ids`: a reply is what stands between prompt and end token."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from qwen1 import decode_tokens, get_stop_words_ids
+from qwen1 import decode_tokens, get_stop_words_ids, make_context
 from qwen1.qwen_generation_utils import find_end
 
 EOD, IM_START, IM_END = 256, 257, 258
@@ -33,9 +34,60 @@ def test_tensor_and_list_alike(byte_tokenizer):
     assert decode_tokens(tokens, byte_tokenizer, 0, len(PROMPT), chat_format="chatml") == "你好"
 
 
-def test_raw_ends_at_the_stop_words_of_the_format(byte_tokenizer):
-    assert decoded(byte_tokenizer, [*b"text Human: more", EOD], "raw") == "text"
-    assert decoded(byte_tokenizer, [*b"text", IM_END, *b"more", EOD], "raw") == "text<|im_end|>more"
+def test_raw_replies_of_the_published_code(either_tokenizer):
+    """Random prompts and replies of control tokens, broken characters and pieces of `<|endoftext|>`."""
+    cases = json.loads((Path(__file__).parent / "raw_replies.json").read_text())
+    for tokens, characters, length, errors, text, reason in cases:
+        for given in (tokens, torch.tensor(tokens, dtype=torch.long)):
+            arguments = {"errors": errors, "return_end_reason": True}
+            assert decode_tokens(given, either_tokenizer, characters, length, "raw", **arguments) == (text, reason)
+    assert len(cases) == 300 and len({case[4] for case in cases}) > 200
+    assert sum(reason == "Gen '<|endoftext|>'" for *_, reason in cases) > 5
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        ([*b"text Human: more", EOD], "text Human: more"),
+        ([*b"text", IM_END, *b"more", EOD], "text<|im_end|>more"),
+        ([*b" a ", EOD, *b" b ", EOD], "a  b"),
+        ([EOD, EOD], ""),
+        ([], ""),
+        ([*b"<|endof", EOD, *b"text|> b"], ""),
+        ([*b"a <|endof", EOD, *b"text|> b"], "a"),
+    ],
+)
+def test_raw_takes_the_end_of_text_out_and_goes_on(either_tokenizer, reply, text):
+    characters = len("caf\u00e9 prompt")
+    assert decode_tokens(PROMPT + reply, either_tokenizer, characters, len(PROMPT), "raw") == text
+
+
+@pytest.mark.parametrize(
+    "written", ["cafe\u0301 " * 3, "\u0958\u0915", "\u212b ngstr\u00f6m", "\u1112\u1161\u11ab", "plain"]
+)
+@pytest.mark.parametrize("chat_format", ["raw", "chatml"])
+def test_prompt_that_normalises_to_another_length_shifts_nothing(either_tokenizer, written, chat_format):
+    text, context = make_context(either_tokenizer, written, chat_format=chat_format)
+    reply = [*context, *b"HELLO WORLD"]
+    assert decode_tokens(reply, either_tokenizer, len(text), len(context), chat_format) == "HELLO WORLD"
+
+
+def test_raw_is_cut_by_characters(byte_tokenizer):
+    """As published, where normalising doesn't explain another length."""
+    tokens = list(b"prompt reply")
+    for characters, text in [(0, "prompt reply"), (7, "reply"), (9, "ply"), (99, "")]:
+        assert decode_tokens(tokens, byte_tokenizer, characters, 7, "raw") == text
+        assert decode_tokens(tokens, byte_tokenizer, characters, 0, "raw") == text
+
+
+@pytest.mark.parametrize("chat_format", ["raw", "chatml"])
+def test_errors_strict(byte_tokenizer, chat_format):
+    """A character that begins in the prompt is whole."""
+    tokens = list("你好".encode())
+    assert decode_tokens(tokens, byte_tokenizer, 0, 0, chat_format, errors="strict") == "你好"
+    assert decode_tokens(tokens, byte_tokenizer, 1, 4, "raw", errors="strict") == "好"
+    with pytest.raises(UnicodeDecodeError):
+        decode_tokens(tokens[:-1], byte_tokenizer, 0, 0, chat_format, errors="strict")
 
 
 def test_end_reason(byte_tokenizer):
@@ -46,7 +98,9 @@ def test_end_reason(byte_tokenizer):
 
 def test_verbose_prints_reply_and_reason(byte_tokenizer, capsys):
     assert decoded(byte_tokenizer, [*b"a", EOD], verbose=True) == "a"
-    assert capsys.readouterr().out == "\nReply: a\nEnd reason: Gen '<|endoftext|>'\n"
+    assert (
+        capsys.readouterr().out == "\nRaw Generate: a<|endoftext|>\n\nEnd Reason: Gen '<|endoftext|>'\n\nGenerate: a\n"
+    )
 
 
 def test_errors(byte_tokenizer):
@@ -73,17 +127,22 @@ def test_unknown_format(byte_tokenizer, call):
 
 
 @pytest.mark.parametrize(
-    ("reply", "stops", "end"),
+    ("reply", "cut", "kept", "end"),
     [
-        ([1, 2, 3], [[4]], 3),
-        ([1, 2, 3], [[2, 3], [3]], 1),  # both complete at once: the longer one is cut off
-        ([1, 2, 3, 4], [[1, 2, 3, 4], [3]], 2),  # the one that is complete first ends the reply
-        ([1, 1, 2], [[1, 2]], 1),
-        ([1, 2], [[1, 2, 3]], 2),
-        ([], [[1]], 0),
+        ([1, 2, 3], [[4]], [[5]], None),
+        ([1, 2, 3], [[2, 3], [3]], [], 1),  # both complete at once: the longer one is cut off
+        ([1, 2, 3], [[3]], [[2, 3]], 2),  # the control token behind a stop word
+        ([1, 2, 3, 4], [[1, 2, 3, 4], [3]], [], 2),  # the one that is complete first ends the reply
+        ([1, 2, 3, 4], [[3]], [[1, 2]], 2),
+        ([1, 2, 3, 4], [[1]], [[1, 2]], 0),
+        ([1, 2, 3], [], [[2, 3], [3]], 3),
+        ([1, 1, 2], [[1, 2]], [], 1),
+        ([1, 1, 2], [], [[1, 2]], 3),
+        ([1, 2], [[1, 2, 3]], [[2, 3]], None),
+        ([], [[1]], [[2]], None),
     ],
 )
-def test_find_end(reply, stops, end):
-    assert find_end(reply, stops) == end
-    found = (find_end(reply[:size], stops, start=size - 1) for size in range(1, len(reply) + 1))
-    assert next((place for size, place in enumerate(found, 1) if place < size), len(reply)) == end
+def test_find_end(reply, cut, kept, end):
+    assert find_end(reply, cut, kept) == end
+    found = (find_end(reply[:size], cut, kept, start=size - 1) for size in range(1, len(reply) + 1))
+    assert next((place for place in found if place is not None), None) == end

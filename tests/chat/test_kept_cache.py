@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import threading
 import weakref
 
@@ -262,12 +261,6 @@ def test_copies_carry_it(model, byte_tokenizer, copied):
     assert other == history and other is not history and other.kept is history.kept
     other.append(("a", "b"))
     assert len(history) == 1
-
-
-def test_it_is_not_pickled(model, byte_tokenizer):
-    history = talk(model, byte_tokenizer, "first")
-    other = pickle.loads(pickle.dumps(history))
-    assert type(other) is ChatHistory and other == history and other.kept is None
 
 
 def test_the_model_is_not_kept_alive(model, byte_tokenizer, tiny_model):

@@ -50,12 +50,79 @@ assert list(stream)[-1] == response
 print("done")
 """
 
+OPEN_STREAMS = """
+import atexit, os, sys, threading, time
+
+def check():  # behind what was registered later
+    for thread in threading.enumerate():
+        if thread.name == "qwen-chat-stream":
+            thread.join(1)
+            if thread.is_alive():
+                os._exit(9)
+    if time.monotonic() - began > 20:
+        os._exit(10)
+
+atexit.register(check)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+
+def start():
+    return model.chat_stream(tokenizer, "q", min_new_tokens=100_000, max_new_tokens=100_000)
+
+def read():
+    for text in start():
+        texts.append(text)
+
+streams, texts = [start(), start()], []
+for stream in streams:
+    next(stream)
+threading.Thread(target=read, daemon=True).start()
+while not texts:
+    time.sleep(0.01)
+for text in start():
+    break
+began = time.monotonic()
+print("done")
+if sys.argv[2] == "error":
+    raise ZeroDivisionError
+sys.exit(0 if sys.argv[2] == "end" else 3)
+"""
+
+DEMO = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationConfig
+
+folder = sys.argv[1]
+AutoConfig.from_pretrained(folder, trust_remote_code=True, resume_download=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, resume_download=True)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, device_map="cpu", trust_remote_code=True, resume_download=True
+).eval()
+model.generation_config = config = GenerationConfig.from_pretrained(
+    folder, trust_remote_code=True, resume_download=True
+)
+history = []
+for query in ("hello", "and"):
+    for response in model.chat_stream(tokenizer, query, history=history, generation_config=config):
+        pass
+    history.append((query, response))
+response, _ = model.chat(tokenizer, "q", history=history, stop_words_ids=[tokenizer.encode("x")], top_k=1, top_p=0.5)
+for saved in (model, tokenizer):
+    saved.save_pretrained("saved")
+assert "resume_download" not in open("saved/tokenizer_config.json").read() + open("saved/config.json").read()
+AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True).chat(tokenizer, "q", history=None)
+print("done")
+"""
+
 
 @pytest.fixture
 def run_script(tmp_path):
     """Run a script in a process that knows neither this package nor the network: (source, *arguments)."""
 
-    def run(source, *arguments):
+    def run(source, *arguments, code=0):
         script = tmp_path / "script.py"
         script.write_text(source, encoding="utf-8")
         environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -63,7 +130,8 @@ def run_script(tmp_path):
         environment.pop("PYTHONPATH", None)
         command = [sys.executable, str(script), *map(str, arguments)]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stdout + result.stderr
+        assert result.returncode == code and result.stdout.endswith("done\n"), result.stdout + result.stderr
+        return result.stderr
 
     return run
 
@@ -74,6 +142,18 @@ def test_three_turns_and_a_stream(checkpoint_folder, run_script):
 
 def test_three_turns_and_a_stream_of_the_shipped_model(repository, run_script):
     run_script(THREE_TURNS, repository / "qwen-tiny-chat")
+
+
+def test_the_first_lines_of_the_demos(checkpoint_folder, run_script):
+    assert run_script(DEMO, checkpoint_folder).count("resume_download is left out") == 2, "of tokenizer and model"
+
+
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("exit", 3), ("error", 1)])
+def test_a_script_may_end_with_open_streams(checkpoint_folder, run_script, how, code):
+    """In its globals and in a thread that the interpreter doesn't wait for; it ends soon, and says nothing of them."""
+    said = run_script(OPEN_STREAMS, checkpoint_folder, how, code=code)
+    assert "terminate" not in said and "SystemExit" not in said and "stream" not in said
+    assert said.count("Traceback") == (how == "error")
 
 
 def test_golden_checkpoint_with_the_published_vocabulary(

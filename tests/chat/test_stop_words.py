@@ -3,38 +3,80 @@
 import pytest
 import torch
 
+from qwen1 import Tool, ToolCall, make_context
 from qwen1.qwen_generation_utils import StopWordsCriteria, check_stop_words
 
 EOD, IM_START, IM_END = 256, 257, 258
 STOP = list(b"Observation:")
 
 
-@pytest.mark.parametrize(
-    ("reply", "stops", "expected"),
-    [
-        ("Thought Observation: seen", [STOP], "Thought"),
-        ("Obs, Observe, Observation: seen", [STOP], "Obs, Observe,"),  # begun twice before it is complete
-        ("Observation: seen", [STOP], ""),
-        ("Observatio", [STOP], "Observatio"),
-        ("ObObservation: seen", [STOP], "Ob"),
-        ("ab cd ef", [list(b"ef"), list(b"cd")], "ab"),
-        ("abc", [list(b"abc"), list(b"b")], "a"),
-        ("a😀b", [list("😀".encode()[1:])], "a\ufffd"),
-        ("a b c", [[ord("b")]], "a"),
-        ("a b c", [[300]], "a b c"),
-        ("a b c", [], "a b c"),
-        ("a b c", None, "a b c"),
-        ("a b c", torch.tensor([list(b"c"), list(b"b")]), "a"),
-    ],
-)
-def test_chat_and_stream_end_alike(chat_model, byte_tokenizer, forced, reply, stops, expected):
+REPLIES = [  # the reply that the model would write, stop words, what chat gives as published, and without stop words
+    ("Thought Observation: seen", [STOP], "Thought Observation:", "Thought"),
+    ("Obs, Observe, Observation: seen", [STOP], "Obs, Observe, Observation:", "Obs, Observe,"),  # begun twice before
+    ("Observation: seen", [STOP], "Observation:", ""),
+    ("Observatio", [STOP], "Observatio", "Observatio"),
+    ("ObObservation: seen", [STOP], "ObObservation:", "Ob"),
+    ("ab Observation: c", [list(b"Observation"), STOP, list(b"Observation:\n")], "ab Observation", "ab"),
+    ("ab\n\n cd", [list(b"\n\n")], "ab", "ab"),  # space around a reply is no part of it
+    ("ab cd ef", [list(b"ef"), list(b"cd")], "ab cd", "ab"),
+    ("abc", [list(b"abc"), list(b"b")], "ab", "a"),
+    ("a😀b", [list("😀".encode()[1:])], "a😀", "a\ufffd"),
+    ("a b c", [[ord("b")]], "a b", "a"),
+    ("a b c", [[300]], "a b c", "a b c"),
+    ("a b c", [], "a b c", "a b c"),
+    ("a b c", None, "a b c", "a b c"),
+    ("a b c", torch.tensor([list(b"c"), list(b"b")]), "a b", "a"),
+    ([*b"a b", IM_END, *b"c"], [[ord("b"), IM_END]], "a b", "a"),  # control tokens never stay
+    ([*b"ab", EOD], [[EOD], [IM_END]], "ab", "ab"),
+    ([*b"ab", 300, *b"c"], [[300]], "ab<|extra_41|>", "ab"),
+]
+
+
+@pytest.mark.parametrize("keep", [None, True, False], ids=["default", "kept", "left out"])
+@pytest.mark.parametrize(("reply", "stops", "published", "without"), REPLIES)
+def test_every_door_ends_alike(chat_model, byte_tokenizer, forced, reply, stops, published, without, keep):
     arguments = {"stop_words_ids": stops, "max_new_tokens": 40}
+    if keep is not None:
+        arguments["keep_stop_words"] = keep
+    expected = without if keep is False else published
     processors, again = forced(reply), forced(reply)
-    assert chat_model.chat(byte_tokenizer, "q", logits_processor=processors, **arguments)[0] == expected
+    text, history = chat_model.chat(byte_tokenizer, "q", logits_processor=processors, **arguments)
+    assert text == expected and history == [("q", expected)]
     texts = list(chat_model.chat_stream(byte_tokenizer, "q", logits_processor=again, **arguments))
     assert texts[-1] == expected
     assert all(expected.startswith(text) for text in texts)
     assert again[0].steps == processors[0].steps
+    texts, histories = chat_model.batch_chat(
+        byte_tokenizer, ["q", "r"], logits_processor=forced("a longer one", reply), **arguments
+    )
+    assert texts[1] == expected and histories[1] == [("r", expected)]
+    stream = chat_model.chat(byte_tokenizer, "q", stream=True, logits_processor=forced(reply), **arguments)
+    assert list(stream)[-1] == expected
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_next_turn_reads_the_reply_as_it_is(chat_model, byte_tokenizer, forced, keep):
+    """With keys and values kept or not."""
+    arguments = {"stop_words_ids": [STOP], "keep_stop_words": keep}
+    said = forced("Thought: x\nObservation: seen")
+    reply, history = chat_model.chat(byte_tokenizer, "q", logits_processor=said, **arguments)
+    for reuse in (True, False):
+        processors = forced("ok")
+        chat_model.chat(byte_tokenizer, "r", history, "s", reuse_cache=reuse, logits_processor=processors)
+        assert processors[0].prompts == [make_context(byte_tokenizer, "r", [("q", reply)], "s")[1]]
+    texts = [chat_model.chat(byte_tokenizer, "r", history, reuse_cache=reuse)[0] for reuse in (True, False)]
+    assert texts[0] == texts[1] and reply.endswith("Observation:") is keep
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_with_tools_no_stop_word_stays(chat_model, byte_tokenizer, forced, keep):
+    tools = [Tool("look", function=lambda: "x")]
+    reply = "Thought: t\nAction: look\nAction Input: {} STOP Observation: y"
+    arguments = {"tools": tools, "stop_words_ids": [list(b"STOP")], "keep_stop_words": keep, "max_new_tokens": 80}
+    said, _ = chat_model.chat(byte_tokenizer, "q", logits_processor=forced(reply), **arguments)
+    *_, last = chat_model.chat_stream(byte_tokenizer, "q", logits_processor=forced(reply), **arguments)
+    assert said == last == "Thought: t\nAction: look\nAction Input: {}"
+    assert said.call == last.call == ToolCall("look", {})
 
 
 def test_generation_ends_with_the_stop_word(chat_model, byte_tokenizer, forced):
@@ -54,13 +96,13 @@ def test_stop_words_in_the_prompt_stop_nothing(chat_model, byte_tokenizer, force
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["own configuration", "fresh configuration"])
 def test_stop_words_of_the_configuration(chat_model, byte_tokenizer, forced, fresh):
-    """They are in force, and cut off, where the caller's configuration says nothing about them."""
+    """They are in force where the caller's configuration says nothing about them."""
     chat_model.generation_config.stop_words_ids = [list(b"END")]
     config = type(chat_model.generation_config)(max_new_tokens=20) if fresh else None
     for given in (None, [list(b"STOP")]):
         processors = forced("ab END cd STOP ef")
         arguments = {"stop_words_ids": given, "generation_config": config, "logits_processor": processors}
-        assert chat_model.chat(byte_tokenizer, "q", **arguments)[0] == "ab"
+        assert chat_model.chat(byte_tokenizer, "q", **arguments)[0] == "ab END"
         assert processors[0].steps == len("ab END")
 
 
@@ -120,9 +162,11 @@ def test_chat_with_prompt_lookup(chat_model, byte_tokenizer, forced):
     query, reply = "abc one STOP two, abc", "abc one STOP two, abc"
     for stops in ([list(b"STOP")], [list(b"c one STOP t"), list(b"STOP")]):
         arguments = {"stop_words_ids": stops, "prompt_lookup_num_tokens": 10, "max_new_tokens": 20}
-        assert chat_model.chat(byte_tokenizer, query, logits_processor=forced(reply), **arguments)[0] == "abc one"
-        stream = chat_model.chat_stream(byte_tokenizer, query, logits_processor=forced(reply), **arguments)
-        assert list(stream)[-1] == "abc one"
+        for keep, expected in [(True, "abc one STOP"), (False, "abc one")]:
+            arguments["keep_stop_words"] = keep
+            assert chat_model.chat(byte_tokenizer, query, logits_processor=forced(reply), **arguments)[0] == expected
+            stream = chat_model.chat_stream(byte_tokenizer, query, logits_processor=forced(reply), **arguments)
+            assert list(stream)[-1] == expected
 
 
 def test_assistant_model_stops(chat_model, written, forced):
