@@ -16,6 +16,7 @@ from .companion_checks import CompanionChecks, tokenizer_files
 from .configurations import read_hf, read_llama, read_qwen
 from .errors import CheckpointError
 from .names import IGNORED, TABLE, Architecture, hf_shapes, llama_shapes, qwen_shapes
+from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
 from .reading import TensorInfo, Weights, read_json
 from .reports import (
     Findings,
@@ -213,14 +214,33 @@ class _Inspection:
         bits = found.get("bits")
         return f"{found.get('quant_method', 'unknown')}{f', {bits} bits' if bits else ''}"
 
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How quantised weights are packed; None where it isn't known here."""
+        return self.findings.attempt(read_packing, self.config.get("quantization_config"))
+
+    def take_quantization(self) -> None:
+        """Settings of the quantisation may be in a file of their own, which transformers doesn't read."""
+        if self.kind is None or self.kind is Kind.LLAMA_ORIGINAL:
+            return
+        found = self.findings.attempt(settings_beside, self.folder, self.config, self.stored.infos)
+        if found is not None:
+            self.config = {**self.config, "quantization_config": found[1]}
+            remedy = "upgrade copies it" if self.is_qwen else "copy it"
+            self.findings.problems.append(
+                f"config.json has no quantization_config, which is in {found[0]}: without it transformers takes the "
+                f"weights for full ones and fills them at random. Here {remedy} into config.json."
+            )
+
     def check_configuration(self) -> None:
         """Remark on what the configuration switches on, and on adapters."""
+        self.take_quantization()
         if (self.folder / ADAPTER_CONFIG).is_file():
             self._remark_on_adapter()
         if self.quantization is not None:
+            checked = "" if self.packing else "their names and shapes are not checked, and "
             self.findings.remarks.append(
-                f"The weights are quantised ({self.quantization}): their names and shapes are not checked, and they "
-                "can't be converted."
+                f"The weights are quantised ({self.quantization}): {checked}they can't be converted."
             )
         stretch = [word for word, on in self._stretch.items() if on]
         if self.architecture is not None and stretch:
@@ -263,6 +283,13 @@ class _Inspection:
         return llama_shapes(self.architecture, len(self.stored.parts), split)
 
     @cached_property
+    def expected(self) -> Expected:
+        """What is to be stored, quantised or not; nothing where that can't be known."""
+        if self.quantization is None:
+            return Expected(self.shapes)
+        return expect_packed(self.shapes, self.packing) if self.packing else Expected({})
+
+    @cached_property
     def weights(self) -> dict[str, TensorInfo]:
         """Stored tensors but those that can be left out: tables, and the head where it is tied to the embedding."""
         heads = {"output.weight", "lm_head.weight"} if self.architecture and self.architecture.tied else set()
@@ -288,7 +315,7 @@ class _Inspection:
     def check_weights(self) -> None:
         """Compare what is stored with the index and the configuration."""
         misplaced = self._check_index()
-        if self.shapes and self.quantization is None:
+        if self.expected.required:
             self._check_names(misplaced)
             self._check_dtypes()
         surplus = [name for name in self.stored.infos if name not in self.weights]
@@ -333,11 +360,11 @@ class _Inspection:
         return set(misplaced)
 
     def _check_names(self, misplaced: set[str]) -> None:
-        problems, found = self.findings.problems, self.weights
-        unknown = [name for name in found if name not in self.shapes]
-        missing = [name for name in self.shapes if name not in found and name not in misplaced]
+        problems, found, shapes = self.findings.problems, self.weights, self.expected.shapes
+        unknown = [name for name in found if name not in shapes]
+        missing = [name for name in self.expected.required if name not in found and name not in misplaced]
         missing = [name for name in missing if self._should_be_there(name)]
-        wrong = [name for name, shape in self.shapes.items() if name in found and found[name].shape != shape]
+        wrong = [name for name, shape in shapes.items() if name in found and found[name].shape != shape]
         file = LLAMA_PARAMS if self.kind is Kind.LLAMA_ORIGINAL else "config.json"
         if unknown:
             problems.append(
@@ -346,11 +373,11 @@ class _Inspection:
             )
         if missing:
             problems.append(
-                f"{len(missing):,} of {plural(len(self.shapes), 'tensor')} {are(missing)} missing: {quoted(missing)}. "
+                f"{len(missing):,} of {plural(len(self.expected.required), 'tensor')} {are(missing)} missing: {quoted(missing)}. "
                 f"Mend {file} (number of layers, tied embeddings, biases), or download the files again."
             )
         if wrong:
-            details = [f"{name!r} is {found[name].shape}, not {self.shapes[name]}" for name in wrong]
+            details = [f"{name!r} is {found[name].shape}, not {shapes[name]}" for name in wrong]
             problems.append(
                 f"{plural(len(wrong), 'tensor')} {'has' if len(wrong) == 1 else 'have'} a shape that the configuration "
                 f"doesn't ask for: {first_of(details, '; ')}. Mend {file}, or download the files again."
@@ -367,14 +394,23 @@ class _Inspection:
         return not self.stored.unreadable
 
     def _check_dtypes(self) -> None:
-        integers = [name for name, info in self.weights.items() if not info.dtype.is_floating_point]
-        if integers:
+        odd = {name: info.dtype for name, info in self.weights.items() if not self.expected.has_dtype(name, info.dtype)}
+        integers = [name for name, dtype in odd.items() if not dtype.is_floating_point]
+        if self.packing is not None and odd:
+            details = [
+                f"{name!r} is {dtype}, not {self.expected.words.get(name, 'floating')}" for name, dtype in odd.items()
+            ]
+            self.findings.problems.append(
+                f"{plural(len(odd), 'tensor')} {'has' if len(odd) == 1 else 'have'} a dtype that the quantisation "
+                f"doesn't ask for: {first_of(details, '; ')}. Download the files again."
+            )
+        elif integers:
             self.findings.problems.append(
                 f"{plural(len(integers), 'tensor')} {are(integers)} whole numbers: {quoted(integers)}. If they are "
                 "quantised weights, config.json lacks its quantization_config."
             )
         counts = self.dtypes
-        if len(counts) > 1:
+        if len(counts) > 1 and self.packing is None:
             listed = ", ".join(f"{count:,} parameters in {name}" for name, count in counts.items())
             self.findings.remarks.append(f"Mixed dtypes: {listed}.")
         announced = self.config.get("dtype") or self.config.get("torch_dtype")
@@ -394,12 +430,24 @@ class _Inspection:
         for number, part in enumerate(self.stored.parts):
             if part.weights is not None:
                 bad += self._scan_file(part.weights, self.stored.prefix(number), progress)
+        lost = [name for name in self.expected.optional if self._is_lost(name)]
+        if lost:
+            self.findings.problems.append(
+                f"{plural(len(lost), 'bias')} {are(lost)} stored that no_bias leaves out, and not zero: {quoted(lost)}."
+            )
         if bad:
             self.findings.problems.append(
                 f"{plural(len(bad), 'tensor')} {'has' if len(bad) == 1 else 'have'} NaN or infinite values: "
                 f"{first_of(bad)}."
             )
         self._compare_tied_head()
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether a stored bias that the model has no place for changes what is computed."""
+        info = self.stored.infos.get(name)
+        part = next((part for part in self.stored.parts if info is not None and part.path == info.file), None)
+        tensor = self.findings.attempt(part.weights.read, name) if part is not None and part.weights else None
+        return tensor is not None and bool(tensor.any())
 
     def _scan_file(self, weights: Weights, prefix: str, progress: Callable[[str, int], None]) -> list[str]:
         bad = []

@@ -40,6 +40,7 @@ from .companions import (
     template_files,
     upgraded_tokenizer_config,
 )
+from .configurations import quantization_method
 from .errors import CheckpointError
 from .names import Recipe, keep
 from .reading import SAFETENSORS, TensorInfo, Weights, read_json
@@ -547,9 +548,9 @@ def _open_base(folder: Path) -> Source:
     source = open_source(folder)
     if not source.kind.is_qwen:
         raise CheckpointError(f"{folder} is {source.kind.value}: only adapters of QWen can be merged here.")
-    if quantization := source.config.get("quantization_config"):
+    if method := quantization_method(source.config):
         raise CheckpointError(
-            f"The weights of {folder} are quantised ({quantization.get('quant_method')}): merge into the full weights "
+            f"The weights of {folder} are quantised ({method}): merge into the full weights "
             "that they were made from, then quantise."
         )
     return source

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -325,14 +326,22 @@ def _join_and_reorder(*tensors: torch.Tensor, join: Callable[..., torch.Tensor],
     return halves_from_pairs(join(*tensors), head_dim)
 
 
-def check_names(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_names(
+    found: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     """Compare the tensors of a checkpoint (`TensorInfo` by name) with those that its configuration asks for.
+
+    Args:
+        optional: name -> shape of tensors that may be missing.
 
     Raises:
         CheckpointError: an unknown name, a missing tensor or a wrong shape; all of the kind are counted, one is named.
     """
     missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected and not IGNORED.fullmatch(name)]
+    known = {**expected, **optional}
+    unknown = [name for name in found if name not in known and not IGNORED.fullmatch(name)]
     if unknown:
         raise CheckpointError(
             f"{found[unknown[0]]} is not a weight of this architecture ({len(unknown)} such tensors, "
@@ -343,8 +352,8 @@ def check_names(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]
             f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} tensors are). Download the checkpoint "
             "again, or mend its config.json (number of layers, tie_word_embeddings, biases)."
         )
-    for name, shape in expected.items():
-        if tuple(found[name].shape) != shape:
+    for name, shape in known.items():
+        if name in found and tuple(found[name].shape) != shape:
             raise CheckpointError(
                 f"{found[name]} has shape {tuple(found[name].shape)}, but the configuration asks for {shape}. "
                 "Mend the configuration, or download the file again."

@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .companions import end_ids
+from .configurations import quantization_method
 from .errors import CheckpointError
 from .reading import SAFETENSORS, Weights, open_weights, read_json
 from .sources import Kind, detect_kind
@@ -289,8 +290,8 @@ def _facts(checkpoint: _Checkpoint) -> dict[str, str]:
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} can't be used: {error}") from error
     facts = {"Architecture": ", ".join(checkpoint.config.get("architectures") or [config.model_type])}
-    if quantization := checkpoint.config.get("quantization_config"):  # several parameters share one stored number
-        facts["Quantised with"] = str(quantization.get("quant_method", "unknown"))
+    if method := quantization_method(checkpoint.config):  # several parameters share one stored number
+        facts["Quantised with"] = method
     else:
         dtypes = checkpoint.weights.dtypes
         facts["Parameters"] = f"{sum(dtypes.values()):,}"

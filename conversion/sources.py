@@ -24,6 +24,7 @@ from .names import (
     qwen_shapes,
     qwen_to_hf,
 )
+from .quantised import Expected, expect_packed, read_packing, settings_beside
 from .reading import DTYPE_CODES, Weights, open_weights, read_json
 
 LLAMA_PARAMS = "params.json"
@@ -71,12 +72,14 @@ class Source:
     Attributes:
         path: what the user named, a folder or a single file.
         config: `config.json`, or `params.json` (or what a training checkpoint holds in its place).
+        settings_file: where its `quantization_config` was found, if not in the file itself.
     """
 
     path: Path
     kind: Kind
     config: dict[str, Any]
     weights: Weights
+    settings_file: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -134,14 +137,41 @@ class Source:
         Raises:
             CheckpointError: the first difference.
         """
+        packed = [info for name, info in self.weights.infos.items() if name.endswith(".qweight")]
+        if packed and not self.config.get("quantization_config"):
+            raise CheckpointError(
+                f"{packed[0]} is a quantised weight, but config.json has no quantization_config, and no file beside it "
+                "tells the settings (quantize_config.json, quant_config.json): download it."
+            )
+        self._check(Expected(self.shapes), self.architecture.tied)
+
+    def check_packed(self) -> bool:
+        """The same for a QWen checkpoint with quantised weights.
+
+        Returns:
+            False where nothing here knows how they are laid out, so that nothing was compared.
+
+        Raises:
+            CheckpointError: the first difference, or settings of the quantisation that can't be used.
+        """
+        packing = read_packing(self.config["quantization_config"])
+        if packing is None:
+            return False
+        architecture = read_qwen({name: value for name, value in self.config.items() if name != "quantization_config"})
+        self._check(expect_packed(qwen_shapes(architecture), packing), architecture.tied)
+        return True
+
+    def _check(self, expected: Expected, tied: bool) -> None:
         infos = dict(self.weights.infos)
-        if self.architecture.tied:
+        if tied:
             self._check_tied(infos)
-        check_names(infos, self.shapes)
-        for name in self.shapes:
-            dtype = infos[name].dtype
-            if not dtype.is_floating_point or dtype not in DTYPE_CODES:
-                raise CheckpointError(f"{infos[name]} is of {dtype}, which no weight of this architecture can be.")
+        check_names(infos, expected.required, expected.optional)
+        for name in expected.shapes:
+            dtype = infos[name].dtype if name in infos else None
+            if dtype is not None and not (expected.has_dtype(name, dtype) and dtype in DTYPE_CODES):
+                word = expected.words.get(name)
+                reason = "which no weight of this architecture can be" if word is None else f"not of {word}"
+                raise CheckpointError(f"{infos[name]} is of {dtype}, {reason}.")
 
     def _check_tied(self, infos: dict[str, Any]) -> None:
         for embedding, head in _TIED:
@@ -195,7 +225,11 @@ def open_source(path: Path, params: Path | None = None) -> Source:
     found = read_source_config(path) if path.is_dir() and params is None else None
     if found is None:
         return _open_llama(path, params)
-    return Source(path, found[0], found[1], open_weights(path))
+    kind, config = found
+    weights = open_weights(path)
+    if beside := settings_beside(path, config, weights.infos):
+        return Source(path, kind, {**config, "quantization_config": beside[1]}, weights, beside[0])
+    return Source(path, kind, config, weights)
 
 
 def _open_llama(path: Path, params: Path | None) -> Source:

@@ -105,7 +105,12 @@ def plan_upgrade(source: Source, max_shard_size: str = "5GB", link: bool = True)
 def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -> None:
     weights, folder = source.weights, source.folder
     if method := quantization_method(source.config):
-        plan.notes.append(f"Quantised weights ({method}) are taken over without a check.")
+        checked = "as they are" if source.check_packed() else "without a check: their layout is unknown here"
+        plan.notes.append(f"Quantised weights ({method}) are taken over {checked}.")
+        if source.settings_file is not None:
+            plan.notes.append(
+                f"config.json gets the settings of {source.settings_file}, which transformers doesn't read."
+            )
     else:
         source.check()
     if all(file.suffix == ".safetensors" for file in weights.files):
