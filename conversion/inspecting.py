@@ -372,8 +372,9 @@ class _Inspection:
                 f"{quoted(unknown)}. Mend {file}, or download the files again."
             )
         if missing:
+            wanted = plural(len(self.expected.required), "tensor")
             problems.append(
-                f"{len(missing):,} of {plural(len(self.expected.required), 'tensor')} {are(missing)} missing: {quoted(missing)}. "
+                f"{len(missing):,} of {wanted} {are(missing)} missing: {quoted(missing)}. "
                 f"Mend {file} (number of layers, tied embeddings, biases), or download the files again."
             )
         if wrong:

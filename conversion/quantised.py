@@ -1,8 +1,8 @@
 """Names, shapes and dtypes of quantised weights, which follow from those of the full ones and the configuration.
 
-Source: the layers that write and load such weights. GPTQ: `PackedGroupedQuantLinear` of gptqmodel, which has the buffers
-of AutoGPTQ's `QuantLinear`; AWQ: `WQLinear_GEMM` of AutoAWQ. Both pack whole numbers of a few bits into words, GPTQ
-along the inputs of a layer, AWQ along its outputs; a group of inputs shares a scale and a zero.
+Source: the layers that write and load such weights. GPTQ: `GPTQQuantLinear` of gptqmodel, which has the buffers of
+AutoGPTQ's `QuantLinear`; AWQ: `WQLinear_GEMM` of AutoAWQ. Both pack whole numbers of a few bits into words, GPTQ along
+the inputs of a layer, AWQ along its outputs; a group of inputs shares a scale and a zero.
 """
 
 from __future__ import annotations
@@ -76,8 +76,14 @@ class Packing:
         groups = 1 if self.group == -1 else _ceil(inputs, self.group)
         zeros, scales = (groups, self._packed(outputs)), (groups, outputs)
         weights = (self._packed(inputs), outputs) if self.method == "gptq" else (inputs, self._packed(outputs))
-        found = {"qweight": (weights, self.word), "qzeros": (zeros, self.word), "scales": (scales, None)}
-        return {**found, "g_idx": ((inputs,), torch.int32)} if self.method == "gptq" else found
+        found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+            "qweight": (weights, self.word),
+            "qzeros": (zeros, self.word),
+            "scales": (scales, None),
+        }
+        if self.method == "gptq":
+            found["g_idx"] = (inputs,), torch.int32
+        return found
 
     def _packed(self, numbers: int) -> int:
         """Words that hold so many numbers."""
