@@ -32,6 +32,9 @@ _OTHER_KINDS = {
     "gemma2": "sliding windows and capped logits",
     "qwen2_vl": "images",
     "qwen2_5_vl": "images",
+    "qwen3_vl": "images",
+    "qwen2_audio": "sound",
+    "qwen2_5_omni": "images and sound",
     "mllama": "images",
 }
 _SCALINGS = ("linear", "dynamic", "yarn")

@@ -162,7 +162,7 @@ class _Inspection:
     def _read_config(self, path: Path) -> None:
         self.config = self.findings.attempt(read_json, path) or {}
         if self.config:
-            self.kind = self.findings.attempt(detect_kind, self.config)
+            self.kind = self.findings.attempt(detect_kind, self.config, self.stored.infos)
         if self.kind is None:
             return
         self._take(self.findings.attempt(read_architecture, self.kind, self.config))

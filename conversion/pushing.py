@@ -98,6 +98,7 @@ def _examine(folder: Path) -> _Checkpoint:
     kind = detect_kind(config)
     paths = sorted(_published(folder))
     weights = open_weights(folder)
+    detect_kind(config, weights.infos)
     _refuse_strays(folder, weights)
     if kind.is_qwen:
         _check_code(folder, config)

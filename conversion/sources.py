@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -26,6 +26,7 @@ from .names import (
 )
 from .quantised import Expected, expect_packed, read_packing, settings_beside
 from .reading import DTYPE_CODES, Weights, open_weights, read_json
+from .relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
 WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"
@@ -48,13 +49,17 @@ class Kind(Enum):
         return self in (Kind.QWEN_2023_08, Kind.QWEN_2023_12, Kind.QWEN)
 
 
-def detect_kind(config: Mapping[str, Any]) -> Kind:
+def detect_kind(config: Mapping[str, Any], names: Iterable[str] = ()) -> Kind:
     """Format that a `config.json` announces.
 
+    Args:
+        names: of the stored tensors, where they are known, by which a disguised Qwen-VL is found out.
+
     Raises:
-        CheckpointError: a model type that nothing here handles.
+        CheckpointError: a model type that nothing here handles, Qwen-VL and Qwen-Audio included.
     """
     model_type = config.get("model_type")
+    refuse_relative(config, names)
     if model_type == "qwen":
         auto_map = config.get("auto_map")
         if isinstance(auto_map, dict) and "AutoModel" in auto_map:
@@ -227,6 +232,7 @@ def open_source(path: Path, params: Path | None = None) -> Source:
         return _open_llama(path, params)
     kind, config = found
     weights = open_weights(path)
+    detect_kind(config, weights.infos)
     if beside := settings_beside(path, config, weights.infos):
         return Source(path, kind, {**config, "quantization_config": beside[1]}, weights, beside[0])
     return Source(path, kind, config, weights)
