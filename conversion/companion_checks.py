@@ -148,16 +148,17 @@ class CompanionChecks:
         targets = [target for value in auto_map.values() for target in _as_texts(value)]
         named = {f"{target.split('.')[0]}.py" for target in targets if "--" not in target}  # else another repository's
         there = sorted(name for name in named if (self._folder / name).is_file())
+        loads = "" if self._findings.problems else " This package loads the folder as it is."
         absent = sorted(named.difference(there))
         if self._kind in _OLD_KINDS and there:
             self._findings.remarks.append(
                 f"The code beside the weights ({first_of(there)}) is that of 2023, which loads on no current "
-                "transformers: upgrade replaces it. This package loads the folder as it is."
+                f"transformers: upgrade replaces it.{loads}"
             )
         elif absent:
             self._findings.remarks.append(
                 f"auto_map names code that isn't there ({first_of(absent)}), so trust_remote_code=True finds none: "
-                "upgrade adds it. This package loads the folder as it is."
+                f"upgrade adds it.{loads}"
             )
 
 

@@ -30,7 +30,7 @@ from .reports import (
     quoted,
 )
 from .reports import render as render
-from .sources import LLAMA_PARAMS, Kind, detect_kind
+from .sources import LLAMA_PARAMS, Kind, detect_kind, hidden_weights
 from .stored import ADAPTER_CONFIG, StoredWeights
 from .writing import is_finite
 
@@ -315,6 +315,8 @@ class _Inspection:
     def check_weights(self) -> None:
         """Compare what is stored with the index and the configuration."""
         misplaced = self._check_index()
+        if self.stored.disguises and self.kind is not Kind.LLAMA_ORIGINAL:
+            self.findings.problems.append(hidden_weights(self.kind, *next(iter(self.stored.disguises.items()))))
         if self.expected.required:
             self._check_names(misplaced)
             self._check_dtypes()

@@ -105,18 +105,28 @@ class SafetensorsFile:
         """The format has no checksum of its own."""
 
 
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
+
+
+def bare_name(name: str) -> str:
+    """Name of a tensor without what compiled and wrapped modules (DDP, DeepSpeed) put before it."""
+    return _PREFIXES.sub("", name)
+
+
 class PickleFile:
     """One file of `torch.save` that holds tensors by name, memory-mapped; `extras` are other plain values beside them.
 
-    A training checkpoint keeps its tensors under "model" (or "state_dict", "model_state_dict"), and compiled or
-    wrapped modules put a prefix before each name; both are seen through.
+    A training checkpoint keeps its tensors under "model" (or "state_dict", "model_state_dict", "module"), and compiled
+    or wrapped modules put a prefix before each name; both are seen through here, but not by transformers.
+
+    Attributes:
+        disguise: what is seen through, as a part of a sentence; None for a bare state dict.
 
     Raises:
         CheckpointError: the file is truncated, or holds anything but tensors, plain values and containers.
     """
 
-    _WRAPPERS = ("model", "state_dict", "model_state_dict")
-    _PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
+    _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,13 +140,16 @@ class PickleFile:
             ) from error
         except Exception as error:  # nor is it known what a strange pickle raises
             raise _unreadable(path, error) from error
+        self.disguise: str | None = None
         self.extras, self._tensors = self._unwrap(loaded)
 
     def _unwrap(self, loaded: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         extras: dict[str, Any] = {}
+        wrapper = None
         if isinstance(loaded, dict):
             wrapper = next((key for key in self._WRAPPERS if isinstance(loaded.get(key), dict)), None)
             if wrapper is not None:
+                self.disguise = f"keeps its tensors under {wrapper!r}"
                 extras = {key: value for key, value in loaded.items() if key != wrapper}
                 loaded = loaded[wrapper]
         if not isinstance(loaded, dict):
@@ -147,7 +160,9 @@ class PickleFile:
                 raise CheckpointError(f"{key!r} in {self.path} is no name of a tensor.")
             if not _is_plain(value):
                 raise CheckpointError(f"{key!r} in {self.path} names no dense tensor, but a {_description(value)}.")
-            name = self._PREFIXES.sub("", key)
+            name = bare_name(key)
+            if name != key and wrapper is None:
+                self.disguise = f"has {key.removesuffix(name)!r} before its names"
             if name in tensors:
                 raise CheckpointError(f"{name!r} is twice in {self.path}, with and without prefix: delete one of them.")
             tensors[name] = value.detach()
@@ -295,12 +310,14 @@ class Weights:
             most tensors; there a name begins with the number of the file, "00/norm.weight".
         files: where they are.
         extras: plain values stored beside the tensors of a training checkpoint.
+        disguises: file -> what hides its tensors from transformers, see `PickleFile`.
     """
 
     def __init__(self, files: Iterable[Path], numbered: bool = False):
         self.files = list(files)
         self.infos: dict[str, TensorInfo] = {}
         self.extras: dict[str, Any] = {}
+        self.disguises: dict[Path, str] = {}
         self._stored: dict[str, str] = {}
         self._checked: set[Path] = set()
         self._open: dict[Path, SafetensorsFile | PickleFile] = {}
@@ -310,7 +327,10 @@ class Weights:
             prefix = f"{number:02d}/" if numbered else ""
             for info in container.infos():
                 self._add(prefix, info)
-            self.extras |= getattr(container, "extras", {})
+            if isinstance(container, PickleFile):
+                self.extras |= container.extras
+                if container.disguise is not None:
+                    self.disguises[path] = container.disguise
 
     def _add(self, prefix: str, info: TensorInfo) -> None:
         name = prefix + info.name
@@ -374,27 +394,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files that an index names, and its map from tensors to file names.
+def read_index(index: Path) -> tuple[dict[str, str], Any]:
+    """The map of an index from tensors to file names, and what it says of their size in bytes.
+
+    Names are those that files are read with: bare for pickles.
 
     Raises:
-        CheckpointError: no map, a name that is not that of a file in the same folder, or a missing file.
+        CheckpointError: no map, or a name that is not that of a file in the same folder.
     """
-    listed = read_json(index).get("weight_map")
+    content = read_json(index)
+    listed = content.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no 'weight_map'. Download it again.")
     for tensor, name in listed.items():
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0]+", name):
             raise CheckpointError(f"{index} places {tensor!r} in {name!r}, which is not a file of the same folder.")
+    if index.name.startswith(PICKLE):
+        listed = {bare_name(tensor): name for tensor, name in listed.items()}
+    metadata = content.get("metadata")
+    return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _open_indexed(index: Path) -> Weights:
+    listed = read_index(index)[0]
     files = [index.parent / name for name in sorted(set(listed.values()))]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} doesn't exist, but {index.name} names it. Download it.")
-    return files, listed
-
-
-def _open_indexed(index: Path) -> Weights:
-    files, listed = _indexed_files(index)
     weights = Weights(files)
     for name, file in listed.items():
         if name not in weights.infos:

@@ -128,6 +128,17 @@ class Source:
         """Dtype of most weights."""
         return next(iter(self.weights.dtypes))
 
+    @property
+    def hidden_from_transformers(self) -> str | None:
+        """Why transformers doesn't find the weights, though this program does; None where it does.
+
+        It looks for no weights in LLaMA's original format.
+        """
+        if self.kind is Kind.LLAMA_ORIGINAL or not self.weights.disguises:
+            return None
+        file, disguise = next(iter(self.weights.disguises.items()))
+        return hidden_weights(self.kind, file.name, disguise)
+
     def to_hf(self) -> list[Recipe]:
         """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
         if self.kind.is_qwen:
@@ -195,6 +206,18 @@ _TIED = (
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("00/tok_embeddings.weight", "00/output.weight"),
 )
+
+
+def hidden_weights(kind: Kind | None, file: str, disguise: str) -> str:
+    """What is wrong with a pickle that is no bare state dict, and what mends it."""
+    if kind is None:
+        remedy = "save the bare state dict"
+    else:
+        remedy = f"{'upgrade' if kind.is_qwen else 'convert --to qwen'} sees through that and writes safetensors"
+    return (
+        f"{file} {disguise}, as training does, so transformers finds no weights: it fills the model at random, or fails. "
+        f"The folder does not load as it is; {remedy}."
+    )
 
 
 def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:

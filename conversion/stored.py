@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_json
+from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_index
 from .reports import FileReport, Findings, are, first_of, plural
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -65,7 +64,7 @@ class StoredWeights:
     def _find_names(self, names: Sequence[str]) -> list[str]:
         for container in _CONTAINERS:
             index = f"{container}.index.json"
-            found = self._findings.attempt(_read_index, self.folder / index) if index in names else None
+            found = self._findings.attempt(read_index, self.folder / index) if index in names else None
             if found is not None:
                 self.places, self.total_size = found
                 return sorted(set(self.places.values()))
@@ -152,6 +151,12 @@ class StoredWeights:
         return {part.path.name for part in self.parts if part.weights is None}
 
     @property
+    def disguises(self) -> dict[str, str]:
+        """Name of a file -> what hides its tensors from transformers."""
+        opened = [part.weights for part in self.parts if part.weights]
+        return {path.name: text for weights in opened for path, text in weights.disguises.items()}
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes, each memory counted once."""
         return sum(part.weights.nbytes for part in self.parts if part.weights)
@@ -191,19 +196,6 @@ def is_pointer(path: Path) -> bool:
         return small and path.read_bytes().startswith(_POINTER)
     except OSError:
         return False
-
-
-def _read_index(index: Path) -> tuple[dict[str, str], Any]:
-    """The map from tensors to files, and what the index says of their size in bytes."""
-    content = read_json(index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no 'weight_map'. Download it again.")
-    for tensor, name in places.items():
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0]+", name):
-            raise CheckpointError(f"{index} places {tensor!r} in {name!r}, which is not a file of the same folder.")
-    metadata = content.get("metadata")
-    return places, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _shard_names(names: Iterable[str], container: str) -> list[str]:

@@ -164,6 +164,8 @@ def _open(path: Path, params: Path | None) -> Source:
         )
     if source.config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantised, so its logits differ from all others: verify the full weights.")
+    if source.hidden_from_transformers:
+        raise CheckpointError(f"{path}: {source.hidden_from_transformers}")
     return source
 
 
