@@ -23,10 +23,10 @@ from ..tokenization_qwen import (
     load_vocabulary,
 )
 from .errors import CheckpointError
-from .reading import read_json
+from .files import check_readable, is_present, read_json, read_text
+from .links import CODE_FOLDER
 from .writing import CopiedFile, PlannedFile, TextFile, json_file
 
-CODE_FOLDER = Path(__file__).parent.parent
 CODE_FILES = tuple(sorted(path.name for path in CODE_FOLDER.glob("*qwen*.py")))
 """What a checkpoint with remote code carries."""
 
@@ -78,13 +78,19 @@ def legal_files(folder: Path) -> list[PlannedFile]:
     ]
 
 
+def companion_names(folder: Path) -> list[str]:
+    """Names of files that go along with weights, as far as they are there."""
+    known = (VOCABULARY, EXTRA_VOCABULARY, GENERATION_CONFIG, *TOKENIZER_FILES)
+    return sorted(path.name for path in folder.iterdir() if path.name in known or _LEGAL.fullmatch(path.name))
+
+
 def optional_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file doesn't exist.
 
     Raises:
         CheckpointError: a damaged file.
     """
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if is_present(path) else None
 
 
 # --- which tokens end a text ---
@@ -107,12 +113,11 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     Raises:
         CheckpointError: a damaged vocabulary or tokenizer.
     """
-    if (folder / VOCABULARY).is_file():
+    if is_present(folder / VOCABULARY):
         special = _load_vocabulary(folder)[1]
         return special[ENDOFTEXT], special[IMEND]
-    if (folder / TOKENIZER_JSON).is_file():
-        added = read_json(folder / TOKENIZER_JSON).get("added_tokens") or []
-        ids = {token["content"]: token["id"] for token in added}
+    if is_present(folder / TOKENIZER_JSON):
+        ids = _added_tokens(folder / TOKENIZER_JSON)
         return (ids[ENDOFTEXT], ids[IMEND]) if {ENDOFTEXT, IMSTART, IMEND} <= ids.keys() else None
     end = config.get("eos_token_id", _PUBLISHED_END)
     if type(end) is not int or copied_tokenizer(folder, but=(TOKENIZER_CONFIG, TEMPLATE)):
@@ -120,8 +125,18 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     return end, end + SPECIAL_TOKENS.index(IMEND)
 
 
+def _added_tokens(path: Path) -> dict[str, int]:
+    added = read_json(path).get("added_tokens") or []
+    try:
+        return {str(token["content"]): int(token["id"]) for token in added}
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} has 'added_tokens' that are no tokens with ids. Download it again.") from error
+
+
 def _load_vocabulary(folder: Path) -> tuple[dict[bytes, int], dict[str, int]]:
     extra = folder / EXTRA_VOCABULARY
+    for path in (folder / VOCABULARY, *([extra] if is_present(extra) else ())):
+        check_readable(path)
     try:
         return load_vocabulary(folder / VOCABULARY, extra if extra.is_file() else None)
     except (OSError, ValueError) as error:
@@ -174,7 +189,7 @@ def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any
 def template_files(folder: Path, template: str = CHAT_TEMPLATE) -> list[PlannedFile]:
     """The chat template of a folder; this one in place of ours, whichever form of it is there, and where is none."""
     if (folder / TEMPLATE).is_file():
-        text = (folder / TEMPLATE).read_text(encoding="utf-8")
+        text = read_text(folder / TEMPLATE)
         return [TextFile(TEMPLATE, template if text in (CHAT_TEMPLATE, plain_template()) else text)]
     if "chat_template" in (optional_json(folder / TOKENIZER_CONFIG) or {}):
         return []  # goes along in tokenizer_config.json
@@ -283,6 +298,9 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
 
 
 def _load_backend(folder: Path) -> Tokenizer:
+    for name in (TOKENIZER_JSON, "vocab.json", "merges.txt"):
+        if is_present(folder / name):
+            check_readable(folder / name)
     try:
         if (folder / TOKENIZER_JSON).is_file():
             return Tokenizer.from_file(str(folder / TOKENIZER_JSON))

@@ -15,6 +15,7 @@ from .companions import (
     TOKENIZER_JSON,
     VOCABULARY,
     code_files,
+    companion_names,
     copied_tokenizer,
     end_ids,
     is_chat,
@@ -28,6 +29,7 @@ from .companions import (
 )
 from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
 from .errors import CheckpointError
+from .links import check_links
 from .names import Recipe, as_qwen, compose, hf_to_qwen
 from .sources import Kind, Source
 from .upgrading import Plan, job_of, refuse_inside
@@ -62,6 +64,8 @@ def plan_conversion(
         raise CheckpointError(f"{source.path} is {source.kind.value} and can't be converted to {to}: {remedy}.")
     if scaling is not None and to != "qwen2":
         raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
+    if not source.path.is_dir():  # whose folder may hold much else
+        check_links(source.folder, companion_names(source.folder))
     source.check()
     if to == "qwen2":
         plan, recipes = _plan_qwen2(source, dtype, scaling)

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .companion_checks import CompanionChecks, tokenizer_files
 from .configurations import read_hf, read_llama, read_qwen
 from .errors import CheckpointError
+from .files import check_exists, is_pointer, is_present, read_json
+from .links import stray_links
 from .names import IGNORED, TABLE, Architecture, hf_shapes, llama_shapes, qwen_shapes
 from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
-from .reading import TensorInfo, Weights, read_json
+from .reading import TensorInfo, Weights
 from .reports import (
+    NAMED,
     Findings,
     Report,
     are,
@@ -37,6 +41,7 @@ from .writing import is_finite
 ADAPTER = "adapter"
 """What `Report.kind` says of a folder that holds no model but an adapter of one."""
 
+_MOST_FILES = 100  # numbered with two digits
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "max_seq_len")
 _SHAPE_KEYS = (
     "model_type",
@@ -72,8 +77,7 @@ def inspect(
     Raises:
         CheckpointError: nothing is at this path. A checkpoint that is broken is reported on instead.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist.")
+    check_exists(path)
     inspection = _Inspection(path, params)
     inspection.read_configuration()
     inspection.check_configuration()
@@ -150,7 +154,7 @@ class _Inspection:
     def read_configuration(self) -> None:
         """Find out the format, and the architecture where it has one."""
         config = self.folder / "config.json"
-        if self.path.is_dir() and self.params is None and config.is_file():
+        if self.path.is_dir() and self.params is None and is_present(config):
             self._read_config(config)
         elif self.stored.is_llama_original or self.params is not None:
             self._read_params()
@@ -160,7 +164,7 @@ class _Inspection:
             self.findings.problems.append("config.json is missing, which says what the weights are. Download it.")
 
     def _read_config(self, path: Path) -> None:
-        self.config = self.findings.attempt(read_json, path) or {}
+        self.config = {} if is_pointer(path) else self.findings.attempt(read_json, path) or {}
         if self.config:
             self.kind = self.findings.attempt(detect_kind, self.config, self.stored.infos)
         if self.kind is None:
@@ -196,7 +200,9 @@ class _Inspection:
         heads, head_dim = self.config.get("n_heads"), self.config.get("head_dim")
         queries = heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else self.config.get("dim")
         rows = (shapes.get("layers.0.attention.wq.weight") or (0,))[0]
-        if self.path.is_file() or not isinstance(queries, int) or not rows or queries % rows or queries <= there * rows:
+        if self.path.is_file() or not isinstance(queries, int) or not rows or queries % rows:
+            return
+        if not there < queries // rows <= _MOST_FILES:
             return
         self.stored.expect(queries // rows)
         missing = [part.path.name for part in self.stored.parts[there:]]
@@ -233,7 +239,10 @@ class _Inspection:
             )
 
     def check_configuration(self) -> None:
-        """Remark on what the configuration switches on, and on adapters."""
+        """Remark on what the configuration switches on, on adapters and on links."""
+        if self.path.is_dir():
+            refused = "upgrade, convert, merge-lora and push refuse the folder for that"
+            self.findings.remarks += [f"{text} ({refused})" for text in islice(stray_links(self.folder), NAMED)]
         self.take_quantization()
         if (self.folder / ADAPTER_CONFIG).is_file():
             self._remark_on_adapter()

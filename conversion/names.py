@@ -23,6 +23,15 @@ import torch
 
 from .errors import CheckpointError
 
+MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
+
+
+def short(value: Any) -> str:
+    """A value for a message, which may have any number of digits."""
+    text = hex(value) if isinstance(value, int) and abs(value) > 2**128 else repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text):,} characters)"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -66,7 +75,12 @@ class Architecture:
             if (whole or real) and not (type(value) is int or real and type(value) is float and isfinite(value)):
                 raise CheckpointError(f"The configuration can't be used: {field.name}={value!r} is not a number.")
             if (whole or real) and value <= 0:
-                raise CheckpointError(f"The configuration can't be used: {field.name}={value!r} is not positive.")
+                raise CheckpointError(f"The configuration can't be used: {field.name}={short(value)} is not positive.")
+            most = MOST_LAYERS if field.name == "layers" else _LARGEST if whole else 2**63
+            if (whole or real) and value > most:
+                raise CheckpointError(
+                    f"The configuration can't be used: {field.name}={short(value)} is more than {most:,}, the most."
+                )
         if self.heads % self.kv_heads:
             raise CheckpointError(
                 f"The configuration can't be used: heads={self.heads} don't divide into kv_heads={self.kv_heads}."

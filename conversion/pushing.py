@@ -30,7 +30,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 from .companions import end_ids
 from .configurations import quantization_method
 from .errors import CheckpointError
-from .reading import SAFETENSORS, Weights, open_weights, read_json
+from .files import check_readable, is_present, read_json
+from .links import check_links, resolved
+from .reading import SAFETENSORS, Weights, open_weights
 from .sources import Kind, detect_kind
 
 README = "README.md"
@@ -89,10 +91,12 @@ def files_to_push(folder: Path, repo_id: str | None = None) -> list[PushFile]:
 
 
 def _examine(folder: Path) -> _Checkpoint:
+    resolved(folder)
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "doesn't exist"
         raise CheckpointError(f"{folder} {state}: name the folder of a checkpoint.")
-    if not (folder / "config.json").is_file():
+    check_links(folder)
+    if not is_present(folder / "config.json"):
         raise CheckpointError(f"{folder} has no config.json, so nothing could load it: convert the checkpoint first.")
     config = read_json(folder / "config.json")
     kind = detect_kind(config)
@@ -121,6 +125,7 @@ def _published(folder: Path) -> Iterator[str]:
             if _matches(name, _PUBLISHED):
                 if not path.is_file():
                     raise CheckpointError(f"{path} leads to no file: mend the link, or remove it.")
+                check_readable(path)
                 yield path.relative_to(folder).as_posix()
 
 

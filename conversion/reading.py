@@ -7,7 +7,6 @@ Containers: safetensors, and the zip files of `torch.save` (`*.bin`, `*.pth`, `*
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
+from .files import check_readable, damaged, is_present, read_json
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -80,10 +80,11 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_readable(path)
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise damaged(path, error) from error
 
     def infos(self) -> list[TensorInfo]:
         """What the header says of each tensor."""
@@ -130,6 +131,7 @@ class PickleFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_readable(path)
         _check_records(path, tensors=False)  # a damaged pickle can say anything
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -139,7 +141,7 @@ class PickleFile:
                 "bare state dict, or use safetensors."
             ) from error
         except Exception as error:  # nor is it known what a strange pickle raises
-            raise _unreadable(path, error) from error
+            raise damaged(path, error) from error
         self.disguise: str | None = None
         self.extras, self._tensors = self._unwrap(loaded)
 
@@ -199,7 +201,7 @@ def _check_records(path: Path, tensors: bool) -> None:
         CheckpointError: one differs, or the file is something else.
     """
     try:
-        if path.is_file() and not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(path):
             raise CheckpointError(
                 f"{path} is truncated, damaged, or older than torch 1.6: download it again, or load it with "
                 "torch.load(..., weights_only=True) and save it anew."
@@ -214,7 +216,7 @@ def _check_records(path: Path, tensors: bool) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises whatever a damaged field leads to
-        raise _unreadable(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _refuse_records(path: Path, records: Sequence[zipfile.ZipInfo]) -> None:
@@ -246,13 +248,6 @@ def _description(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"tensor of {value.dtype}, {value.layout}, on {value.device}"
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    if not path.is_file():
-        return CheckpointError(f"{path} doesn't exist. Download it, or mend the index that names it.")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{path} is truncated or damaged ({reason}). Download it again.")
 
 
 def _container(path: Path) -> type[SafetensorsFile] | type[PickleFile]:
@@ -357,8 +352,8 @@ class Weights:
         self._held += info.nbytes
         try:
             return self._open[info.file].tensor(self._stored[name])
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            raise _unreadable(info.file, error) from error
+        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            raise damaged(info.file, error) from error
 
     def close(self) -> None:
         """Let go of all files."""
@@ -377,21 +372,6 @@ class Weights:
             if info.same_as is None:
                 counts[info.dtype] = counts.get(info.dtype, 0) + torch.Size(info.shape).numel()
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def read_index(index: Path) -> tuple[dict[str, str], Any]:
@@ -418,9 +398,9 @@ def read_index(index: Path) -> tuple[dict[str, str], Any]:
 def _open_indexed(index: Path) -> Weights:
     listed = read_index(index)[0]
     files = [index.parent / name for name in sorted(set(listed.values()))]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} doesn't exist, but {index.name} names it. Download it.")
+    for path in files:
+        if not is_present(path):
+            raise CheckpointError(f"{path} doesn't exist, but {index.name} names it. Download it.")
     weights = Weights(files)
     for name, file in listed.items():
         if name not in weights.infos:
@@ -450,14 +430,14 @@ def open_weights(path: Path) -> Weights:
         return Weights([path], numbered=True) if "tok_embeddings.weight" in weights.infos else weights
     for name in (SAFETENSORS, PICKLE):
         index = path / f"{name}.index.json"
-        if index.is_file():
+        if is_present(index):
             weights = _open_indexed(index)
             if (path / name).is_file() and path / name not in weights.files:
                 raise CheckpointError(
                     f"{name} and {index.name} in {path} are two versions of the weights: delete the one that is stale."
                 )
             return weights
-        if (path / name).is_file():
+        if is_present(path / name):
             return Weights([path / name])
     if parts := _model_parallel_files(path):
         return Weights(parts, numbered=True)

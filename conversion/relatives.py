@@ -44,6 +44,6 @@ def refuse_relative(config: Mapping[str, Any], names: Iterable[str] = ()) -> Non
     sign = f"config.json has {key!r}" if config.get(key) else f"it has weights called transformer.{key}.*"
     raise CheckpointError(
         f"This is {model} ({sign}), which {ability}: as a QWen model it would be {loss}, so it is refused. Load it "
-        "with its own code (trust_remote_code=True) in an environment with transformers 4.32 and without qwen1, or take "
-        "a text model, as Qwen-7B-Chat."
+        "with its own code (trust_remote_code=True), in an environment with transformers 4.32 and without qwen1, or "
+        "take a text model, as Qwen-7B-Chat."
     )

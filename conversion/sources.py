@@ -13,6 +13,8 @@ import torch
 
 from .configurations import read_hf, read_llama, read_qwen, refuse_kind
 from .errors import CheckpointError
+from .files import check_exists, is_present, read_json
+from .links import check_links
 from .names import (
     Architecture,
     Recipe,
@@ -25,7 +27,7 @@ from .names import (
     qwen_to_hf,
 )
 from .quantised import Expected, expect_packed, read_packing, settings_beside
-from .reading import DTYPE_CODES, Weights, open_weights, read_json
+from .reading import DTYPE_CODES, Weights, open_weights
 from .relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
@@ -215,7 +217,7 @@ def hidden_weights(kind: Kind | None, file: str, disguise: str) -> str:
     else:
         remedy = f"{'upgrade' if kind.is_qwen else 'convert --to qwen'} sees through that and writes safetensors"
     return (
-        f"{file} {disguise}, as training does, so transformers finds no weights: it fills the model at random, or fails. "
+        f"{file} {disguise}, as training does, so transformers finds none: it fails, or fills the model at random. "
         f"The folder does not load as it is; {remedy}."
     )
 
@@ -226,26 +228,28 @@ def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:
     Raises:
         CheckpointError: a damaged file, or a model type that nothing here handles.
     """
-    if (path / "config.json").is_file():
+    if is_present(path / "config.json"):
         config = read_json(path / "config.json")
         return detect_kind(config), config
-    if (path / LLAMA_PARAMS).is_file():
+    if is_present(path / LLAMA_PARAMS):
         return Kind.LLAMA_ORIGINAL, read_json(path / LLAMA_PARAMS)
     return None
 
 
-def open_source(path: Path, params: Path | None = None) -> Source:
+def open_source(path: Path, params: Path | None = None, any_links: bool = False) -> Source:
     """Open a checkpoint: a folder, or the single file of a LLaMA training.
 
     Args:
         path: folder or file.
         params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
+        any_links: also follow links that lead out of the folder, where nothing is taken along.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that is handled here.
+        CheckpointError: nothing is there, or nothing that is handled here; a link that leads out of the folder.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist.")
+    check_exists(path)
+    if path.is_dir() and not any_links:
+        check_links(path)
     if (path / WORK_FOLDER / MOVES_FILE).is_file():
         raise CheckpointError(f"An upgrade of {path} was interrupted: run upgrade --in-place again, which finishes it.")
     if params is not None and (path / "config.json").is_file():
@@ -255,7 +259,7 @@ def open_source(path: Path, params: Path | None = None) -> Source:
         return _open_llama(path, params)
     kind, config = found
     weights = open_weights(path)
-    detect_kind(config, weights.infos)
+    refuse_relative(config, weights.infos)
     if beside := settings_beside(path, config, weights.infos):
         return Source(path, kind, {**config, "quantization_config": beside[1]}, weights, beside[0])
     return Source(path, kind, config, weights)
@@ -271,7 +275,7 @@ def _open_llama(path: Path, params: Path | None) -> Source:
     config = weights.extras.get("model_args")
     if params is not None or not isinstance(config, dict):
         params = params or folder / LLAMA_PARAMS
-        if not params.is_file():
+        if not is_present(params):
             raise CheckpointError(
                 f"{params} doesn't exist, and the weights don't tell the number of heads: write it "
                 '({"dim": …, "n_layers": …, "n_heads": …}), or name it with --params.'

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .files import is_pointer, is_present
 from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_index
 from .reports import FileReport, Findings, are, first_of, plural
 
@@ -19,7 +20,6 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _CONTAINERS = (SAFETENSORS, PICKLE)
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
 _WEIGHT_FILE = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|{MODEL_PARALLEL.pattern}")
-_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
 
 
 @dataclass
@@ -86,11 +86,11 @@ class StoredWeights:
         return []
 
     def _open(self, path: Path) -> Part:
-        readable = path.is_file() and not is_pointer(path)
+        readable = is_present(path) and not is_pointer(path)
         return Part(path, self._findings.attempt(Weights, [path]) if readable else None)
 
     def _report_missing(self) -> None:
-        missing = [part.path.name for part in self.parts if not part.path.is_file()]
+        missing = [part.path.name for part in self.parts if not is_present(part.path)]
         if missing:
             self._findings.problems.append(
                 f"{len(missing):,} of {plural(len(self.parts), 'file')} with weights {are(missing)} missing: "
@@ -187,15 +187,6 @@ class StoredWeights:
         if tensors[0] is None or tensors[1] is None:
             return None
         return torch.equal(tensors[0], tensors[1])
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left a pointer in the place of a large file."""
-    try:
-        small = path.is_file() and path.stat().st_size <= _POINTER_BYTES
-        return small and path.read_bytes().startswith(_POINTER)
-    except OSError:
-        return False
 
 
 def _shard_names(names: Iterable[str], container: str) -> list[str]:
