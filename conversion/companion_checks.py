@@ -133,7 +133,7 @@ class CompanionChecks:
 
     def _check_vocabulary(self) -> None:
         path = self._folder / VOCABULARY
-        if not path.is_file() or is_pointer(path):
+        if not is_present(path) or is_pointer(path):
             return
         ends = self._findings.attempt(end_ids, self._config, self._folder)
         if ends is not None and self._architecture is not None and ends[1] >= self._architecture.rows:

@@ -139,7 +139,7 @@ def _load_vocabulary(folder: Path) -> tuple[dict[bytes, int], dict[str, int]]:
         check_readable(path)
     try:
         return load_vocabulary(folder / VOCABULARY, extra if extra.is_file() else None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise CheckpointError(str(error)) from error
 
 

@@ -137,15 +137,19 @@ def read_hf(config: Mapping[str, Any]) -> Architecture:
 
 def _parse(config_class: Any, config: Mapping[str, Any]) -> Any:
     _refuse_quantised(config)
-    _refuse_sizes(config)
+    refuse_sizes(config)
     try:
         return config_class.from_dict(dict(config))
     except Exception as error:  # what configuration classes raise differs between releases of transformers
         raise CheckpointError(f"config.json can't be used: {' '.join(str(error).split())}") from error
 
 
-def _refuse_sizes(config: Mapping[str, Any]) -> None:
-    """Refuse numbers of layers over which a configuration class would count for minutes, and what fits no word."""
+def refuse_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers over which a configuration class would count for minutes, and what fits no word.
+
+    Raises:
+        CheckpointError: such a number; the message names it.
+    """
     for name, value in config.items():
         most = MOST_LAYERS if name in _LAYERS else 2**63
         if type(value) is int and value > most:

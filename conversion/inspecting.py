@@ -241,8 +241,7 @@ class _Inspection:
     def check_configuration(self) -> None:
         """Remark on what the configuration switches on, on adapters and on links."""
         if self.path.is_dir():
-            refused = "upgrade, convert, merge-lora and push refuse the folder for that"
-            self.findings.remarks += [f"{text} ({refused})" for text in islice(stray_links(self.folder), NAMED)]
+            self.findings.attempt(self._remark_on_links)
         self.take_quantization()
         if (self.folder / ADAPTER_CONFIG).is_file():
             self._remark_on_adapter()
@@ -257,6 +256,10 @@ class _Inspection:
                 f"{' and '.join(stretch)} {'is' if len(stretch) == 1 else 'are'} on: texts longer than "
                 f"{self.architecture.length:,} tokens need QWen's own code, as other programs leave this out."
             )
+
+    def _remark_on_links(self) -> None:
+        refused = "upgrade, convert, merge-lora and push refuse the folder for that"
+        self.findings.remarks += [f"{text} ({refused})" for text in islice(stray_links(self.folder), NAMED)]
 
     @property
     def _stretch(self) -> dict[str, bool]:

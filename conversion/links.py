@@ -68,12 +68,17 @@ def stray_links(folder: Path, names: Iterable[str] | None = None) -> Iterator[st
 
 def _links(folder: Path) -> Iterator[Path]:
     """All links in a folder and its folders but those that are hidden, which nothing takes along."""
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in (*folders, *sorted(names)):
             path = Path(parent, name)
             if path.is_symlink() and (not name.startswith(".") or name == ".gitattributes"):
                 yield path
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that can't be listed would else be left out without a word."""
+    raise unreadable(Path(error.filename), error) from error
 
 
 def _is_lawful(link: Path, target: Path, root: Path) -> bool:

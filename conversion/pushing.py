@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .companions import end_ids
-from .configurations import quantization_method
+from .configurations import quantization_method, refuse_sizes
 from .errors import CheckpointError
 from .files import check_readable, is_present, read_json
 from .links import check_links, resolved
@@ -100,6 +100,7 @@ def _examine(folder: Path) -> _Checkpoint:
         raise CheckpointError(f"{folder} has no config.json, so nothing could load it: convert the checkpoint first.")
     config = read_json(folder / "config.json")
     kind = detect_kind(config)
+    refuse_sizes(config)
     paths = sorted(_published(folder))
     weights = open_weights(folder)
     detect_kind(config, weights.infos)

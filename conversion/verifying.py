@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from ..modeling_qwen import QWenLMHeadModel
+from .configurations import refuse_sizes
 from .errors import CheckpointError
 from .files import read_value
 from .inspecting import read_architecture, rope_scaling
@@ -163,6 +164,7 @@ def _open(path: Path, params: Path | None) -> Source:
         )
     if source.config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantised, so its logits differ from all others: verify the full weights.")
+    refuse_sizes(source.config)
     if source.hidden_from_transformers:
         raise CheckpointError(f"{path}: {source.hidden_from_transformers}")
     return source

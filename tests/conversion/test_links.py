@@ -311,3 +311,20 @@ def test_resolved_gives_paths_that_are_not_there(tmp_path):
 def test_upgrade_in_place_of_a_snapshot(snapshot):
     upgrade_in_place(snapshot, "5GB", Progress())
     assert inspect(snapshot).problems == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_a_folder_that_may_not_be_listed_is_not_left_out(folder, tmp_path, monkeypatch):
+    (folder / "assets").mkdir()
+    real = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("assets"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for command in (f"upgrade {folder} {tmp_path / 'new'}", f"push {folder} me/model"):
+        code, text = run(*command.split())
+        assert code == 1 and "assets may not be read" in text
+    assert any("assets may not be read" in text for text in inspect(folder).problems)
