@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import Qwen2Tokenizer
 
 from ..configuration_qwen import AUTO_MAP
@@ -271,6 +272,33 @@ def qwen2_tokenizer_of_json(folder: Path) -> list[PlannedFile]:
     ]
 
 
+def tokenizer_for_qwen(folder: Path) -> tuple[list[PlannedFile], str | None]:
+    """The tokenizer of any folder that becomes a QWen one, and a note where it can't chat.
+
+    What its files hold decides, not the architecture of the model: QWen's vocabulary goes with weights under LLaMA's
+    names as well, and LLaMA's tokenizer with Qwen2's.
+
+    Raises:
+        CheckpointError: a damaged tokenizer.
+    """
+    if is_present(folder / VOCABULARY):
+        _load_vocabulary(folder)
+        names = [name for name in (VOCABULARY, EXTRA_VOCABULARY) if (folder / name).is_file()]
+        config = json_file(TOKENIZER_CONFIG, upgraded_tokenizer_config(_settings_of_qwen(folder)))
+        return [*(CopiedFile(name, folder / name) for name in names), config, *template_files(folder)], None
+    if is_present(folder / TOKENIZER_JSON) or (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return qwen_tokenizer(folder)
+    if files := llama_tokenizer(folder):
+        return files, "LLaMA's tokenizer is kept as it is, and can't chat."
+    return [], "There is no tokenizer, so none is written."
+
+
+def _settings_of_qwen(folder: Path) -> dict[str, Any]:
+    """Tokenizer settings without the names of other programs' classes, for which a folder may have been made ready."""
+    config = optional_json(folder / TOKENIZER_CONFIG) or {}
+    return {name: value for name, value in config.items() if name not in ("tokenizer_class", "auto_map")}
+
+
 def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     """The tokenizer of a Qwen2 folder for our code, with identical ids; and a note where it isn't possible.
 
@@ -284,8 +312,11 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     if TOKENIZER_JSON not in names and not {"vocab.json", "merges.txt"} <= names:
         return [], "There is no tokenizer, so none is written."
     backend = _load_backend(folder)
-    if not {ENDOFTEXT, IMSTART, IMEND} <= {token.content for token in backend.get_added_tokens_decoder().values()}:
-        return copied_tokenizer(folder), f"The tokenizer has no {IMSTART}: it is kept as it is, and can't chat."
+    _name_control_tokens(backend)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not {ENDOFTEXT, IMSTART, IMEND} <= known or not _is_byte_level(backend):
+        lacks = f"has no {IMSTART}" if IMSTART not in known else "is not QWen's"
+        return copied_tokenizer(folder), f"The tokenizer {lacks}: it is kept as it is, and can't chat."
     tokenizer = QWenTokenizerFast(tokenizer_object=backend)
     config = optional_json(folder / TOKENIZER_CONFIG) or {}
     kept = {name: value for name, value in config.items() if name in ("model_max_length", "chat_template", "eos_token")}
@@ -295,6 +326,21 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     written = {"auto_map": auto_map, "pad_token": ENDOFTEXT, **kept, "tokenizer_class": "QWenTokenizer"}
     files = [TextFile(TOKENIZER_JSON, backend.to_str(pretty=True)), json_file(TOKENIZER_CONFIG, written), *vocabulary]
     return [*files, *template_files(folder)], None
+
+
+def _name_control_tokens(backend: Tokenizer) -> None:
+    """Make tokens of the vocabulary control tokens that only the settings of other classes call so."""
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    names = [token for token in SPECIAL_TOKENS if token in vocabulary and token not in added]
+    if {ENDOFTEXT, IMSTART, IMEND} <= added.union(names):
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def _is_byte_level(backend: Tokenizer) -> bool:
+    """Whether tokens are made of bytes, as QWen's are, and not of characters, as LLaMA's."""
+    content = json.loads(backend.to_str())
+    return content["model"].get("type") == "BPE" and "ByteLevel" in json.dumps(content.get("decoder"))
 
 
 def _load_backend(folder: Path) -> Tokenizer:
