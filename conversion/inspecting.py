@@ -18,7 +18,16 @@ from .configurations import read_hf, read_llama, read_qwen
 from .errors import CheckpointError
 from .files import check_exists, is_pointer, is_present, read_json
 from .links import stray_links
-from .names import IGNORED, TABLE, Architecture, hf_shapes, llama_shapes, qwen_shapes
+from .names import (
+    IGNORED,
+    NOT_GATHERED,
+    TABLE,
+    Architecture,
+    hf_shapes,
+    is_left_empty,
+    llama_shapes,
+    qwen_shapes,
+)
 from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
 from .reading import TensorInfo, Weights
 from .reports import (
@@ -268,6 +277,11 @@ class _Inspection:
 
     def _remark_on_adapter(self) -> None:
         adapter = self.findings.attempt(read_json, self.folder / ADAPTER_CONFIG) or {}
+        empty = [name for name, info in self.stored.infos.items() if is_left_empty(info.shape)]
+        if self.kind is None and empty:
+            self.findings.problems.append(
+                f"{plural(len(empty), 'tensor')} {are(empty)} empty: {quoted(empty)}. {NOT_GATHERED}"
+            )
         base, method = adapter.get("base_model_name_or_path"), adapter.get("peft_type")
         if self.kind is None:
             self.findings.remarks.append(
@@ -391,6 +405,10 @@ class _Inspection:
                 f"{len(missing):,} of {wanted} {are(missing)} missing: {quoted(missing)}. "
                 f"Mend {file} (number of layers, tied embeddings, biases), or download the files again."
             )
+        empty = [name for name in wrong if is_left_empty(found[name].shape)]
+        if empty:
+            problems.append(f"{plural(len(empty), 'tensor')} {are(empty)} empty: {quoted(empty)}. {NOT_GATHERED}")
+            wrong = [name for name in wrong if name not in empty]
         if wrong:
             details = [f"{name!r} is {found[name].shape}, not {shapes[name]}" for name in wrong]
             problems.append(

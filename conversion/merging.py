@@ -44,7 +44,7 @@ from .configurations import quantization_method
 from .errors import CheckpointError
 from .files import check_exists, check_readable, is_present, read_json
 from .links import check_links, resolved
-from .names import Recipe, keep
+from .names import NOT_GATHERED, Recipe, is_left_empty, keep
 from .reading import SAFETENSORS, TensorInfo, Weights
 from .sources import Source, open_source
 from .stored import ADAPTER_CONFIG, ADAPTERS
@@ -161,8 +161,18 @@ def open_adapter(folder: Path) -> Adapter:
     _check_method(folder, config)
     for name in ADAPTERS:
         if is_present(folder / name):
-            return Adapter(folder, config, Weights([folder / name]))
+            weights = Weights([folder / name])
+            _check_gathered(weights)
+            return Adapter(folder, config, weights)
     raise CheckpointError(f"{folder} has no weights: looked for {' and '.join(ADAPTERS)}. Download them.")
+
+
+def _check_gathered(weights: Weights) -> None:
+    empty = [info for info in weights.infos.values() if is_left_empty(info.shape)]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0]} is empty, as are {len(empty)} of {len(weights.infos)} tensors of the adapter: {NOT_GATHERED}"
+        )
 
 
 def _elsewhere(folder: Path) -> str:

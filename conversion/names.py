@@ -340,6 +340,19 @@ def _join_and_reorder(*tensors: torch.Tensor, join: Callable[..., torch.Tensor],
     return halves_from_pairs(join(*tensors), head_dim)
 
 
+NOT_GATHERED = (
+    "ZeRO-3 of DeepSpeed keeps a slice of each tensor in each process, and saved what one of them had. Set "
+    "stage3_gather_16bit_weights_on_model_save to true and save again, or join the slices of the training checkpoint "
+    "with its zero_to_fp32.py."
+)
+"""Cause and remedy of empty tensors."""
+
+
+def is_left_empty(shape: Sequence[int]) -> bool:
+    """Whether a tensor is what ZeRO-3 leaves in the place of one whose values are in other processes."""
+    return tuple(shape) == (0,)
+
+
 def check_names(
     found: Mapping[str, Any],
     expected: Mapping[str, tuple[int, ...]],
@@ -367,6 +380,8 @@ def check_names(
             "again, or mend its config.json (number of layers, tie_word_embeddings, biases)."
         )
     for name, shape in known.items():
+        if name in found and is_left_empty(found[name].shape):
+            raise CheckpointError(f"{found[name]} is empty: {NOT_GATHERED}")
         if name in found and tuple(found[name].shape) != shape:
             raise CheckpointError(
                 f"{found[name]} has shape {tuple(found[name].shape)}, but the configuration asks for {shape}. "
