@@ -647,8 +647,8 @@ def test_what_zero_3_left_empty_is_named_with_its_cause(base, adapter, refused, 
         save_file(tensors, trained / "adapter_model.safetensors")
     text = refused(source, trained)
     assert repr(emptied[0]) in text and f"{len(emptied)} of {len(tensors)} tensors" in text
-    for text in (text, " ".join(inspect(trained).problems)):
-        assert "ZeRO-3" in text and "stage3_gather_16bit_weights_on_model_save" in text and "zero_to_fp32" in text
+    for told in (text, " ".join(inspect(trained).problems)):
+        assert "ZeRO-3" in told and "stage3_gather_16bit_weights_on_model_save" in told and "zero_to_fp32" in told
 
 
 def test_an_empty_base_is_named_with_its_cause_too(base, adapter, refused):
