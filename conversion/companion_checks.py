@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from .companions import (
     is_chat,
 )
 from .errors import CheckpointError
+from .files import is_pointer, is_present, read_json
 from .names import Architecture
-from .reading import read_json
 from .reports import Findings, first_of
 from .sources import MOVES_FILE, WORK_FOLDER, Kind
-from .stored import is_pointer
 
 _OLD_KINDS = (Kind.QWEN_2023_08, Kind.QWEN_2023_12)
+_ID = re.compile(r"[0-9]{1,18}")
 _VOCABULARIES = (VOCABULARY, TOKENIZER_JSON, "tokenizer.model", "vocab.json")
 
 
@@ -67,7 +68,7 @@ class CompanionChecks:
             )
         for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
             path = self._folder / name
-            if path.suffix == ".json" and path.is_file() and not is_pointer(path):
+            if path.suffix == ".json" and is_present(path) and not is_pointer(path):
                 self._settings[name] = self._findings.attempt(read_json, path) or {}
         self._remark_on_tokenizer()
         if self._kind is not Kind.LLAMA_ORIGINAL:
@@ -127,12 +128,12 @@ class CompanionChecks:
         known = self._settings.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
         if IMEND not in (self._template or "") or not isinstance(known, dict):
             return None
-        tokens = {key: token for key, token in known.items() if key.isdigit() and isinstance(token, dict)}
+        tokens = {key: token for key, token in known.items() if _ID.fullmatch(key) and isinstance(token, dict)}
         return next((int(key) for key, token in tokens.items() if token.get("content") == IMEND), None)
 
     def _check_vocabulary(self) -> None:
         path = self._folder / VOCABULARY
-        if not path.is_file() or is_pointer(path):
+        if not is_present(path) or is_pointer(path):
             return
         ends = self._findings.attempt(end_ids, self._config, self._folder)
         if ends is not None and self._architecture is not None and ends[1] >= self._architecture.rows:
@@ -148,16 +149,17 @@ class CompanionChecks:
         targets = [target for value in auto_map.values() for target in _as_texts(value)]
         named = {f"{target.split('.')[0]}.py" for target in targets if "--" not in target}  # else another repository's
         there = sorted(name for name in named if (self._folder / name).is_file())
+        loads = "" if self._findings.problems else " This package loads the folder as it is."
         absent = sorted(named.difference(there))
         if self._kind in _OLD_KINDS and there:
             self._findings.remarks.append(
                 f"The code beside the weights ({first_of(there)}) is that of 2023, which loads on no current "
-                "transformers: upgrade replaces it. This package loads the folder as it is."
+                f"transformers: upgrade replaces it.{loads}"
             )
         elif absent:
             self._findings.remarks.append(
                 f"auto_map names code that isn't there ({first_of(absent)}), so trust_remote_code=True finds none: "
-                "upgrade adds it. This package loads the folder as it is."
+                f"upgrade adds it.{loads}"
             )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import Qwen2Tokenizer
 
 from ..configuration_qwen import AUTO_MAP
@@ -23,10 +24,10 @@ from ..tokenization_qwen import (
     load_vocabulary,
 )
 from .errors import CheckpointError
-from .reading import read_json
+from .files import check_readable, is_present, read_json, read_text
+from .links import CODE_FOLDER
 from .writing import CopiedFile, PlannedFile, TextFile, json_file
 
-CODE_FOLDER = Path(__file__).parent.parent
 CODE_FILES = tuple(sorted(path.name for path in CODE_FOLDER.glob("*qwen*.py")))
 """What a checkpoint with remote code carries."""
 
@@ -78,13 +79,19 @@ def legal_files(folder: Path) -> list[PlannedFile]:
     ]
 
 
+def companion_names(folder: Path) -> list[str]:
+    """Names of files that go along with weights, as far as they are there."""
+    known = (VOCABULARY, EXTRA_VOCABULARY, GENERATION_CONFIG, *TOKENIZER_FILES)
+    return sorted(path.name for path in folder.iterdir() if path.name in known or _LEGAL.fullmatch(path.name))
+
+
 def optional_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file doesn't exist.
 
     Raises:
         CheckpointError: a damaged file.
     """
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if is_present(path) else None
 
 
 # --- which tokens end a text ---
@@ -107,12 +114,11 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     Raises:
         CheckpointError: a damaged vocabulary or tokenizer.
     """
-    if (folder / VOCABULARY).is_file():
+    if is_present(folder / VOCABULARY):
         special = _load_vocabulary(folder)[1]
         return special[ENDOFTEXT], special[IMEND]
-    if (folder / TOKENIZER_JSON).is_file():
-        added = read_json(folder / TOKENIZER_JSON).get("added_tokens") or []
-        ids = {token["content"]: token["id"] for token in added}
+    if is_present(folder / TOKENIZER_JSON):
+        ids = _added_tokens(folder / TOKENIZER_JSON)
         return (ids[ENDOFTEXT], ids[IMEND]) if {ENDOFTEXT, IMSTART, IMEND} <= ids.keys() else None
     end = config.get("eos_token_id", _PUBLISHED_END)
     if type(end) is not int or copied_tokenizer(folder, but=(TOKENIZER_CONFIG, TEMPLATE)):
@@ -120,11 +126,21 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     return end, end + SPECIAL_TOKENS.index(IMEND)
 
 
+def _added_tokens(path: Path) -> dict[str, int]:
+    added = read_json(path).get("added_tokens") or []
+    try:
+        return {str(token["content"]): int(token["id"]) for token in added}
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} has 'added_tokens' that are no tokens with ids. Download it again.") from error
+
+
 def _load_vocabulary(folder: Path) -> tuple[dict[bytes, int], dict[str, int]]:
     extra = folder / EXTRA_VOCABULARY
+    for path in (folder / VOCABULARY, *([extra] if is_present(extra) else ())):
+        check_readable(path)
     try:
         return load_vocabulary(folder / VOCABULARY, extra if extra.is_file() else None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise CheckpointError(str(error)) from error
 
 
@@ -174,7 +190,7 @@ def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any
 def template_files(folder: Path, template: str = CHAT_TEMPLATE) -> list[PlannedFile]:
     """The chat template of a folder; this one in place of ours, whichever form of it is there, and where is none."""
     if (folder / TEMPLATE).is_file():
-        text = (folder / TEMPLATE).read_text(encoding="utf-8")
+        text = read_text(folder / TEMPLATE)
         return [TextFile(TEMPLATE, template if text in (CHAT_TEMPLATE, plain_template()) else text)]
     if "chat_template" in (optional_json(folder / TOKENIZER_CONFIG) or {}):
         return []  # goes along in tokenizer_config.json
@@ -256,6 +272,33 @@ def qwen2_tokenizer_of_json(folder: Path) -> list[PlannedFile]:
     ]
 
 
+def tokenizer_for_qwen(folder: Path) -> tuple[list[PlannedFile], str | None]:
+    """The tokenizer of any folder that becomes a QWen one, and a note where it can't chat.
+
+    What its files hold decides, not the architecture of the model: QWen's vocabulary goes with weights under LLaMA's
+    names as well, and LLaMA's tokenizer with Qwen2's.
+
+    Raises:
+        CheckpointError: a damaged tokenizer.
+    """
+    if is_present(folder / VOCABULARY):
+        _load_vocabulary(folder)
+        names = [name for name in (VOCABULARY, EXTRA_VOCABULARY) if (folder / name).is_file()]
+        config = json_file(TOKENIZER_CONFIG, upgraded_tokenizer_config(_settings_of_qwen(folder)))
+        return [*(CopiedFile(name, folder / name) for name in names), config, *template_files(folder)], None
+    if is_present(folder / TOKENIZER_JSON) or (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return qwen_tokenizer(folder)
+    if files := llama_tokenizer(folder):
+        return files, "LLaMA's tokenizer is kept as it is, and can't chat."
+    return [], "There is no tokenizer, so none is written."
+
+
+def _settings_of_qwen(folder: Path) -> dict[str, Any]:
+    """Tokenizer settings without the names of other programs' classes, for which a folder may have been made ready."""
+    config = optional_json(folder / TOKENIZER_CONFIG) or {}
+    return {name: value for name, value in config.items() if name not in ("tokenizer_class", "auto_map")}
+
+
 def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     """The tokenizer of a Qwen2 folder for our code, with identical ids; and a note where it isn't possible.
 
@@ -269,8 +312,11 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     if TOKENIZER_JSON not in names and not {"vocab.json", "merges.txt"} <= names:
         return [], "There is no tokenizer, so none is written."
     backend = _load_backend(folder)
-    if not {ENDOFTEXT, IMSTART, IMEND} <= {token.content for token in backend.get_added_tokens_decoder().values()}:
-        return copied_tokenizer(folder), f"The tokenizer has no {IMSTART}: it is kept as it is, and can't chat."
+    _name_control_tokens(backend)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not {ENDOFTEXT, IMSTART, IMEND} <= known or not _is_byte_level(backend):
+        lacks = f"has no {IMSTART}" if IMSTART not in known else "is not QWen's"
+        return copied_tokenizer(folder), f"The tokenizer {lacks}: it is kept as it is, and can't chat."
     tokenizer = QWenTokenizerFast(tokenizer_object=backend)
     config = optional_json(folder / TOKENIZER_CONFIG) or {}
     kept = {name: value for name, value in config.items() if name in ("model_max_length", "chat_template", "eos_token")}
@@ -282,7 +328,25 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     return [*files, *template_files(folder)], None
 
 
+def _name_control_tokens(backend: Tokenizer) -> None:
+    """Make tokens of the vocabulary control tokens that only the settings of other classes call so."""
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    names = [token for token in SPECIAL_TOKENS if token in vocabulary and token not in added]
+    if {ENDOFTEXT, IMSTART, IMEND} <= added.union(names):
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def _is_byte_level(backend: Tokenizer) -> bool:
+    """Whether tokens are made of bytes, as QWen's are, and not of characters, as LLaMA's."""
+    content = json.loads(backend.to_str())
+    return content["model"].get("type") == "BPE" and "ByteLevel" in json.dumps(content.get("decoder"))
+
+
 def _load_backend(folder: Path) -> Tokenizer:
+    for name in (TOKENIZER_JSON, "vocab.json", "merges.txt"):
+        if is_present(folder / name):
+            check_readable(folder / name)
     try:
         if (folder / TOKENIZER_JSON).is_file():
             return Tokenizer.from_file(str(folder / TOKENIZER_JSON))

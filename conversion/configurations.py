@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from ..configuration_qwen import ARITHMETIC, QWenConfig
 from .errors import CheckpointError
-from .names import Architecture
+from .names import MOST_LAYERS, Architecture, short
 
 LLAMA_2_LENGTH = 4096
 """Tokens that LLaMA 2 was trained on at once; its `params.json` doesn't say."""
@@ -32,11 +32,15 @@ _OTHER_KINDS = {
     "gemma2": "sliding windows and capped logits",
     "qwen2_vl": "images",
     "qwen2_5_vl": "images",
+    "qwen3_vl": "images",
+    "qwen2_audio": "sound",
+    "qwen2_5_omni": "images and sound",
     "mllama": "images",
 }
 _SCALINGS = ("linear", "dynamic", "yarn")
 """Kinds of rotary scaling that QWen computes as transformers' classes do."""
 
+_LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "max_window_layers")
 _SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -133,10 +137,25 @@ def read_hf(config: Mapping[str, Any]) -> Architecture:
 
 def _parse(config_class: Any, config: Mapping[str, Any]) -> Any:
     _refuse_quantised(config)
+    refuse_sizes(config)
     try:
         return config_class.from_dict(dict(config))
     except Exception as error:  # what configuration classes raise differs between releases of transformers
         raise CheckpointError(f"config.json can't be used: {' '.join(str(error).split())}") from error
+
+
+def refuse_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers over which a configuration class would count for minutes, and what fits no word.
+
+    Raises:
+        CheckpointError: such a number; the message names it.
+    """
+    for name, value in config.items():
+        most = MOST_LAYERS if name in _LAYERS else 2**63
+        if type(value) is int and value > most:
+            raise CheckpointError(
+                f"config.json can't be used: {name}={short(value)} is more than {most:,}, which no model has. Mend it."
+            )
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:

@@ -15,19 +15,21 @@ from .companions import (
     TOKENIZER_JSON,
     VOCABULARY,
     code_files,
+    companion_names,
     copied_tokenizer,
     end_ids,
     is_chat,
     legal_files,
-    llama_tokenizer,
     optional_json,
     qwen2_generation,
     qwen2_tokenizer,
     qwen2_tokenizer_of_json,
-    qwen_tokenizer,
+    qwen_generation,
+    tokenizer_for_qwen,
 )
 from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
 from .errors import CheckpointError
+from .links import check_links
 from .names import Recipe, as_qwen, compose, hf_to_qwen
 from .sources import Kind, Source
 from .upgrading import Plan, job_of, refuse_inside
@@ -62,6 +64,8 @@ def plan_conversion(
         raise CheckpointError(f"{source.path} is {source.kind.value} and can't be converted to {to}: {remedy}.")
     if scaling is not None and to != "qwen2":
         raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
+    if not source.path.is_dir():  # whose folder may hold much else
+        check_links(source.folder, companion_names(source.folder))
     source.check()
     if to == "qwen2":
         plan, recipes = _plan_qwen2(source, dtype, scaling)
@@ -165,12 +169,7 @@ def _plan_qwen(source: Source, dtype: torch.dtype | None, length: int | None) ->
 
 
 def _tokenizer(plan: Plan, source: Source) -> list[PlannedFile]:
-    if source.kind is Kind.QWEN2:
-        files, note = qwen_tokenizer(source.folder)
-    else:
-        files, note = llama_tokenizer(source.folder), "LLaMA's tokenizer is kept as it is, and can't chat."
-        if not files:
-            note = "There is no tokenizer, so none is written."
+    files, note = tokenizer_for_qwen(source.folder)
     if note is not None:
         plan.notes.append(note)
     return files
@@ -178,7 +177,13 @@ def _tokenizer(plan: Plan, source: Source) -> list[PlannedFile]:
 
 def _generation(source: Source) -> list[PlannedFile]:
     generation = optional_json(source.folder / GENERATION_CONFIG)
-    return [] if generation is None else [json_file(GENERATION_CONFIG, generation)]
+    if generation is None:
+        return []
+    has_vocabulary = any((source.folder / name).is_file() for name in (VOCABULARY, TOKENIZER_JSON))
+    ends = end_ids(source.config, source.folder) if has_vocabulary else None
+    if ends is not None:  # of QWen's tokenizer, whatever the architecture
+        generation = qwen_generation(generation, *ends)
+    return [json_file(GENERATION_CONFIG, generation)]
 
 
 def convert(source: Source, target: Path, plan: Plan, progress: Progress) -> bool:

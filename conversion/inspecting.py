@@ -9,15 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .companion_checks import CompanionChecks, tokenizer_files
 from .configurations import read_hf, read_llama, read_qwen
 from .errors import CheckpointError
-from .names import IGNORED, TABLE, Architecture, hf_shapes, llama_shapes, qwen_shapes
-from .reading import TensorInfo, Weights, read_json
+from .files import check_exists, is_pointer, is_present, read_json
+from .links import stray_links
+from .names import (
+    IGNORED,
+    NOT_GATHERED,
+    TABLE,
+    Architecture,
+    hf_shapes,
+    is_left_empty,
+    llama_shapes,
+    qwen_shapes,
+)
+from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
+from .reading import TensorInfo, Weights
 from .reports import (
+    NAMED,
     Findings,
     Report,
     are,
@@ -29,13 +43,14 @@ from .reports import (
     quoted,
 )
 from .reports import render as render
-from .sources import LLAMA_PARAMS, Kind, detect_kind
+from .sources import LLAMA_PARAMS, Kind, detect_kind, hidden_weights
 from .stored import ADAPTER_CONFIG, StoredWeights
 from .writing import is_finite
 
 ADAPTER = "adapter"
 """What `Report.kind` says of a folder that holds no model but an adapter of one."""
 
+_MOST_FILES = 100  # numbered with two digits
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "max_seq_len")
 _SHAPE_KEYS = (
     "model_type",
@@ -71,8 +86,7 @@ def inspect(
     Raises:
         CheckpointError: nothing is at this path. A checkpoint that is broken is reported on instead.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist.")
+    check_exists(path)
     inspection = _Inspection(path, params)
     inspection.read_configuration()
     inspection.check_configuration()
@@ -149,7 +163,7 @@ class _Inspection:
     def read_configuration(self) -> None:
         """Find out the format, and the architecture where it has one."""
         config = self.folder / "config.json"
-        if self.path.is_dir() and self.params is None and config.is_file():
+        if self.path.is_dir() and self.params is None and is_present(config):
             self._read_config(config)
         elif self.stored.is_llama_original or self.params is not None:
             self._read_params()
@@ -159,9 +173,9 @@ class _Inspection:
             self.findings.problems.append("config.json is missing, which says what the weights are. Download it.")
 
     def _read_config(self, path: Path) -> None:
-        self.config = self.findings.attempt(read_json, path) or {}
+        self.config = {} if is_pointer(path) else self.findings.attempt(read_json, path) or {}
         if self.config:
-            self.kind = self.findings.attempt(detect_kind, self.config)
+            self.kind = self.findings.attempt(detect_kind, self.config, self.stored.infos)
         if self.kind is None:
             return
         self._take(self.findings.attempt(read_architecture, self.kind, self.config))
@@ -195,7 +209,9 @@ class _Inspection:
         heads, head_dim = self.config.get("n_heads"), self.config.get("head_dim")
         queries = heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else self.config.get("dim")
         rows = (shapes.get("layers.0.attention.wq.weight") or (0,))[0]
-        if self.path.is_file() or not isinstance(queries, int) or not rows or queries % rows or queries <= there * rows:
+        if self.path.is_file() or not isinstance(queries, int) or not rows or queries % rows:
+            return
+        if not there < queries // rows <= _MOST_FILES:
             return
         self.stored.expect(queries // rows)
         missing = [part.path.name for part in self.stored.parts[there:]]
@@ -213,14 +229,35 @@ class _Inspection:
         bits = found.get("bits")
         return f"{found.get('quant_method', 'unknown')}{f', {bits} bits' if bits else ''}"
 
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How quantised weights are packed; None where it isn't known here."""
+        return self.findings.attempt(read_packing, self.config.get("quantization_config"))
+
+    def take_quantization(self) -> None:
+        """Settings of the quantisation may be in a file of their own, which transformers doesn't read."""
+        if self.kind is None or self.kind is Kind.LLAMA_ORIGINAL:
+            return
+        found = self.findings.attempt(settings_beside, self.folder, self.config, self.stored.infos)
+        if found is not None:
+            self.config = {**self.config, "quantization_config": found[1]}
+            remedy = "upgrade copies it" if self.is_qwen else "copy it"
+            self.findings.problems.append(
+                f"config.json has no quantization_config, which is in {found[0]}: without it transformers takes the "
+                f"weights for full ones and fills them at random. Here {remedy} into config.json."
+            )
+
     def check_configuration(self) -> None:
-        """Remark on what the configuration switches on, and on adapters."""
+        """Remark on what the configuration switches on, on adapters and on links."""
+        if self.path.is_dir():
+            self.findings.attempt(self._remark_on_links)
+        self.take_quantization()
         if (self.folder / ADAPTER_CONFIG).is_file():
             self._remark_on_adapter()
         if self.quantization is not None:
+            checked = "" if self.packing else "their names and shapes are not checked, and "
             self.findings.remarks.append(
-                f"The weights are quantised ({self.quantization}): their names and shapes are not checked, and they "
-                "can't be converted."
+                f"The weights are quantised ({self.quantization}): {checked}they can't be converted."
             )
         stretch = [word for word, on in self._stretch.items() if on]
         if self.architecture is not None and stretch:
@@ -229,6 +266,10 @@ class _Inspection:
                 f"{self.architecture.length:,} tokens need QWen's own code, as other programs leave this out."
             )
 
+    def _remark_on_links(self) -> None:
+        refused = "upgrade, convert, merge-lora and push refuse the folder for that"
+        self.findings.remarks += [f"{text} ({refused})" for text in islice(stray_links(self.folder), NAMED)]
+
     @property
     def _stretch(self) -> dict[str, bool]:
         names = {"NTK": "use_dynamic_ntk", "LogN": "use_logn_attn"}
@@ -236,6 +277,11 @@ class _Inspection:
 
     def _remark_on_adapter(self) -> None:
         adapter = self.findings.attempt(read_json, self.folder / ADAPTER_CONFIG) or {}
+        empty = [name for name, info in self.stored.infos.items() if is_left_empty(info.shape)]
+        if self.kind is None and empty:
+            self.findings.problems.append(
+                f"{plural(len(empty), 'tensor')} {are(empty)} empty: {quoted(empty)}. {NOT_GATHERED}"
+            )
         base, method = adapter.get("base_model_name_or_path"), adapter.get("peft_type")
         if self.kind is None:
             self.findings.remarks.append(
@@ -263,6 +309,13 @@ class _Inspection:
         return llama_shapes(self.architecture, len(self.stored.parts), split)
 
     @cached_property
+    def expected(self) -> Expected:
+        """What is to be stored, quantised or not; nothing where that can't be known."""
+        if self.quantization is None:
+            return Expected(self.shapes)
+        return expect_packed(self.shapes, self.packing) if self.packing else Expected({})
+
+    @cached_property
     def weights(self) -> dict[str, TensorInfo]:
         """Stored tensors but those that can be left out: tables, and the head where it is tied to the embedding."""
         heads = {"output.weight", "lm_head.weight"} if self.architecture and self.architecture.tied else set()
@@ -288,7 +341,9 @@ class _Inspection:
     def check_weights(self) -> None:
         """Compare what is stored with the index and the configuration."""
         misplaced = self._check_index()
-        if self.shapes and self.quantization is None:
+        if self.stored.disguises and self.kind is not Kind.LLAMA_ORIGINAL:
+            self.findings.problems.append(hidden_weights(self.kind, *next(iter(self.stored.disguises.items()))))
+        if self.expected.required:
             self._check_names(misplaced)
             self._check_dtypes()
         surplus = [name for name in self.stored.infos if name not in self.weights]
@@ -333,11 +388,11 @@ class _Inspection:
         return set(misplaced)
 
     def _check_names(self, misplaced: set[str]) -> None:
-        problems, found = self.findings.problems, self.weights
-        unknown = [name for name in found if name not in self.shapes]
-        missing = [name for name in self.shapes if name not in found and name not in misplaced]
+        problems, found, shapes = self.findings.problems, self.weights, self.expected.shapes
+        unknown = [name for name in found if name not in shapes]
+        missing = [name for name in self.expected.required if name not in found and name not in misplaced]
         missing = [name for name in missing if self._should_be_there(name)]
-        wrong = [name for name, shape in self.shapes.items() if name in found and found[name].shape != shape]
+        wrong = [name for name, shape in shapes.items() if name in found and found[name].shape != shape]
         file = LLAMA_PARAMS if self.kind is Kind.LLAMA_ORIGINAL else "config.json"
         if unknown:
             problems.append(
@@ -345,12 +400,17 @@ class _Inspection:
                 f"{quoted(unknown)}. Mend {file}, or download the files again."
             )
         if missing:
+            wanted = plural(len(self.expected.required), "tensor")
             problems.append(
-                f"{len(missing):,} of {plural(len(self.shapes), 'tensor')} {are(missing)} missing: {quoted(missing)}. "
+                f"{len(missing):,} of {wanted} {are(missing)} missing: {quoted(missing)}. "
                 f"Mend {file} (number of layers, tied embeddings, biases), or download the files again."
             )
+        empty = [name for name in wrong if is_left_empty(found[name].shape)]
+        if empty:
+            problems.append(f"{plural(len(empty), 'tensor')} {are(empty)} empty: {quoted(empty)}. {NOT_GATHERED}")
+            wrong = [name for name in wrong if name not in empty]
         if wrong:
-            details = [f"{name!r} is {found[name].shape}, not {self.shapes[name]}" for name in wrong]
+            details = [f"{name!r} is {found[name].shape}, not {shapes[name]}" for name in wrong]
             problems.append(
                 f"{plural(len(wrong), 'tensor')} {'has' if len(wrong) == 1 else 'have'} a shape that the configuration "
                 f"doesn't ask for: {first_of(details, '; ')}. Mend {file}, or download the files again."
@@ -367,14 +427,23 @@ class _Inspection:
         return not self.stored.unreadable
 
     def _check_dtypes(self) -> None:
-        integers = [name for name, info in self.weights.items() if not info.dtype.is_floating_point]
-        if integers:
+        odd = {name: info.dtype for name, info in self.weights.items() if not self.expected.has_dtype(name, info.dtype)}
+        integers = [name for name, dtype in odd.items() if not dtype.is_floating_point]
+        if self.packing is not None and odd:
+            details = [
+                f"{name!r} is {dtype}, not {self.expected.words.get(name, 'floating')}" for name, dtype in odd.items()
+            ]
+            self.findings.problems.append(
+                f"{plural(len(odd), 'tensor')} {'has' if len(odd) == 1 else 'have'} a dtype that the quantisation "
+                f"doesn't ask for: {first_of(details, '; ')}. Download the files again."
+            )
+        elif integers:
             self.findings.problems.append(
                 f"{plural(len(integers), 'tensor')} {are(integers)} whole numbers: {quoted(integers)}. If they are "
                 "quantised weights, config.json lacks its quantization_config."
             )
         counts = self.dtypes
-        if len(counts) > 1:
+        if len(counts) > 1 and self.packing is None:
             listed = ", ".join(f"{count:,} parameters in {name}" for name, count in counts.items())
             self.findings.remarks.append(f"Mixed dtypes: {listed}.")
         announced = self.config.get("dtype") or self.config.get("torch_dtype")
@@ -394,12 +463,24 @@ class _Inspection:
         for number, part in enumerate(self.stored.parts):
             if part.weights is not None:
                 bad += self._scan_file(part.weights, self.stored.prefix(number), progress)
+        lost = [name for name in self.expected.optional if self._is_lost(name)]
+        if lost:
+            self.findings.problems.append(
+                f"{plural(len(lost), 'bias')} {are(lost)} stored that no_bias leaves out, and not zero: {quoted(lost)}."
+            )
         if bad:
             self.findings.problems.append(
                 f"{plural(len(bad), 'tensor')} {'has' if len(bad) == 1 else 'have'} NaN or infinite values: "
                 f"{first_of(bad)}."
             )
         self._compare_tied_head()
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether a stored bias that the model has no place for changes what is computed."""
+        info = self.stored.infos.get(name)
+        part = next((part for part in self.stored.parts if info is not None and part.path == info.file), None)
+        tensor = self.findings.attempt(part.weights.read, name) if part is not None and part.weights else None
+        return tensor is not None and bool(tensor.any())
 
     def _scan_file(self, weights: Weights, prefix: str, progress: Callable[[str, int], None]) -> list[str]:
         bad = []

@@ -40,9 +40,12 @@ from .companions import (
     template_files,
     upgraded_tokenizer_config,
 )
+from .configurations import quantization_method
 from .errors import CheckpointError
-from .names import Recipe, keep
-from .reading import SAFETENSORS, TensorInfo, Weights, read_json
+from .files import check_exists, check_readable, is_present, read_json
+from .links import check_links, resolved
+from .names import NOT_GATHERED, Recipe, is_left_empty, keep
+from .reading import SAFETENSORS, TensorInfo, Weights
 from .sources import Source, open_source
 from .stored import ADAPTER_CONFIG, ADAPTERS
 from .upgrading import job_of, plan_upgrade, upgraded_config
@@ -149,14 +152,27 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: nothing is there, it is damaged, or it can't become part of a language model's weights.
     """
     config_file = folder / ADAPTER_CONFIG
-    if not config_file.is_file():
+    check_exists(folder)
+    if not is_present(config_file):
         raise CheckpointError(f"{config_file} doesn't exist: {_elsewhere(folder)}.")
+    if folder.is_dir():
+        check_links(folder)
     config = read_json(config_file)
     _check_method(folder, config)
     for name in ADAPTERS:
-        if (folder / name).is_file():
-            return Adapter(folder, config, Weights([folder / name]))
+        if is_present(folder / name):
+            weights = Weights([folder / name])
+            _check_gathered(weights)
+            return Adapter(folder, config, weights)
     raise CheckpointError(f"{folder} has no weights: looked for {' and '.join(ADAPTERS)}. Download them.")
+
+
+def _check_gathered(weights: Weights) -> None:
+    empty = [info for info in weights.infos.values() if is_left_empty(info.shape)]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0]} is empty, as are {len(empty)} of {len(weights.infos)} tensors of the adapter: {NOT_GATHERED}"
+        )
 
 
 def _elsewhere(folder: Path) -> str:
@@ -515,7 +531,7 @@ def merge_lora(
         CheckpointError, OSError: see `write_folder`.
     """
     given, source = open_adapter(adapter), _open_base(base)
-    if target.resolve().is_relative_to(base.resolve()):
+    if resolved(target).is_relative_to(resolved(base)):
         raise CheckpointError(f"{target} is in the folder of the base: name a folder elsewhere.")
     files = _plan_files(source, given, dtype, max_shard_size, progress)
     job = {
@@ -547,9 +563,9 @@ def _open_base(folder: Path) -> Source:
     source = open_source(folder)
     if not source.kind.is_qwen:
         raise CheckpointError(f"{folder} is {source.kind.value}: only adapters of QWen can be merged here.")
-    if quantization := source.config.get("quantization_config"):
+    if method := quantization_method(source.config):
         raise CheckpointError(
-            f"The weights of {folder} are quantised ({quantization.get('quant_method')}): merge into the full weights "
+            f"The weights of {folder} are quantised ({method}): merge into the full weights "
             "that they were made from, then quantise."
         )
     return source
@@ -605,6 +621,9 @@ def _check_vocabulary(source: Source, adapter: Adapter, rows: int) -> None:
         CheckpointError: it has more tokens, or is damaged.
     """
     vocabulary, extra, backend = (adapter.folder / name for name in _VOCABULARY_FILES[:3])
+    for path in (vocabulary, extra, backend):
+        if is_present(path):
+            check_readable(path)
     try:
         if vocabulary.is_file() or extra.is_file():
             ranks = vocabulary if vocabulary.is_file() else source.folder / VOCABULARY

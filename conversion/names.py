@@ -16,11 +16,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from .errors import CheckpointError
+
+MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
+
+
+def short(value: Any) -> str:
+    """A value for a message, which may have any number of digits."""
+    text = hex(value) if isinstance(value, int) and abs(value) > 2**128 else repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text):,} characters)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,12 @@ class Architecture:
             if (whole or real) and not (type(value) is int or real and type(value) is float and isfinite(value)):
                 raise CheckpointError(f"The configuration can't be used: {field.name}={value!r} is not a number.")
             if (whole or real) and value <= 0:
-                raise CheckpointError(f"The configuration can't be used: {field.name}={value!r} is not positive.")
+                raise CheckpointError(f"The configuration can't be used: {field.name}={short(value)} is not positive.")
+            most = MOST_LAYERS if field.name == "layers" else _LARGEST if whole else 2**63
+            if (whole or real) and value > most:
+                raise CheckpointError(
+                    f"The configuration can't be used: {field.name}={short(value)} is more than {most:,}, the most."
+                )
         if self.heads % self.kv_heads:
             raise CheckpointError(
                 f"The configuration can't be used: heads={self.heads} don't divide into kv_heads={self.kv_heads}."
@@ -325,14 +340,35 @@ def _join_and_reorder(*tensors: torch.Tensor, join: Callable[..., torch.Tensor],
     return halves_from_pairs(join(*tensors), head_dim)
 
 
-def check_names(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+NOT_GATHERED = (
+    "ZeRO-3 of DeepSpeed keeps a slice of each tensor in each process, and saved what one of them had. Set "
+    "stage3_gather_16bit_weights_on_model_save to true and save again, or join the slices of the training checkpoint "
+    "with its zero_to_fp32.py."
+)
+"""Cause and remedy of empty tensors."""
+
+
+def is_left_empty(shape: Sequence[int]) -> bool:
+    """Whether a tensor is what ZeRO-3 leaves in the place of one whose values are in other processes."""
+    return tuple(shape) == (0,)
+
+
+def check_names(
+    found: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     """Compare the tensors of a checkpoint (`TensorInfo` by name) with those that its configuration asks for.
+
+    Args:
+        optional: name -> shape of tensors that may be missing.
 
     Raises:
         CheckpointError: an unknown name, a missing tensor or a wrong shape; all of the kind are counted, one is named.
     """
     missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected and not IGNORED.fullmatch(name)]
+    known = {**expected, **optional}
+    unknown = [name for name in found if name not in known and not IGNORED.fullmatch(name)]
     if unknown:
         raise CheckpointError(
             f"{found[unknown[0]]} is not a weight of this architecture ({len(unknown)} such tensors, "
@@ -343,8 +379,10 @@ def check_names(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]
             f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} tensors are). Download the checkpoint "
             "again, or mend its config.json (number of layers, tie_word_embeddings, biases)."
         )
-    for name, shape in expected.items():
-        if tuple(found[name].shape) != shape:
+    for name, shape in known.items():
+        if name in found and is_left_empty(found[name].shape):
+            raise CheckpointError(f"{found[name]} is empty: {NOT_GATHERED}")
+        if name in found and tuple(found[name].shape) != shape:
             raise CheckpointError(
                 f"{found[name]} has shape {tuple(found[name].shape)}, but the configuration asks for {shape}. "
                 "Mend the configuration, or download the file again."

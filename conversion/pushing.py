@@ -28,8 +28,11 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .companions import end_ids
+from .configurations import quantization_method, refuse_sizes
 from .errors import CheckpointError
-from .reading import SAFETENSORS, Weights, open_weights, read_json
+from .files import check_readable, is_present, read_json
+from .links import check_links, resolved
+from .reading import SAFETENSORS, Weights, open_weights
 from .sources import Kind, detect_kind
 
 README = "README.md"
@@ -88,15 +91,19 @@ def files_to_push(folder: Path, repo_id: str | None = None) -> list[PushFile]:
 
 
 def _examine(folder: Path) -> _Checkpoint:
+    resolved(folder)
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "doesn't exist"
         raise CheckpointError(f"{folder} {state}: name the folder of a checkpoint.")
-    if not (folder / "config.json").is_file():
+    check_links(folder)
+    if not is_present(folder / "config.json"):
         raise CheckpointError(f"{folder} has no config.json, so nothing could load it: convert the checkpoint first.")
     config = read_json(folder / "config.json")
     kind = detect_kind(config)
+    refuse_sizes(config)
     paths = sorted(_published(folder))
     weights = open_weights(folder)
+    detect_kind(config, weights.infos)
     _refuse_strays(folder, weights)
     if kind.is_qwen:
         _check_code(folder, config)
@@ -119,6 +126,7 @@ def _published(folder: Path) -> Iterator[str]:
             if _matches(name, _PUBLISHED):
                 if not path.is_file():
                     raise CheckpointError(f"{path} leads to no file: mend the link, or remove it.")
+                check_readable(path)
                 yield path.relative_to(folder).as_posix()
 
 
@@ -289,8 +297,8 @@ def _facts(checkpoint: _Checkpoint) -> dict[str, str]:
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} can't be used: {error}") from error
     facts = {"Architecture": ", ".join(checkpoint.config.get("architectures") or [config.model_type])}
-    if quantization := checkpoint.config.get("quantization_config"):  # several parameters share one stored number
-        facts["Quantised with"] = str(quantization.get("quant_method", "unknown"))
+    if method := quantization_method(checkpoint.config):  # several parameters share one stored number
+        facts["Quantised with"] = method
     else:
         dtypes = checkpoint.weights.dtypes
         facts["Parameters"] = f"{sum(dtypes.values()):,}"

@@ -7,7 +7,6 @@ Containers: safetensors, and the zip files of `torch.save` (`*.bin`, `*.pth`, `*
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
+from .files import check_readable, damaged, is_present, read_json
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -80,10 +80,11 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_readable(path)
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise damaged(path, error) from error
 
     def infos(self) -> list[TensorInfo]:
         """What the header says of each tensor."""
@@ -105,21 +106,32 @@ class SafetensorsFile:
         """The format has no checksum of its own."""
 
 
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
+
+
+def bare_name(name: str) -> str:
+    """Name of a tensor without what compiled and wrapped modules (DDP, DeepSpeed) put before it."""
+    return _PREFIXES.sub("", name)
+
+
 class PickleFile:
     """One file of `torch.save` that holds tensors by name, memory-mapped; `extras` are other plain values beside them.
 
-    A training checkpoint keeps its tensors under "model" (or "state_dict", "model_state_dict"), and compiled or
-    wrapped modules put a prefix before each name; both are seen through.
+    A training checkpoint keeps its tensors under "model" (or "state_dict", "model_state_dict", "module"), and compiled
+    or wrapped modules put a prefix before each name; both are seen through here, but not by transformers.
+
+    Attributes:
+        disguise: what is seen through, as a part of a sentence; None for a bare state dict.
 
     Raises:
         CheckpointError: the file is truncated, or holds anything but tensors, plain values and containers.
     """
 
-    _WRAPPERS = ("model", "state_dict", "model_state_dict")
-    _PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
+    _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 
     def __init__(self, path: Path):
         self.path = path
+        check_readable(path)
         _check_records(path, tensors=False)  # a damaged pickle can say anything
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -129,14 +141,17 @@ class PickleFile:
                 "bare state dict, or use safetensors."
             ) from error
         except Exception as error:  # nor is it known what a strange pickle raises
-            raise _unreadable(path, error) from error
+            raise damaged(path, error) from error
+        self.disguise: str | None = None
         self.extras, self._tensors = self._unwrap(loaded)
 
     def _unwrap(self, loaded: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         extras: dict[str, Any] = {}
+        wrapper = None
         if isinstance(loaded, dict):
             wrapper = next((key for key in self._WRAPPERS if isinstance(loaded.get(key), dict)), None)
             if wrapper is not None:
+                self.disguise = f"keeps its tensors under {wrapper!r}"
                 extras = {key: value for key, value in loaded.items() if key != wrapper}
                 loaded = loaded[wrapper]
         if not isinstance(loaded, dict):
@@ -147,7 +162,9 @@ class PickleFile:
                 raise CheckpointError(f"{key!r} in {self.path} is no name of a tensor.")
             if not _is_plain(value):
                 raise CheckpointError(f"{key!r} in {self.path} names no dense tensor, but a {_description(value)}.")
-            name = self._PREFIXES.sub("", key)
+            name = bare_name(key)
+            if name != key and wrapper is None:
+                self.disguise = f"has {key.removesuffix(name)!r} before its names"
             if name in tensors:
                 raise CheckpointError(f"{name!r} is twice in {self.path}, with and without prefix: delete one of them.")
             tensors[name] = value.detach()
@@ -184,7 +201,7 @@ def _check_records(path: Path, tensors: bool) -> None:
         CheckpointError: one differs, or the file is something else.
     """
     try:
-        if path.is_file() and not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(path):
             raise CheckpointError(
                 f"{path} is truncated, damaged, or older than torch 1.6: download it again, or load it with "
                 "torch.load(..., weights_only=True) and save it anew."
@@ -199,7 +216,7 @@ def _check_records(path: Path, tensors: bool) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises whatever a damaged field leads to
-        raise _unreadable(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _refuse_records(path: Path, records: Sequence[zipfile.ZipInfo]) -> None:
@@ -231,13 +248,6 @@ def _description(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"tensor of {value.dtype}, {value.layout}, on {value.device}"
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    if not path.is_file():
-        return CheckpointError(f"{path} doesn't exist. Download it, or mend the index that names it.")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{path} is truncated or damaged ({reason}). Download it again.")
 
 
 def _container(path: Path) -> type[SafetensorsFile] | type[PickleFile]:
@@ -295,12 +305,14 @@ class Weights:
             most tensors; there a name begins with the number of the file, "00/norm.weight".
         files: where they are.
         extras: plain values stored beside the tensors of a training checkpoint.
+        disguises: file -> what hides its tensors from transformers, see `PickleFile`.
     """
 
     def __init__(self, files: Iterable[Path], numbered: bool = False):
         self.files = list(files)
         self.infos: dict[str, TensorInfo] = {}
         self.extras: dict[str, Any] = {}
+        self.disguises: dict[Path, str] = {}
         self._stored: dict[str, str] = {}
         self._checked: set[Path] = set()
         self._open: dict[Path, SafetensorsFile | PickleFile] = {}
@@ -310,7 +322,10 @@ class Weights:
             prefix = f"{number:02d}/" if numbered else ""
             for info in container.infos():
                 self._add(prefix, info)
-            self.extras |= getattr(container, "extras", {})
+            if isinstance(container, PickleFile):
+                self.extras |= container.extras
+                if container.disguise is not None:
+                    self.disguises[path] = container.disguise
 
     def _add(self, prefix: str, info: TensorInfo) -> None:
         name = prefix + info.name
@@ -337,8 +352,8 @@ class Weights:
         self._held += info.nbytes
         try:
             return self._open[info.file].tensor(self._stored[name])
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            raise _unreadable(info.file, error) from error
+        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            raise damaged(info.file, error) from error
 
     def close(self) -> None:
         """Let go of all files."""
@@ -359,42 +374,33 @@ class Weights:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_index(index: Path) -> tuple[dict[str, str], Any]:
+    """The map of an index from tensors to file names, and what it says of their size in bytes.
+
+    Names are those that files are read with: bare for pickles.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
+        CheckpointError: no map, or a name that is not that of a file in the same folder.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value
-
-
-def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files that an index names, and its map from tensors to file names.
-
-    Raises:
-        CheckpointError: no map, a name that is not that of a file in the same folder, or a missing file.
-    """
-    listed = read_json(index).get("weight_map")
+    content = read_json(index)
+    listed = content.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no 'weight_map'. Download it again.")
     for tensor, name in listed.items():
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0]+", name):
             raise CheckpointError(f"{index} places {tensor!r} in {name!r}, which is not a file of the same folder.")
-    files = [index.parent / name for name in sorted(set(listed.values()))]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} doesn't exist, but {index.name} names it. Download it.")
-    return files, listed
+    if index.name.startswith(PICKLE):
+        listed = {bare_name(tensor): name for tensor, name in listed.items()}
+    metadata = content.get("metadata")
+    return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _open_indexed(index: Path) -> Weights:
-    files, listed = _indexed_files(index)
+    listed = read_index(index)[0]
+    files = [index.parent / name for name in sorted(set(listed.values()))]
+    for path in files:
+        if not is_present(path):
+            raise CheckpointError(f"{path} doesn't exist, but {index.name} names it. Download it.")
     weights = Weights(files)
     for name, file in listed.items():
         if name not in weights.infos:
@@ -424,14 +430,14 @@ def open_weights(path: Path) -> Weights:
         return Weights([path], numbered=True) if "tok_embeddings.weight" in weights.infos else weights
     for name in (SAFETENSORS, PICKLE):
         index = path / f"{name}.index.json"
-        if index.is_file():
+        if is_present(index):
             weights = _open_indexed(index)
             if (path / name).is_file() and path / name not in weights.files:
                 raise CheckpointError(
                     f"{name} and {index.name} in {path} are two versions of the weights: delete the one that is stale."
                 )
             return weights
-        if (path / name).is_file():
+        if is_present(path / name):
             return Weights([path / name])
     if parts := _model_parallel_files(path):
         return Weights(parts, numbered=True)

@@ -19,7 +19,7 @@ from .names import TABLE, Architecture, hf_shapes, qwen_shapes
 T = TypeVar("T")
 
 _NF4_BLOCK = 64  # weights that share a scale
-_NAMED = 3  # of many tensors or files
+NAMED = 3  # of many tensors or files
 _LISTED = 12  # files in a table
 
 
@@ -160,8 +160,8 @@ def numel(shape: Sequence[int]) -> int:
 
 def first_of(names: Sequence[str], separator: str = ", ") -> str:
     """The first few of many names, and how many more there are."""
-    more = len(names) - _NAMED
-    return separator.join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - NAMED
+    return separator.join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def quoted(names: Iterable[str]) -> str:

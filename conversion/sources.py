@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -13,6 +13,8 @@ import torch
 
 from .configurations import read_hf, read_llama, read_qwen, refuse_kind
 from .errors import CheckpointError
+from .files import check_exists, is_present, read_json
+from .links import check_links
 from .names import (
     Architecture,
     Recipe,
@@ -24,7 +26,9 @@ from .names import (
     qwen_shapes,
     qwen_to_hf,
 )
-from .reading import DTYPE_CODES, Weights, open_weights, read_json
+from .quantised import Expected, expect_packed, read_packing, settings_beside
+from .reading import DTYPE_CODES, Weights, open_weights
+from .relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
 WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"
@@ -47,13 +51,17 @@ class Kind(Enum):
         return self in (Kind.QWEN_2023_08, Kind.QWEN_2023_12, Kind.QWEN)
 
 
-def detect_kind(config: Mapping[str, Any]) -> Kind:
+def detect_kind(config: Mapping[str, Any], names: Iterable[str] = ()) -> Kind:
     """Format that a `config.json` announces.
 
+    Args:
+        names: of the stored tensors, where they are known, by which a disguised Qwen-VL is found out.
+
     Raises:
-        CheckpointError: a model type that nothing here handles.
+        CheckpointError: a model type that nothing here handles, Qwen-VL and Qwen-Audio included.
     """
     model_type = config.get("model_type")
+    refuse_relative(config, names)
     if model_type == "qwen":
         auto_map = config.get("auto_map")
         if isinstance(auto_map, dict) and "AutoModel" in auto_map:
@@ -71,12 +79,14 @@ class Source:
     Attributes:
         path: what the user named, a folder or a single file.
         config: `config.json`, or `params.json` (or what a training checkpoint holds in its place).
+        settings_file: where its `quantization_config` was found, if not in the file itself.
     """
 
     path: Path
     kind: Kind
     config: dict[str, Any]
     weights: Weights
+    settings_file: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -120,6 +130,17 @@ class Source:
         """Dtype of most weights."""
         return next(iter(self.weights.dtypes))
 
+    @property
+    def hidden_from_transformers(self) -> str | None:
+        """Why transformers doesn't find the weights, though this program does; None where it does.
+
+        It looks for no weights in LLaMA's original format.
+        """
+        if self.kind is Kind.LLAMA_ORIGINAL or not self.weights.disguises:
+            return None
+        file, disguise = next(iter(self.weights.disguises.items()))
+        return hidden_weights(self.kind, file.name, disguise)
+
     def to_hf(self) -> list[Recipe]:
         """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
         if self.kind.is_qwen:
@@ -134,14 +155,41 @@ class Source:
         Raises:
             CheckpointError: the first difference.
         """
+        packed = [info for name, info in self.weights.infos.items() if name.endswith(".qweight")]
+        if packed and not self.config.get("quantization_config"):
+            raise CheckpointError(
+                f"{packed[0]} is a quantised weight, but config.json has no quantization_config, and no file beside it "
+                "tells the settings (quantize_config.json, quant_config.json): download it."
+            )
+        self._check(Expected(self.shapes), self.architecture.tied)
+
+    def check_packed(self) -> bool:
+        """The same for a QWen checkpoint with quantised weights.
+
+        Returns:
+            False where nothing here knows how they are laid out, so that nothing was compared.
+
+        Raises:
+            CheckpointError: the first difference, or settings of the quantisation that can't be used.
+        """
+        packing = read_packing(self.config["quantization_config"])
+        if packing is None:
+            return False
+        architecture = read_qwen({name: value for name, value in self.config.items() if name != "quantization_config"})
+        self._check(expect_packed(qwen_shapes(architecture), packing), architecture.tied)
+        return True
+
+    def _check(self, expected: Expected, tied: bool) -> None:
         infos = dict(self.weights.infos)
-        if self.architecture.tied:
+        if tied:
             self._check_tied(infos)
-        check_names(infos, self.shapes)
-        for name in self.shapes:
-            dtype = infos[name].dtype
-            if not dtype.is_floating_point or dtype not in DTYPE_CODES:
-                raise CheckpointError(f"{infos[name]} is of {dtype}, which no weight of this architecture can be.")
+        check_names(infos, expected.required, expected.optional)
+        for name in expected.shapes:
+            dtype = infos[name].dtype if name in infos else None
+            if dtype is not None and not (expected.has_dtype(name, dtype) and dtype in DTYPE_CODES):
+                word = expected.words.get(name)
+                reason = "which no weight of this architecture can be" if word is None else f"not of {word}"
+                raise CheckpointError(f"{infos[name]} is of {dtype}, {reason}.")
 
     def _check_tied(self, infos: dict[str, Any]) -> None:
         for embedding, head in _TIED:
@@ -162,32 +210,46 @@ _TIED = (
 )
 
 
+def hidden_weights(kind: Kind | None, file: str, disguise: str) -> str:
+    """What is wrong with a pickle that is no bare state dict, and what mends it."""
+    if kind is None:
+        remedy = "save the bare state dict"
+    else:
+        remedy = f"{'upgrade' if kind.is_qwen else 'convert --to qwen'} sees through that and writes safetensors"
+    return (
+        f"{file} {disguise}, as training does, so transformers finds none: it fails, or fills the model at random. "
+        f"The folder does not load as it is; {remedy}."
+    )
+
+
 def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:
     """Format and configuration of a folder; None where neither `config.json` nor `params.json` is there.
 
     Raises:
         CheckpointError: a damaged file, or a model type that nothing here handles.
     """
-    if (path / "config.json").is_file():
+    if is_present(path / "config.json"):
         config = read_json(path / "config.json")
         return detect_kind(config), config
-    if (path / LLAMA_PARAMS).is_file():
+    if is_present(path / LLAMA_PARAMS):
         return Kind.LLAMA_ORIGINAL, read_json(path / LLAMA_PARAMS)
     return None
 
 
-def open_source(path: Path, params: Path | None = None) -> Source:
+def open_source(path: Path, params: Path | None = None, any_links: bool = False) -> Source:
     """Open a checkpoint: a folder, or the single file of a LLaMA training.
 
     Args:
         path: folder or file.
         params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
+        any_links: also follow links that lead out of the folder, where nothing is taken along.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that is handled here.
+        CheckpointError: nothing is there, or nothing that is handled here; a link that leads out of the folder.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist.")
+    check_exists(path)
+    if path.is_dir() and not any_links:
+        check_links(path)
     if (path / WORK_FOLDER / MOVES_FILE).is_file():
         raise CheckpointError(f"An upgrade of {path} was interrupted: run upgrade --in-place again, which finishes it.")
     if params is not None and (path / "config.json").is_file():
@@ -195,7 +257,12 @@ def open_source(path: Path, params: Path | None = None) -> Source:
     found = read_source_config(path) if path.is_dir() and params is None else None
     if found is None:
         return _open_llama(path, params)
-    return Source(path, found[0], found[1], open_weights(path))
+    kind, config = found
+    weights = open_weights(path)
+    refuse_relative(config, weights.infos)
+    if beside := settings_beside(path, config, weights.infos):
+        return Source(path, kind, {**config, "quantization_config": beside[1]}, weights, beside[0])
+    return Source(path, kind, config, weights)
 
 
 def _open_llama(path: Path, params: Path | None) -> Source:
@@ -208,7 +275,7 @@ def _open_llama(path: Path, params: Path | None) -> Source:
     config = weights.extras.get("model_args")
     if params is not None or not isinstance(config, dict):
         params = params or folder / LLAMA_PARAMS
-        if not params.is_file():
+        if not is_present(params):
             raise CheckpointError(
                 f"{params} doesn't exist, and the weights don't tell the number of heads: write it "
                 '({"dim": …, "n_layers": …, "n_heads": …}), or name it with --params.'

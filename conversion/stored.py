@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_json
+from .files import is_pointer, is_present
+from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_index
 from .reports import FileReport, Findings, are, first_of, plural
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -20,7 +20,6 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _CONTAINERS = (SAFETENSORS, PICKLE)
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
 _WEIGHT_FILE = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|{MODEL_PARALLEL.pattern}")
-_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
 
 
 @dataclass
@@ -65,7 +64,7 @@ class StoredWeights:
     def _find_names(self, names: Sequence[str]) -> list[str]:
         for container in _CONTAINERS:
             index = f"{container}.index.json"
-            found = self._findings.attempt(_read_index, self.folder / index) if index in names else None
+            found = self._findings.attempt(read_index, self.folder / index) if index in names else None
             if found is not None:
                 self.places, self.total_size = found
                 return sorted(set(self.places.values()))
@@ -87,11 +86,11 @@ class StoredWeights:
         return []
 
     def _open(self, path: Path) -> Part:
-        readable = path.is_file() and not is_pointer(path)
+        readable = is_present(path) and not is_pointer(path)
         return Part(path, self._findings.attempt(Weights, [path]) if readable else None)
 
     def _report_missing(self) -> None:
-        missing = [part.path.name for part in self.parts if not part.path.is_file()]
+        missing = [part.path.name for part in self.parts if not is_present(part.path)]
         if missing:
             self._findings.problems.append(
                 f"{len(missing):,} of {plural(len(self.parts), 'file')} with weights {are(missing)} missing: "
@@ -152,6 +151,12 @@ class StoredWeights:
         return {part.path.name for part in self.parts if part.weights is None}
 
     @property
+    def disguises(self) -> dict[str, str]:
+        """Name of a file -> what hides its tensors from transformers."""
+        opened = [part.weights for part in self.parts if part.weights]
+        return {path.name: text for weights in opened for path, text in weights.disguises.items()}
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes, each memory counted once."""
         return sum(part.weights.nbytes for part in self.parts if part.weights)
@@ -182,28 +187,6 @@ class StoredWeights:
         if tensors[0] is None or tensors[1] is None:
             return None
         return torch.equal(tensors[0], tensors[1])
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left a pointer in the place of a large file."""
-    try:
-        small = path.is_file() and path.stat().st_size <= _POINTER_BYTES
-        return small and path.read_bytes().startswith(_POINTER)
-    except OSError:
-        return False
-
-
-def _read_index(index: Path) -> tuple[dict[str, str], Any]:
-    """The map from tensors to files, and what the index says of their size in bytes."""
-    content = read_json(index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no 'weight_map'. Download it again.")
-    for tensor, name in places.items():
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0]+", name):
-            raise CheckpointError(f"{index} places {tensor!r} in {name!r}, which is not a file of the same folder.")
-    metadata = content.get("metadata")
-    return places, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _shard_names(names: Iterable[str], container: str) -> list[str]:

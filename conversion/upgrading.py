@@ -28,6 +28,8 @@ from .companions import (
 )
 from .configurations import quantization_method
 from .errors import CheckpointError
+from .files import check_exists, read_value
+from .links import check_links, resolved
 from .names import IGNORED, Recipe, keep
 from .reading import PICKLE, SAFETENSORS
 from .sources import MOVES_FILE, WORK_FOLDER, Source, open_source
@@ -105,7 +107,12 @@ def plan_upgrade(source: Source, max_shard_size: str = "5GB", link: bool = True)
 def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -> None:
     weights, folder = source.weights, source.folder
     if method := quantization_method(source.config):
-        plan.notes.append(f"Quantised weights ({method}) are taken over without a check.")
+        checked = "as they are" if source.check_packed() else "without a check: their layout is unknown here"
+        plan.notes.append(f"Quantised weights ({method}) are taken over {checked}.")
+        if source.settings_file is not None:
+            plan.notes.append(
+                f"config.json gets the settings of {source.settings_file}, which transformers doesn't read."
+            )
     else:
         source.check()
     if all(file.suffix == ".safetensors" for file in weights.files):
@@ -144,10 +151,12 @@ def _plan_settings(plan: Plan, source: Source) -> None:
 def _plan_rest(plan: Plan, folder: Path) -> None:
     """Take along what else is there, but no old code, no pickles, nothing hidden and no earlier backups."""
     planned = {file.name for file in plan.files}
-    left_out = []
+    left_out, links = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") and part != ".gitattributes" for part in path.relative_to(folder).parts)
+        if path.is_symlink() and path.is_dir() and not hidden:
+            links.append(name)
         if not path.is_file() or hidden or name in planned or _LEFTOVER.search(name):
             continue
         if name in OLD_CODE:
@@ -156,6 +165,8 @@ def _plan_rest(plan: Plan, folder: Path) -> None:
             left_out.append(name)
         else:
             plan.files.append(CopiedFile(name, path))
+    if links:
+        plan.notes.append(f"Left out, as links to folders: {', '.join(links)}.")
     left_out = [name for name in left_out if name not in plan.retired]
     if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
@@ -171,7 +182,7 @@ def upgrade(source: Source, target: Path, plan: Plan, progress: Progress) -> boo
     Raises:
         CheckpointError, OSError: see `write_folder`.
     """
-    if source.folder.resolve() == target.resolve():
+    if resolved(source.folder) == resolved(target):
         raise CheckpointError(f"{target} is the source itself: use --in-place.")
     refuse_inside(source, target)
     return write_folder(target, plan.files, job_of("upgrade", source, plan.files), progress)
@@ -183,7 +194,7 @@ def refuse_inside(source: Source, target: Path) -> None:
     Raises:
         CheckpointError: it is.
     """
-    if source.path.is_dir() and target.resolve().is_relative_to(source.path.resolve()):
+    if source.path.is_dir() and resolved(target).is_relative_to(resolved(source.path)):
         raise CheckpointError(f"{target} is inside the source: name a folder beside it.")
 
 
@@ -213,8 +224,10 @@ def upgrade_in_place(folder: Path, max_shard_size: str, progress: Progress) -> t
     Raises:
         CheckpointError, OSError: see `plan_upgrade` and `write_folder`.
     """
+    check_exists(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
+    check_links(folder)
     with work_folder(folder / WORK_FOLDER, MOVES_FILE):
         moved = _carry_out_moves(folder)
         source = open_source(folder)
@@ -249,12 +262,35 @@ def _backup_name(folder: Path, name: str) -> str:
     return next(backup for backup in backups if not (folder / backup).exists())
 
 
+def _read_moves(record: Path) -> list[tuple[str, str | None]]:
+    """What is to be moved: only names in the folder itself, as whoever made the folder may have written the list.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    moves = read_value(record)
+    if not isinstance(moves, list) or not all(_is_move(move) for move in moves):
+        raise CheckpointError(f"{record} was not written by this program: remove the folder {record.parent}.")
+    return [(name, backup) for name, backup in moves]
+
+
+def _is_move(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    name, backup = value
+    return _is_inside(name) and (backup is None or _is_inside(backup))
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
 def _carry_out_moves(folder: Path) -> list[str]:
     """Do what is left of the recorded moves; each step can be seen to have been done before."""
     record = folder / WORK_FOLDER / MOVES_FILE
     if not record.is_file():
         return []
-    moves = json.loads(record.read_text(encoding="utf-8"))
+    moves = _read_moves(record)
     for name, backup in moves:
         new, current = folder / WORK_FOLDER / name, folder / name
         if backup is not None and not (folder / backup).exists():

@@ -6,7 +6,6 @@ Each is loaded by its own class, one after the other, so that only one of them i
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from ..modeling_qwen import QWenLMHeadModel
+from .configurations import refuse_sizes
 from .errors import CheckpointError
+from .files import read_value
 from .inspecting import read_architecture, rope_scaling
 from .names import IGNORED, Architecture
 from .sources import Kind, Source, open_source
@@ -112,11 +113,10 @@ def parse_ids(text: str) -> torch.Tensor:
         words = [word.strip() for word in text.split(",")]
         return _as_rows([int(word) if word.isdecimal() else word for word in words], text)
     try:
-        return _as_rows(json.loads(path.read_text(encoding="utf-8")), text)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{text} is not a JSON file of token ids: {error}.") from error
+        value = read_value(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{text} is not a JSON file of token ids: {error}") from error
+    return _as_rows(value, text)
 
 
 def _as_rows(value: Any, origin: str) -> torch.Tensor:
@@ -157,13 +157,16 @@ def load_model(
 
 
 def _open(path: Path, params: Path | None) -> Source:
-    source = open_source(path, None if (path / "config.json").is_file() else params)
+    source = open_source(path, None if (path / "config.json").is_file() else params, any_links=True)
     if (source.folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{path} holds an adapter ({ADAPTER_CONFIG}): join it to its model with merge-lora first."
         )
     if source.config.get("quantization_config"):
         raise CheckpointError(f"{path} is quantised, so its logits differ from all others: verify the full weights.")
+    refuse_sizes(source.config)
+    if source.hidden_from_transformers:
+        raise CheckpointError(f"{path}: {source.hidden_from_transformers}")
     return source
 
 

@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import CheckpointError
+from .files import check_readable
+from .links import resolved
 from .names import Recipe
 from .reading import DTYPE_CODES, SAFETENSORS, Weights, check_file, meta_tensors, same_bytes
 
@@ -228,11 +230,17 @@ class CopiedFile(PlannedFile):
     Attributes:
         link: give the same data a second name, where the file system has such.
         weights: number of tensors in it; the checksums that are known of such a file are compared.
+
+    Raises:
+        CheckpointError: the file can't be read, or is a pointer of Git LFS.
     """
 
     source: Path
     link: bool = False
     weights: int = 0
+
+    def __post_init__(self) -> None:
+        check_readable(self.source)
 
     @property
     def tensors(self) -> int:
@@ -373,7 +381,7 @@ def write_folder(target: Path, files: Sequence[PlannedFile], job: Mapping[str, A
     Raises:
         CheckpointError: the target holds something else, the disk is too full, or another process writes there.
     """
-    target = target.resolve()
+    target = resolved(target)
     partial = target.with_name(f"{target.name}.partial")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         _check_equal(target, files)
@@ -432,8 +440,9 @@ def work_folder(folder: Path, *kept: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    is_ours = folder.is_dir() and ((folder / LOCK_FILE).exists() or not any(folder.iterdir()))
-    if folder.exists() and not is_ours:
+    is_link = folder.is_symlink()  # to a folder that is to be emptied
+    is_ours = not is_link and folder.is_dir() and ((folder / LOCK_FILE).exists() or not any(folder.iterdir()))
+    if (is_link or folder.exists()) and not is_ours:
         raise CheckpointError(f"{folder} is in the way, and no interrupted job of this program left it: remove it.")
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK_FILE, timeout=0)

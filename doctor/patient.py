@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
+from ..conversion.files import read_json
 from ..conversion.inspecting import inspect
-from ..conversion.reading import read_json
 from ..conversion.sources import Kind, detect_kind
 from ..conversion.stored import ADAPTER_CONFIG
 from ..modeling_qwen import QWenLMHeadModel

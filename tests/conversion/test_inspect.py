@@ -208,21 +208,6 @@ def test_an_adapter(tmp_path):
     assert "No weights" in problem(tmp_path)
 
 
-def test_gptq_weights_are_reported_not_refused(folder):
-    def pack(tensors):
-        del tensors[BLOCK]
-        stem = BLOCK.removesuffix("weight")
-        tensors[stem + "qweight"] = torch.zeros(8, 192, dtype=torch.int32)
-        tensors[stem + "scales"] = torch.ones(1, 192, dtype=torch.float16)
-
-    change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    change_weights(folder, pack)
-    report = inspect(folder)
-    assert (report.problems, report.quantization) == ([], "gptq, 4 bits")
-    assert {"int32", "float16"} < set(report.dtypes)
-    assert report.architecture["layers"] == 2
-
-
 def test_nothing_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no-such-folder doesn't exist"):
         inspect(tmp_path / "no-such-folder")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen1 import QWenLMHeadModel, QWenTokenizer
 from qwen1.conversion.companions import CODE_FILES
 from qwen1.conversion.errors import CheckpointError
+from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.merging import MERGEABLE, merge_lora
 from qwen1.conversion.writing import Progress
 
@@ -628,6 +629,35 @@ def test_a_base_that_peft_changes_unexpectedly_is_noticed(base, adapter, refused
     trained = adapter(source, lora(init_lora_weights=start))
     monkeypatch.setattr("qwen1.conversion.merging._PLAIN_STARTS", (start,))
     refused(source, trained)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_what_zero_3_left_empty_is_named_with_its_cause(base, adapter, refused, form, which):
+    """As save_pretrained of a model whose tensors DeepSpeed had spread over processes."""
+    source = base()
+    trained = adapter(source, lora(init_lora_weights=False))
+    tensors = load_file(trained / "adapter_model.safetensors")
+    emptied = sorted(tensors)[:1] if which == "one" else sorted(tensors)
+    tensors |= {name: torch.empty(0) for name in emptied}
+    if form == "bin":
+        (trained / "adapter_model.safetensors").unlink()
+        torch.save(tensors, trained / "adapter_model.bin")
+    else:
+        save_file(tensors, trained / "adapter_model.safetensors")
+    text = refused(source, trained)
+    assert repr(emptied[0]) in text and f"{len(emptied)} of {len(tensors)} tensors" in text
+    for told in (text, " ".join(inspect(trained).problems)):
+        assert "ZeRO-3" in told and "stage3_gather_16bit_weights_on_model_save" in told and "zero_to_fp32" in told
+
+
+def test_an_empty_base_is_named_with_its_cause_too(base, adapter, refused):
+    source = base()
+    trained = adapter(source, lora(init_lora_weights=False))
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "transformer.h.1.mlp.w1.weight": torch.empty(0)}, source / "model.safetensors")
+    for text in (refused(source, trained), " ".join(inspect(source).problems)):
+        assert "'transformer.h.1.mlp.w1.weight'" in text and "empty" in text and "ZeRO-3" in text
 
 
 def test_a_change_that_depends_on_the_text_is_refused(base, adapter, refused):

@@ -377,15 +377,16 @@ def test_files_that_stay_here(small_folder, name, offline):
     assert files_to_push(folder) == before
 
 
-def test_links_are_followed(small_folder, online, tmp_path):
+def test_weights_may_be_links_into_the_hubs_cache(small_folder, online, tmp_path):
     folder = small_folder()
-    blob = tmp_path / "blob"
+    blob = tmp_path / "models--tester--tiny" / "blobs" / "0123"
+    blob.parent.mkdir(parents=True)
     (folder / "model.safetensors").rename(blob)
     (folder / "model.safetensors").symlink_to(blob)
     assert PushFile("model.safetensors", blob.stat().st_size) in files_to_push(folder)
     push(folder, REPO)
     assert online.repositories[REPO].files()["model.safetensors"] == blob.read_bytes()
-    (folder / "vocab.json").symlink_to(tmp_path / "nowhere")
+    (folder / "vocab.json").symlink_to(folder / "nowhere")
     with pytest.raises(CheckpointError, match="vocab.json leads to no file: mend the link"):
         files_to_push(folder)
 

@@ -545,24 +545,11 @@ def test_tables_beside_the_weights_do_no_harm(release, upgraded, golden, weights
     assert loading_problems(target) == []
 
 
-def test_quantised_weights_are_taken_over_as_they_are(release, upgraded):
-    parts = {"qweight": torch.ones(4, 8, dtype=torch.int32), "scales": torch.ones(2, 8).half()}
-    tensors = {f"transformer.h.0.attn.c_attn.{name}": tensor for name, tensor in parts.items()}
-    quantization = {"bits": 4, "quant_method": "gptq", "group_size": 128}
-    source = release("safetensors", tensors=tensors, shards=1, quantization_config=quantization)
-    (source / "quantize_config.json").write_text('{"bits": 4}')
-    assert "gptq" in notes_of(source)
-    target = upgraded(source)
-    assert (target / "model.safetensors").samefile(source / "model.safetensors")
-    assert json_of(target / "config.json")["quantization_config"] == quantization
-    assert "quantize_config.json" in names_in(target)
-
-
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, "gptq"])
-def test_quantised_pickles_become_safetensors_as_they_are(release, upgraded, quantization):
-    tensors = {"transformer.h.0.attn.c_attn.qweight": torch.arange(8, dtype=torch.int32)}
+@pytest.mark.parametrize("quantization", [{"quant_method": "hqq"}, "int4"])
+def test_quantised_weights_of_an_unknown_layout_are_taken_over_without_a_check(release, upgraded, quantization):
+    tensors = {"transformer.h.0.attn.c_attn.W_q": torch.arange(8, dtype=torch.int32)}
     source = release(tensors=tensors, shards=1, quantization_config=quantization)
-    assert "gptq" in notes_of(source)
+    assert "without a check" in notes_of(source)
     written = load_file(upgraded(source) / "model.safetensors")
     assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
 
