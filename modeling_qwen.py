@@ -35,6 +35,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_qwen import ChatAdapterMixin
 from .arguments_qwen import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -1128,7 +1129,7 @@ def _infer_positions(
 _KEYS_BESIDE_A_NEW_HEAD = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
+class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin, ChatAdapterMixin):
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .errors import SavingError, TrainingError
 
@@ -167,6 +167,9 @@ def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
         trainer.save_model(str(partial))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
+            if (partial / ADAPTER_CONFIG).is_file():  # peft saves none
+                settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+                (partial / GENERATION_CONFIG_NAME).write_text(settings.to_json_string(use_diff=True))
             _put_in_place(partial, folder)
             trainer.save_state()
         trainer.accelerator.wait_for_everyone()

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
+from ..adapters_qwen import SETTINGS
+from ..qwen_generation_utils import DEFAULT_WINDOW
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
 from .data import read_conversations, read_texts
 from .errors import DataError, SavingError, TrainingError
@@ -250,7 +252,14 @@ def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArg
             "in its embedding: it must be a QWen model, with a row for each token (model.resize_token_embeddings)."
         )
     if lora.use_lora:
-        loaded = add_adapter(loaded, lora, training, is_chat=is_chat_model(loaded, model.model_name_or_path))
+        is_chat = is_chat_model(loaded, model.model_name_or_path)
+        if lora.q_lora and not is_chat and training.process_index == 0:
+            print(
+                f"Warning: {model.model_name_or_path} is a base model, whose embeddings of <|im_start|> and <|im_end|> "
+                "were never trained and are not with --q_lora: to chat, start from a chat model or leave --q_lora out.",
+                file=sys.stderr,
+            )
+        loaded = add_adapter(loaded, lora, training, is_chat=is_chat)
     return loaded, tokenizer
 
 
@@ -290,6 +299,24 @@ def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *,
         return get_peft_model(model, config)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"No adapter can be put on this model: {error}") from error
+
+
+def teach_settings(model: Any, tokenizer: Any) -> None:
+    """Give a model the generation settings of a chat, which a base model lacks, and its adapters a copy of them."""
+    generation = model.generation_config
+    ends, pad = generation.eos_token_id, generation.pad_token_id
+    window = getattr(generation, "max_window_size", None)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    settings = {
+        "chat_format": "chatml",
+        "eos_token_id": list(dict.fromkeys([tokenizer.im_end_id, *ends, tokenizer.eod_id])),
+        "pad_token_id": tokenizer.eod_id if pad is None else pad,
+        "max_window_size": min(DEFAULT_WINDOW, model.config.n_positions) if window is None else window,
+    }
+    generation.update(**settings, allow_custom_entries=True)
+    generation._from_model_config = False  # else transformers makes it anew when the model is loaded
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.auto_mapping = {"base_model_class": "QWenLMHeadModel", "parent_library": "qwen1", SETTINGS: settings}
 
 
 def _choose_dtype(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> torch.dtype:
@@ -396,6 +423,8 @@ def run(arguments: Arguments) -> QWenTrainer:
     examples, held_out = load_examples(tokenizer, data, args.seed, progress=first)
     if lora.use_lora and first:
         model.print_trainable_parameters()
+    if not data.plain_texts:
+        teach_settings(model, tokenizer)  # now, for the checkpoints
     trainer = train(
         model,
         tokenizer,
@@ -407,9 +436,8 @@ def run(arguments: Arguments) -> QWenTrainer:
     )
     if held_out and args.eval_strategy == "no":
         trainer.evaluate()
-    if not data.plain_texts and not lora.use_lora:  # a base model has learnt to chat
-        model.generation_config.update(chat_format="chatml", allow_custom_entries=True)
-        model.generation_config._from_model_config = False  # else transformers makes it anew when the model is loaded
+    if not data.plain_texts:
+        teach_settings(model, tokenizer)  # again, because transformers puts the tokenizer's ends in front
     save_trained(trainer, args.output_dir)
     return trainer
 
