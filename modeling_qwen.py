@@ -35,7 +35,6 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_qwen import ChatAdapterMixin
 from .arguments_qwen import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -54,6 +53,7 @@ from .engines_qwen import engine_alpha
 from .generation_qwen import QWenGenerationMixin
 from .logits_qwen import QWenTrainingOutput, UnreadLogits
 from .loss_qwen import head_loss, holds_its_weight
+from .peft_qwen import ChatAdapterMixin
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
 from .qwen_generation_utils import decode_tokens as decode_tokens

@@ -26,9 +26,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from ..adapters_qwen import settings_of_adapter
 from ..configuration_qwen import QWenConfig
 from ..modeling_qwen import QWenLMHeadModel
+from ..peft_qwen import settings_of_adapter
 from ..tokenization_qwen import load_vocabulary
 from .companions import (
     EXTRA_VOCABULARY,

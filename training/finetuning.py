@@ -30,7 +30,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
-from ..adapters_qwen import SETTINGS
+from ..peft_qwen import SETTINGS
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
 from .data import read_conversations, read_texts
