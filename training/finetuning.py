@@ -179,6 +179,8 @@ def _find_problem(
             training.fsdp
         )
         and training.parallel_mode != ParallelMode.DISTRIBUTED,
+        f"--num_train_epochs {training.num_train_epochs} must be above 0": training.num_train_epochs <= 0
+        and training.max_steps <= 0,
         f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
         f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
         f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
@@ -377,32 +379,41 @@ def train(
     """
     if not train_examples:
         raise TrainingError("There are no examples to train on.")
-    if "tensorboard" in (args.report_to or ()) and not any(
-        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
-    ):
-        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
     checkpoint = checkpoint_to_resume(args)
     seed = args.seed if args.data_seed is None else args.data_seed
-    pad = tokenizer.pad_token_id
 
     def dataset(examples: Sequence[Example]) -> Any:
         return PackedDataset(examples, pack(examples, max_length, seed)) if packing else ExampleDataset(examples)
 
+    rows = dataset(train_examples)
+    _check_run(args, len(rows))
     use_cache = model.config.use_cache
     trainer = QWenTrainer(
         model=model,
         args=args,
-        data_collator=Collator(int(pad), packing),
-        train_dataset=dataset(train_examples),
+        data_collator=Collator(int(tokenizer.pad_token_id), packing),
+        train_dataset=rows,
         eval_dataset=dataset(eval_examples) if eval_examples else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
     model.config.use_cache = use_cache  # transformers turns it off, and would save it so
-    if args.fsdp and not trainer.is_fsdp_enabled and args.process_index == 0:
-        print(f"Warning: --fsdp shards nothing on {args.device} in {args.world_size} processes.", file=sys.stderr)
     trainer.train(None if checkpoint is None else str(checkpoint))
     return trainer
+
+
+def _check_run(args: TrainingArguments, rows: int) -> None:
+    """Refuse what would fail only after the training, or train nothing."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise TrainingError(
+            f"The {rows} rows are fewer than a batch ({batch}), which --dataloader_drop_last leaves out: take it away, "
+            "or lower --per_device_train_batch_size."
+        )
+    if "tensorboard" in (args.report_to or ()) and not any(
+        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
+    ):
+        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
 
 
 # --- the program ---

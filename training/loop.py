@@ -74,6 +74,19 @@ class QWenTrainer(Trainer):
                 raise
             raise saving_error(error, partial, str(self.args.output_dir)) from error
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers'.
+
+        Raises:
+            TrainingError: a loss is not finite, as after a step that was far too large.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                step = self.state.global_step
+                raise self.diverged(f"The loss of the evaluation is {value} after step {step}", step)
+        return metrics
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', of finite weights only.
 
@@ -131,6 +144,8 @@ class Watch(TrainerCallback):
                 f"The weights hold NaN or infinity before the first step ({bad or 'in another process'}): take another "
                 "copy of the model, or an earlier checkpoint."
             )
+        if args.fsdp and not trainer.is_fsdp_enabled and state.is_world_process_zero:
+            print(f"Warning: --fsdp shards nothing on {args.device}.", file=sys.stderr)
         finished = state.global_step >= state.max_steps
         if state.is_world_process_zero:
             print(_finished(state) if finished else _plan(trainer.train_dataset, args, state), file=sys.stderr)

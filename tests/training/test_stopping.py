@@ -84,6 +84,14 @@ def test_a_learning_rate_that_is_far_too_high(options, tmp_path, failed):
     assert "model.safetensors" not in names(tmp_path / "out")
 
 
+@pytest.mark.parametrize("more", [[], ["--eval_strategy", "steps", "--eval_steps", 1]], ids=["end", "steps"])
+def test_an_evaluation_that_is_nan(options, tmp_path, failed, more):
+    words = ["--max_steps", 1, *EACH_STEP, "--learning_rate", 1e35, "--warmup_steps", 0, "--eval_fraction", 0.2]
+    said = failed(options(*words, *more))
+    assert "The loss of the evaluation is nan after step 1" in said and "There is no good checkpoint" in said
+    assert "model.safetensors" not in names(tmp_path / "out")
+
+
 def test_gradients_that_are_not_finite(options, tmp_path, failed, during):
     during(At(3, spoil_gradient))
     said = failed(options("--max_steps", 6, *EACH_STEP, "--max_grad_norm", 0))
@@ -167,6 +175,23 @@ def test_a_finished_run_is_not_trained_on(options, tmp_path, capsys, length):
         found = load_file(tmp_path / "out" / "model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert names(tmp_path / "out") == sorted({*names(tmp_path / "out")} - {"checkpoint-3"})
+
+
+def test_a_finished_adapter_is_evaluated_and_saved(options, tmp_path):
+    words = options("--max_steps", 1, *EACH_STEP, "--use_lora", "--lora_r", 2, "--eval_fraction", 0.2)
+    main(words)
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    trainer = run(parse_arguments([*words, "--resume_from_checkpoint", "True"]))
+    assert "eval_loss" in trainer.state.log_history[-1] and trainer.state.global_step == 1
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_without_a_batch(options, tmp_path, failed):
+    said = failed(options("--max_steps", 1, "--dataloader_drop_last", "--per_device_train_batch_size", 16))
+    assert "The 12 rows are fewer than a batch (16), which --dataloader_drop_last leaves out" in said
+    assert names(tmp_path / "out") == []
+    assert "--num_train_epochs 0.0 must be above 0" in failed(options("--num_train_epochs", 0), status=2)
 
 
 def test_fewer_steps_than_the_checkpoint_has(options, tmp_path, capsys):
