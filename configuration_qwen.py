@@ -11,6 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .saving_qwen import saved_as_published
+
 logger = logging.get_logger(__name__)
 
 AUTO_MAP: dict[str, str | list[str]] = {
@@ -396,6 +398,11 @@ class QWenConfig(PreTrainedConfig):
             output["rope_scaling"] = {**output["rope_parameters"], "type": output["rope_parameters"]["rope_type"]}
         output["auto_map"] = {**(output.get("auto_map") or {}), **AUTO_MAP}
         return output
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the code of this class for one that derives from it."""
+        with saved_as_published(self, __name__):
+            super().save_pretrained(*args, **kwargs)
 
     def check_values(self) -> None:
         """Refuse impossible and contradicting values.

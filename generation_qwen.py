@@ -518,7 +518,9 @@ class QWenGenerationMixin(_GenerativeModel):
         if chat_format != "chatml":
             raise ValueError(
                 f"This checkpoint has chat_format={chat_format!r}: it is a base model, which continues texts and was "
-                "not taught to chat. Load the chat model of the family, such as Qwen-7B-Chat, or use generate."
+                "not taught to chat. Load the chat model of the family, such as Qwen-7B-Chat, or use generate. If it "
+                "has been fine-tuned on conversations, tell it so: model.generation_config.chat_format = 'chatml', or "
+                '"chat_format": "chatml" in its generation_config.json.'
             )
         settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
         if effective["stop_strings"] is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -58,9 +59,12 @@ from .kept_qwen import KeptCache as KeptCache
 from .loading_qwen import check_packages
 from .logits_qwen import QWenTrainingOutput, UnreadLogits
 from .loss_qwen import head_loss, holds_its_weight
+from .peft_qwen import ChatAdapterMixin
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
+from .saving_qwen import saved_as_published
+from .shards_qwen import gather_weights, needs_gathering
 from .tools_qwen import ToolResult as ToolResult
 
 logger = logging.get_logger(__name__)
@@ -860,12 +864,34 @@ class QWenPreTrainedModel(PreTrainedModel):
             loaded_model._apply_flash_flag()
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a precision flag, where one is set, becomes that of the weights saved."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, with the code of the published class, even if FSDP2 or a program derived another.
+
+        A precision flag, where one is set, becomes that of the weights saved. Weights that FSDP2 has in shards are put
+        together, unless they come in `state_dict`: then every process has to call this method, and the first one
+        writes.
+
+        Raises:
+            NotADirectoryError: there is a file of that name.
+        """
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{os.fspath(save_directory)} is a file: name a folder to save into.")
+        if state_dict is None and not kwargs.get("distributed_checkpoint") and needs_gathering(self):
+            state_dict = gather_weights(self)
+            if torch.distributed.get_rank() != 0:
+                return
         if self.config.precision_flag() is not None:
             for flag, dtype in _DTYPES.items():
                 setattr(self.config, flag, self.dtype == dtype)
-        super().save_pretrained(*args, **kwargs)
+        with saved_as_published(self, __name__):
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _apply_flash_flag(self) -> None:
         """Choose the attention that `use_flash_attn` asks for, now that the dtype of the weights is known."""
@@ -1110,7 +1136,7 @@ def _infer_positions(
 _KEYS_BESIDE_A_NEW_HEAD = [r"^lm_head\.", *QWenModel._keys_to_ignore_on_load_unexpected]
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
+class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin, ChatAdapterMixin):
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}

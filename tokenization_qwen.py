@@ -704,6 +704,22 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
                     file.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in items)
         return tuple(paths)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As in transformers, with the code of the published class for one that an engine or a program derived from it.
+
+        What `saving_qwen.py` does for models; this file has to work alone.
+        """
+        own = type(self)
+        published = next(c for c in own.__mro__ if c.__module__ == __name__ or vars(c).get("_auto_class") is not None)
+        if published is own:
+            return super().save_pretrained(*args, **kwargs)
+        name = {"__module__": published.__module__, "__qualname__": published.__qualname__}
+        object.__setattr__(self, "__class__", type(published.__name__, (own,), name))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            object.__setattr__(self, "__class__", own)
+
     # Text to ids
 
     def _resolve_allowed(

@@ -28,14 +28,18 @@ from torch import nn
 
 from ..configuration_qwen import QWenConfig
 from ..modeling_qwen import QWenLMHeadModel
+from ..peft_qwen import settings_of_adapter
 from ..tokenization_qwen import load_vocabulary
 from .companions import (
     EXTRA_VOCABULARY,
+    GENERATION_CONFIG,
     TEMPLATE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     VOCABULARY,
+    end_ids,
     optional_json,
+    qwen_generation,
     qwen_tokenizer,
     template_files,
     upgraded_tokenizer_config,
@@ -587,7 +591,20 @@ def _companions(source: Source, adapter: Adapter) -> tuple[list[PlannedFile], li
     if inside != source.folder.resolve():
         files = {name: file for name, file in files.items() if inside not in (source.folder / name).resolve().parents}
         _take_tokenizer(files, source.folder, adapter.folder)
+        _take_settings(files, source, adapter)
     return list(files.values()), plan.notes
+
+
+def _take_settings(files: dict[str, PlannedFile], source: Source, adapter: Adapter) -> None:
+    """Put an adapter's generation settings over the base's: the base may not have been taught to chat."""
+    settings = optional_json(adapter.folder / GENERATION_CONFIG)
+    if settings is None:
+        settings = settings_of_adapter(adapter.config.get("auto_mapping"))
+    ends = end_ids(source.config, source.folder)
+    if settings and ends is not None:
+        whole = {**(optional_json(source.folder / GENERATION_CONFIG) or {}), **settings}
+        whole.pop("_from_model_config", None)  # else transformers may make them anew when the model is loaded
+        files[GENERATION_CONFIG] = json_file(GENERATION_CONFIG, qwen_generation(whole, *ends))
 
 
 def _take_tokenizer(files: dict[str, PlannedFile], base: Path, folder: Path) -> None:

@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class TrainingError(ValueError):
     """A model, folder or package that a training can't do with or without; the message names value and remedy."""
+
+
+class SavingError(TrainingError):
+    """Weights that can't be written; it may happen to one of several processes alone."""

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import math
-import os
 import random
-import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,28 +23,25 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.training_args import ParallelMode
 
+from ..peft_qwen import SETTINGS
+from ..qwen_generation_utils import DEFAULT_WINDOW
+from .checkpoints import check_output, checkpoint_to_resume, save_trained
 from .data import read_conversations, read_texts
-from .errors import DataError, TrainingError
+from .errors import DataError, SavingError, TrainingError
 from .examples import Encoded, Example, encode_all
+from .loop import QWenTrainer
 from .packing import Collator, ExampleDataset, PackedDataset, pack
-
-logger = logging.get_logger(__name__)
 
 FAILED, INTERRUPTED = 1, 130
 
 _RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ADAPTER_CONFIG = "adapter_config.json"
-_LARGEST_EXPONENT = 700.0  # of what a float can hold
 
 # In place of a list of more than a hundred options.
 _USAGE = "%(prog)s --model_name_or_path FOLDER --data_path FILE --output_dir FOLDER [options]; --help lists them"
@@ -183,6 +175,12 @@ def _find_problem(
         "--lora_weight_path needs --use_lora": bool(lora.lora_weight_path) and not lora.use_lora,
         "--q_lora works neither with FSDP nor with DeepSpeed's ZeRO 3: leave one of them out": lora.q_lora
         and (bool(training.fsdp) or is_deepspeed_zero3_enabled()),
+        "--fsdp shards over several processes: start the program with accelerate launch, or leave --fsdp out": bool(
+            training.fsdp
+        )
+        and training.parallel_mode != ParallelMode.DISTRIBUTED,
+        f"--num_train_epochs {training.num_train_epochs} must be above 0": training.num_train_epochs <= 0
+        and training.max_steps <= 0,
         f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
         f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
         f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
@@ -256,7 +254,14 @@ def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArg
             "in its embedding: it must be a QWen model, with a row for each token (model.resize_token_embeddings)."
         )
     if lora.use_lora:
-        loaded = add_adapter(loaded, lora, training, is_chat=is_chat_model(loaded, model.model_name_or_path))
+        is_chat = is_chat_model(loaded, model.model_name_or_path)
+        if lora.q_lora and not is_chat and training.process_index == 0:
+            print(
+                f"Warning: {model.model_name_or_path} is a base model, whose embeddings of <|im_start|> and <|im_end|> "
+                "were never trained and are not with --q_lora: to chat, start from a chat model or leave --q_lora out.",
+                file=sys.stderr,
+            )
+        loaded = add_adapter(loaded, lora, training, is_chat=is_chat)
     return loaded, tokenizer
 
 
@@ -298,6 +303,24 @@ def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *,
         raise TrainingError(f"No adapter can be put on this model: {error}") from error
 
 
+def teach_settings(model: Any, tokenizer: Any) -> None:
+    """Give a model the generation settings of a chat, which a base model lacks, and its adapters a copy of them."""
+    generation = model.generation_config
+    ends, pad = generation.eos_token_id, generation.pad_token_id
+    window = getattr(generation, "max_window_size", None)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    settings = {
+        "chat_format": "chatml",
+        "eos_token_id": list(dict.fromkeys([tokenizer.im_end_id, *ends, tokenizer.eod_id])),
+        "pad_token_id": tokenizer.eod_id if pad is None else pad,
+        "max_window_size": min(DEFAULT_WINDOW, model.config.n_positions) if window is None else window,
+    }
+    generation.update(**settings, allow_custom_entries=True)
+    generation._from_model_config = False  # else transformers makes it anew when the model is loaded
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.auto_mapping = {"base_model_class": "QWenLMHeadModel", "parent_library": "qwen1", SETTINGS: settings}
+
+
 def _choose_dtype(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> torch.dtype:
     if model.model_dtype != "auto":
         return getattr(torch, model.model_dtype)
@@ -321,20 +344,6 @@ def _require(package: str, option: str) -> None:
 
 
 # --- the loop ---
-
-
-class QWenTrainer(Trainer):
-    """Transformers' loop, without a cache of keys and values, and with the perplexity of evaluations."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; not by `config.use_cache`, which would be saved with the model."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As transformers', with `eval_perplexity` beside `eval_loss`."""
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], _LARGEST_EXPONENT))
-        super().log(logs, *args, **kwargs)
 
 
 def train(
@@ -370,106 +379,41 @@ def train(
     """
     if not train_examples:
         raise TrainingError("There are no examples to train on.")
-    if "tensorboard" in (args.report_to or ()) and not any(
-        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
-    ):
-        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
-    checkpoint = _checkpoint_to_resume(args)
+    checkpoint = checkpoint_to_resume(args)
     seed = args.seed if args.data_seed is None else args.data_seed
-    pad = tokenizer.pad_token_id
 
     def dataset(examples: Sequence[Example]) -> Any:
         return PackedDataset(examples, pack(examples, max_length, seed)) if packing else ExampleDataset(examples)
 
+    rows = dataset(train_examples)
+    _check_run(args, len(rows))
     use_cache = model.config.use_cache
     trainer = QWenTrainer(
         model=model,
         args=args,
-        data_collator=Collator(int(pad), packing),
-        train_dataset=dataset(train_examples),
+        data_collator=Collator(int(tokenizer.pad_token_id), packing),
+        train_dataset=rows,
         eval_dataset=dataset(eval_examples) if eval_examples else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
     model.config.use_cache = use_cache  # transformers turns it off, and would save it so
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(None if checkpoint is None else str(checkpoint))
     return trainer
 
 
-def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint in a folder; one that a killed run left half-written is passed over."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        if _is_complete(path):
-            return path
-        logger.warning(f"{path} is incomplete and passed over.")
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # transformers writes it last
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    wanted: Any = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("", "false", "no", "0"):
-        return None
-    if str(wanted).lower() in ("true", "yes", "1"):
-        found = last_checkpoint(str(args.output_dir))
-        return None if found is None else str(found)
-    if not _is_complete(Path(wanted)):
-        raise TrainingError(f"--resume_from_checkpoint {wanted} is no complete checkpoint: pass True for the last one.")
-    return str(wanted)
-
-
-# --- the folder of the result ---
-
-
-def check_output(args: FinetuningArguments) -> None:
-    """Refuse a folder with another model, or make room in it.
-
-    Raises:
-        TrainingError: there is a model or a checkpoint, and the run neither takes it up nor may overwrite it.
-    """
-    folder = Path(args.output_dir)
-    checkpoints = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    models = [path for name in ("config.json", _ADAPTER_CONFIG, "*.safetensors") for path in folder.glob(name)]
-    if _checkpoint_to_resume(args) is not None or not (checkpoints or models):
-        return
-    if not args.overwrite_output_dir:
+def _check_run(args: TrainingArguments, rows: int) -> None:
+    """Refuse what would fail only after the training, or train nothing."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
         raise TrainingError(
-            f"{folder} holds {(models or checkpoints)[0].name} of an earlier run: name another --output_dir, go on "
-            "with --resume_from_checkpoint True, or pass --overwrite_output_dir."
+            f"The {rows} rows are fewer than a batch ({batch}), which --dataloader_drop_last leaves out: take it away, "
+            "or lower --per_device_train_batch_size."
         )
-    for path in checkpoints:  # or a later run would resume from them
-        shutil.rmtree(path)
-
-
-def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
-    """Save model or adapter, with the tokenizer; the file that makes the folder a model appears last.
-
-    All processes call it; one writes.
-    """
-    folder = Path(folder)
-    partial = folder / ".partial"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        written = sorted(partial.iterdir(), key=lambda path: path.name in ("config.json", _ADAPTER_CONFIG))
-        for stale in folder.glob("*.safetensors*"):  # shards of a model that had more of them
-            stale.unlink()
-        for path in written:
-            os.replace(path, folder / path.name)
-        partial.rmdir()
-        trainer.save_state()
-    trainer.accelerator.wait_for_everyone()
+    if "tensorboard" in (args.report_to or ()) and not any(
+        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
+    ):
+        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
 
 
 # --- the program ---
@@ -484,12 +428,14 @@ def run(arguments: Arguments) -> QWenTrainer:
     model_arguments, data, lora, args = arguments
     first = args.process_index == 0
     if first:
-        check_output(args)
+        check_output(args, overwrite=args.overwrite_output_dir)
     set_seed(args.seed)  # transformers' loop does so too, but after an adapter has drawn its first weights
     model, tokenizer = load_model(model_arguments, lora, args)
     examples, held_out = load_examples(tokenizer, data, args.seed, progress=first)
     if lora.use_lora and first:
         model.print_trainable_parameters()
+    if not data.plain_texts:
+        teach_settings(model, tokenizer)  # now, for the checkpoints
     trainer = train(
         model,
         tokenizer,
@@ -501,9 +447,8 @@ def run(arguments: Arguments) -> QWenTrainer:
     )
     if held_out and args.eval_strategy == "no":
         trainer.evaluate()
-    if not data.plain_texts and not lora.use_lora:  # a base model has learnt to chat
-        model.generation_config.update(chat_format="chatml", allow_custom_entries=True)
-        model.generation_config._from_model_config = False  # else transformers makes it anew when the model is loaded
+    if not data.plain_texts:
+        teach_settings(model, tokenizer)  # again, because transformers puts the tokenizer's ends in front
     save_trained(trainer, args.output_dir)
     return trainer
 
@@ -518,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(arguments)
     except (DataError, TrainingError, OSError) as error:
-        if arguments[-1].process_index == 0:
+        if arguments[-1].process_index == 0 or isinstance(error, SavingError):
             print(f"qwen1-finetune: {error}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:

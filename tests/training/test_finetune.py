@@ -20,8 +20,9 @@ from qwen1 import finetune as program
 from qwen1.conversion.merging import merge_lora
 from qwen1.conversion.writing import Progress
 from qwen1.training import finetuning
+from qwen1.training.checkpoints import last_checkpoint
 from qwen1.training.errors import TrainingError
-from qwen1.training.finetuning import last_checkpoint, main, parse_arguments, run
+from qwen1.training.finetuning import main, parse_arguments, run
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 DROPOUT = {
@@ -29,46 +30,6 @@ DROPOUT = {
     **dict.fromkeys(["attn_pdrop", "attn_dropout_prob", "embd_pdrop", "emb_dropout_prob"], 0.1),
 }
 STEPS = ["--max_steps", "3"]
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    turns = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * (i + 1)}] for i in range(12)]
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
-    return path
-
-
-@pytest.fixture
-def checkpoint_folder(checkpoint_folder):
-    edit_json(checkpoint_folder / "generation_config.json", _from_model_config=None)  # as in the published files
-    return checkpoint_folder
-
-
-@pytest.fixture
-def options(checkpoint_folder, data, tmp_path):
-    """Make the words of a command line: (*options, where the output goes) -> list."""
-
-    def make(*more, output="out", data=data):
-        words = ["--model_name_or_path", checkpoint_folder, "--data_path", data, "--output_dir", tmp_path / output]
-        words += ["--model_max_length", 128, "--per_device_train_batch_size", 2, "--logging_steps", 1]
-        words += ["--learning_rate", 1e-3, "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
-        return [str(word) for word in (*words, *more)]
-
-    return make
-
-
-@pytest.fixture
-def failed(capsys):
-    """What the program says about why it ends with this status: (words, status) -> standard error."""
-
-    def fail(words, status=1):
-        with pytest.raises(SystemExit) as end:
-            main(words)
-        assert end.value.code == status
-        return capsys.readouterr().err
-
-    return fail
 
 
 @pytest.fixture
@@ -95,11 +56,6 @@ class KillAfterSaving(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise self.error
-
-
-def edit_json(path, **changes):
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
 def weights(folder, name="model.safetensors"):
@@ -147,7 +103,7 @@ def test_evaluation_at_the_end(options, data):
     assert trainer.state.log_history[-1]["eval_perplexity"] > 1
 
 
-def test_plain_texts(options, tmp_path, checkpoint_folder):
+def test_plain_texts(options, tmp_path, checkpoint_folder, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", chat_format="raw")
     (tmp_path / "texts.txt").write_text("one text\n\nanother\n\n" + "long " * 40)
     main(options(*STEPS, "--plain_texts", "--packing", "--attn_implementation", "eager", data=tmp_path / "texts.txt"))
@@ -156,7 +112,7 @@ def test_plain_texts(options, tmp_path, checkpoint_folder):
 
 
 @pytest.mark.parametrize("settings", [{"chat_format": "raw"}, {"chat_format": None, "_from_model_config": True}])
-def test_a_base_model_becomes_a_chat_model(options, tmp_path, checkpoint_folder, settings):
+def test_a_base_model_becomes_a_chat_model(options, tmp_path, checkpoint_folder, settings, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", **settings)
     main(options("--max_steps", 1))
     assert QWenLMHeadModel.from_pretrained(tmp_path / "out").generation_config.chat_format == "chatml"
@@ -166,7 +122,7 @@ def test_a_base_model_becomes_a_chat_model(options, tmp_path, checkpoint_folder,
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["chat", "base"])
-def test_lora_with_gradient_checkpointing_can_be_merged(options, tmp_path, checkpoint_folder, base):
+def test_lora_with_gradient_checkpointing_can_be_merged(options, tmp_path, checkpoint_folder, base, edit_json):
     if base:
         edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
     main(options(*STEPS, "--use_lora", "--lora_r", 4, "--gradient_checkpointing"))
@@ -216,7 +172,7 @@ def test_bitsandbytes_is_missing(options, failed, without):
     assert "--q_lora needs bitsandbytes: pip install bitsandbytes" in said
 
 
-def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_folder):
+def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_folder, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
     load, asked = finetuning.AutoModelForCausalLM.from_pretrained, {}
 
@@ -284,7 +240,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_resumed_training_is_bit_identical(options, tmp_path, checkpoint_folder, monkeypatch, case):
+def test_resumed_training_is_bit_identical(options, tmp_path, checkpoint_folder, monkeypatch, case, edit_json):
     if case == "dropout":
         edit_json(checkpoint_folder / "config.json", **DROPOUT)
     words = [*RESUMED[case], "--max_steps", 5, "--save_strategy", "steps", "--save_steps", 3]
@@ -304,7 +260,7 @@ def test_resumed_training_is_bit_identical(options, tmp_path, checkpoint_folder,
     assert losses[0] == losses[1]
 
 
-def test_dropout_is_on(options, checkpoint_folder, tmp_path):
+def test_dropout_is_on(options, checkpoint_folder, tmp_path, edit_json):
     main(options("--max_steps", 2, output="without"))
     edit_json(checkpoint_folder / "config.json", **DROPOUT)
     main(options("--max_steps", 2, output="with"))

@@ -77,6 +77,28 @@ def test_a_work_folder_keeps_to_its_seed(tmp_path):
         journey._claim(tmp_path, 1, SMALL)
 
 
+def test_the_plan_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def cut_short(path, text, *args):
+        with path.open("w") as file:
+            file.write(text[:9])
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(type(tmp_path), "write_text", cut_short)
+        journey._claim(tmp_path, 0, SMALL)
+    journey._claim(tmp_path, 0, SMALL)
+    written = (tmp_path / "plan.json").read_text()
+    assert json.loads(written)["seed"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text('{"seed": 0')
+    with pytest.raises(ValueError, match=r"plan\.json is damaged .*delete it if"):
+        journey._claim(tmp_path, 0, SMALL)
+    assert (tmp_path / "plan.json").read_text() == '{"seed": 0'
+
+
 def test_an_examination_counts_exact_replies_only(byte_tokenizer, tiny_model, monkeypatch):
     dialogues = [Dialogue("facts", "en", [("a", "right")]), Dialogue("memory", "en", [("b", "c"), ("d", "Right")])]
     model = tiny_model()

@@ -78,10 +78,24 @@ def _claim(work: Path, seed: int, size: Size) -> None:
     """Keep stages of different seeds or sizes apart."""
     plan = {"seed": seed, **asdict(size)}
     note = work / "plan.json"
-    if note.exists() and (found := json.loads(note.read_text())) != plan:
-        raise ValueError(f"{work} was begun with {found}, not with {plan}: name another work folder.")
+    if note.exists():
+        if (found := _read_plan(note)) != plan:
+            raise ValueError(f"{work} was begun with {found}, not with {plan}: name another work folder.")
+        return
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(plan))
+    partial = note.with_name("plan.json.partial")
+    partial.write_text(json.dumps(plan))
+    partial.replace(note)
+
+
+def _read_plan(note: Path) -> dict[str, object]:
+    try:
+        return json.loads(note.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{note} is damaged ({error}): delete it if the folder was begun with this seed and size, or name another "
+            "work folder."
+        ) from error
 
 
 def _stage(folder: Path, make: Callable[[Path], Trainer]) -> None:

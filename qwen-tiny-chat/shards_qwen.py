@@ -1,0 +1,1 @@
+../shards_qwen.py

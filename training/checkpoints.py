@@ -1,0 +1,238 @@
+"""The folder of a training: which checkpoints in it are complete, what may be put there, how the result gets there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+
+from .errors import SavingError, TrainingError
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("model*.safetensors", "adapter_model.*", "*/adapter_model.*", "pytorch_model*", "global_step*")
+"""Where a checkpoint has its weights: whole or in files, adapters, FSDP's shards, DeepSpeed's."""
+
+_OPTIMIZER = ("*optimizer*", "global_step*")
+_ZIPPED = {".pt", ".pth", ".bin"}  # what torch.save writes
+_FULL = re.compile(r"no space left|quota exceeded", re.IGNORECASE)
+_WRITING = re.compile(rf"{_FULL.pattern}|os error \d+|inline_container|StreamWriter|iostream", re.IGNORECASE)
+"""What torch and safetensors say, in errors of no kind of their own, where a file can't be written."""
+
+_HARDLY_ANY = 2**20  # bytes; torch's error doesn't say that the disk is full
+
+
+# --- which are complete ---
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """All checkpoints in a folder, complete or not, the newest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def last_checkpoint(folder: str | os.PathLike, before: int | None = None) -> Path | None:
+    """The newest complete checkpoint in a folder, of a step before another; those half-written are passed over."""
+    for path in checkpoints_in(folder):
+        if before is not None and _step(path) >= before:
+            continue
+        missing = what_is_missing(path)
+        if missing is None:
+            return path
+        logger.warning_once(f"{path} is incomplete and passed over: {missing}.")
+    return None
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Why a training can't be taken up from a checkpoint; None where it can."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # transformers writes it last
+    except (OSError, ValueError):
+        return f"{TRAINER_STATE_NAME} is missing or cut short"
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return f"{TRAINER_STATE_NAME} has no global_step"
+    for what, patterns in {"weights": _WEIGHTS, "state of the optimizer": _OPTIMIZER}.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"it has no {what}"
+    damaged = next((path for path in sorted(checkpoint.iterdir()) if not _is_whole(path)), None)
+    return None if damaged is None else f"{damaged.name} is cut short, or lacks parts"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has its end, which a crash takes; of files with an index of parts, whether all are there."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.name.endswith(".index.json"):
+            parts = json.loads(path.read_bytes())["weight_map"].values()
+            return all((path.parent / part).is_file() for part in set(parts))
+        return path.suffix not in _ZIPPED or zipfile.is_zipfile(path)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError):
+        return False
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
+    """The checkpoint that `args.resume_from_checkpoint` asks for; None to begin anew.
+
+    Raises:
+        TrainingError: a checkpoint is named that can't be taken up.
+    """
+    wanted = str(args.resume_from_checkpoint or "")
+    if wanted.lower() in ("", "false", "no", "0"):
+        return None
+    if _is_any(args):
+        folder = str(args.output_dir)
+        found = last_checkpoint(folder)
+        if found is None and (incomplete := checkpoints_in(folder)):
+            names = ", ".join(path.name for path in incomplete)
+            logger.warning_once(f"{folder} has no complete checkpoint ({names}): training begins anew.")
+        return found
+    if missing := what_is_missing(Path(wanted)):
+        raise TrainingError(
+            f"--resume_from_checkpoint {wanted} is no complete checkpoint: pass True for the last one. Here {missing}."
+        )
+    return Path(wanted)
+
+
+def _is_any(args: TrainingArguments) -> bool:
+    """Whether the last checkpoint is to be taken up, whichever that is."""
+    return str(args.resume_from_checkpoint).lower() in ("true", "yes", "1")
+
+
+# --- the folder of the result ---
+
+
+def check_output(args: TrainingArguments, *, overwrite: bool) -> None:
+    """Refuse a folder with another model, or make room in it.
+
+    Raises:
+        TrainingError: there is a model or a checkpoint, and the run neither takes it up nor may overwrite it.
+    """
+    folder = Path(str(args.output_dir))
+    checkpoints = checkpoints_in(folder)
+    models = [path for name in ("config.json", ADAPTER_CONFIG, "*.safetensors") for path in folder.glob(name)]
+    if checkpoint_to_resume(args) is not None or not (checkpoints or models):
+        return
+    if _is_any(args) and not models and not overwrite:
+        return  # a run that was killed before its first checkpoint was complete
+    if not overwrite:
+        resumable = not models or last_checkpoint(folder) is not None
+        ways = ["name another --output_dir", *["go on with --resume_from_checkpoint True"] * resumable]
+        none = "" if resumable else " It has no complete checkpoint to go on from."
+        raise TrainingError(
+            f"{folder} holds {(models or checkpoints)[0].name} of an earlier run: {', '.join(ways)}, or pass "
+            f"--overwrite_output_dir.{none}"
+        )
+    for path in checkpoints:  # or a later run would resume from them
+        shutil.rmtree(path)
+
+
+def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
+    """Save model or adapter, with the tokenizer; the file that makes the folder a model appears last.
+
+    All processes call it; one writes.
+
+    Raises:
+        SavingError: no space is left, or the weights were not put together.
+        TrainingError: weights that are not finite; see `QWenTrainer.save_model`.
+    """
+    folder = Path(folder)
+    partial = folder / ".partial"
+    with writing(partial, folder):
+        if trainer.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        if (sharding := getattr(trainer.accelerator.state, "fsdp_plugin", None)) is not None:
+            sharding.state_dict_config = sharding.optim_state_dict_config = None
+            sharding.set_state_dict_type("FULL_STATE_DICT")  # checkpoints may be in shards, a model may not
+        trainer.save_model(str(partial))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            if (partial / ADAPTER_CONFIG).is_file():  # peft saves none
+                settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
+                (partial / GENERATION_CONFIG_NAME).write_text(settings.to_json_string(use_diff=True))
+            _put_in_place(partial, folder)
+            trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    if not any(partial.glob("*.safetensors")):
+        raise SavingError(
+            f"{folder} has got no weights: {partial} holds them in shards. Put them together from there, and next time "
+            "let DeepSpeed do so: stage3_gather_16bit_weights_on_model_save."
+        )
+    written = sorted(partial.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER_CONFIG))
+    for stale in folder.glob("*.safetensors*"):  # shards of a model that had more of them
+        stale.unlink()
+    for path in written:
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+
+
+# --- no space left ---
+
+
+@contextmanager
+def writing(partial: Path, folder: str | os.PathLike) -> Iterator[None]:
+    """Turn an error of writing `partial` into a sentence, and take away what is there of it.
+
+    Raises:
+        SavingError: names the last good checkpoint in `folder`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_of_writing(error):
+            raise
+        raise saving_error(error, partial, folder) from error
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Whether a file couldn't be written."""
+    if isinstance(error, OSError):
+        return True
+    chain: Any = error
+    while chain is not None:
+        if isinstance(chain, (OSError, RuntimeError, SafetensorError)) and _WRITING.search(str(chain)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def saving_error(error: BaseException, partial: Path, folder: str | os.PathLike) -> SavingError:
+    """Take away what was written of a folder, and say what is left to go on from."""
+    reason, free = next(iter(str(error).splitlines()), type(error).__name__), _free_space(partial)
+    if _FULL.search(reason) or free < _HARDLY_ANY:
+        reason = f"no space left on its disk ({free} bytes free)"
+    shutil.rmtree(partial, ignore_errors=True)
+    good = last_checkpoint(folder)
+    rest = "there is no complete checkpoint" if good is None else f"the last good checkpoint is {good}"
+    return SavingError(
+        f"{partial} can't be written: {reason}. What was there of it is taken away; {rest}. Make room, then go on with "
+        "--resume_from_checkpoint True."
+    )
+
+
+def _free_space(path: Path) -> int:
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(place).free
