@@ -462,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         run(arguments)
-    except (DataError, TrainingError, OSError) as error:
+    except (DataError, TrainingError, ImportError, OSError) as error:
         if arguments[-1].process_index == 0 or isinstance(error, SavingError):
             print(f"qwen1-finetune: {error}", file=sys.stderr)
         sys.exit(FAILED)

@@ -1,6 +1,8 @@
 """The command qwen1-chat without a terminal: its options, single questions, pipes. The rest is in tests/terminal."""
 
+import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +111,18 @@ def test_a_missing_checkpoint_is_an_error(capsys, tmp_path):
     assert main(["--checkpoint", str(tmp_path / "none"), "hi"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("qwen1-chat: ") and "none" in error
+
+
+def test_packages_that_few_bits_need_are_named(capsys, checkpoint_folder, monkeypatch):
+    """As a published Int4 folder asks for."""
+    config = json.loads((checkpoint_folder / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (checkpoint_folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    find = importlib.util.find_spec
+    absent = ("gptqmodel", "optimum")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    assert main(["--checkpoint", str(checkpoint_folder), "hello"]) == 1
+    assert "pip install gptqmodel optimum" in capsys.readouterr().err
 
 
 def test_a_limit_that_cannot_be_is_an_error(capsys):

@@ -300,6 +300,17 @@ def test_a_folder_with_a_model_is_refused(options, tmp_path, failed, held):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [held]
 
 
+def test_packages_that_few_bits_need_are_named(options, checkpoint_folder, failed, monkeypatch):
+    config = json.loads((checkpoint_folder / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (checkpoint_folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    find = importlib.util.find_spec
+    absent = ("gptqmodel", "optimum")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    said = failed(options("--use_lora"))
+    assert "pip install gptqmodel optimum" in said
+
+
 def test_a_model_is_overwritten_on_request(options, tmp_path):
     out = tmp_path / "out"
     (out / "checkpoint-9").mkdir(parents=True)
