@@ -23,11 +23,10 @@ import json
 import operator
 import os
 import re
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tiktoken
 from tokenizers import (
@@ -328,6 +327,17 @@ def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int])
     return backend
 
 
+def copy_backend(backend: Tokenizer) -> Tokenizer:
+    """A backend with settings of its own and the same model, which isn't copied."""
+    copy = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(copy, part, getattr(backend, part))
+    tokens = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for special, group in itertools.groupby(tokens, lambda token: token.special):
+        (copy.add_special_tokens if special else copy.add_tokens)(list(group))
+    return copy
+
+
 def _special_added_token(token: str) -> AddedToken:
     return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
 
@@ -496,6 +506,21 @@ def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
 
 # --- the tokenizers ---
 
+Value = TypeVar("Value")
+
+
+class _kept(Generic[Value]):
+    """`functools.cached_property` without its lock (up to Python 3.11), which outlives neither dill nor a fork."""
+
+    def __init__(self, function: Callable[[Any], Value]):
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        value = self.function(instance)
+        vars(instance)[self.function.__name__] = value
+        return value
+
 
 class QWenTokenizerMixin(PreTrainedTokenizerBase):
     """What the two tokenizers share: special tokens, the `allowed_special` interface, decoding, saving, chat.
@@ -578,7 +603,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """Id of `<|im_end|>`."""
         return self.special_tokens[IMEND]
 
-    @functools.cached_property
+    @_kept
     def _n_vocab(self) -> int:
         return max(*self.mergeable_ranks.values(), *self.special_tokens.values()) + 1
 
@@ -595,11 +620,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """`eos_token` and the like, then all special tokens of this model by id."""
         return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
 
-    @functools.cached_property
+    @_kept
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
 
-    @functools.cached_property
+    @_kept
     def _token_bytes(self) -> dict[int, bytes]:
         """Id -> bytes that the token stands for; special tokens stand for their text."""
         ordinary = {i: token for token, i in self.mergeable_ranks.items()}
@@ -1208,7 +1233,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _token_of(self, index: int) -> str | bytes | None:
         return self.decoder.get(index)
 
-    @functools.cached_property
+    @_kept
     def _whole_piece_bpe(self) -> tiktoken.Encoding:
         """Encodes any text as one piece. Needed for very long runs of white space only, so built when first used."""
         return tiktoken.Encoding(
@@ -1318,8 +1343,6 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
 
     slow_tokenizer_class = QWenTokenizer  # type: ignore[assignment]
     _tokenizer: Any
-    # transformers writes truncation and padding into the backend before it encodes; threads would get each other's.
-    _backend_lock = threading.RLock()
 
     # transformers keeps these two steps in its slow class; `_from_ids` uses them here too.
     truncate_sequences = PreTrainedTokenizer.truncate_sequences
@@ -1367,7 +1390,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
     def _token_of(self, index: int) -> str | bytes | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
 
-    @functools.cached_property
+    @_kept
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Token bytes -> id, read back from the backend; extra vocabulary included."""
         _, table = _byte_alphabet()
@@ -1409,8 +1432,23 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
         text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
-        with self._backend_lock:
-            return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
+        own = self._for_one_call(kwargs)
+        return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
+
+    def _for_one_call(self, options: Mapping[str, Any]) -> TokenizersBackend:
+        """This tokenizer, or one that shares all but the backend where a call with these options would change that.
+
+        transformers writes truncation and padding into the backend before it encodes, so threads would get each
+        other's. A lock against that would outlive neither a pickle of the class, as dill makes, nor a fork.
+        """
+        backend = self._tokenizer
+        wanted = (options.get("truncation_strategy", "do_not_truncate"), options.get("padding_strategy", "do_not_pad"))
+        has_settings = backend.truncation or backend.padding or backend.encode_special_tokens
+        if wanted == ("do_not_truncate", "do_not_pad") and not has_settings:
+            return self
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _tokenizer=copy_backend(backend))
+        return own
 
     def _chat_encoding(
         self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
@@ -1558,7 +1596,7 @@ class _LazyEncodings(Sequence[Encoding]):
         self._make = make
         self._chats = chats
 
-    @functools.cached_property
+    @_kept
     def _made(self) -> list[Encoding]:
         return [self._make(pieces, length) for pieces, length in self._chats]
 
