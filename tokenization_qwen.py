@@ -47,6 +47,8 @@ from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .template_qwen import CHAT_TEMPLATE as CHAT_TEMPLATE
+
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
@@ -66,53 +68,6 @@ IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *EXTRAS)
-
-# The text of chat_template.jinja. It is repeated here because folders in the 2023 layout have no such file, and because
-# transformers copies nothing but .py files along with remote code.
-CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
-{%- macro text(content) %}
-    {%- if content is string %}
-        {{- content }}
-    {%- elif content is mapping %}
-        {{- raise_exception('The content of a message is a text or a list of parts, not a mapping') }}
-    {%- elif content is iterable %}
-        {%- for part in content %}
-            {%- if part is string %}
-                {{- part }}
-            {%- elif part.type == 'text' %}
-                {{- part.text }}
-            {%- else %}
-                {{- raise_exception('This model reads text only; got a content part of type ' ~ part.type) }}
-            {%- endif %}
-        {%- endfor %}
-    {%- elif content is defined and content is not none %}
-        {{- content }}
-    {%- endif %}
-{%- endmacro %}
-{%- if messages[0].role != 'system' %}
-    {{- '<|im_start|>system\n' ~ cut ~ 'You are a helpful assistant.' ~ cut ~ '<|im_end|>' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-        {{- raise_exception('Unknown role ' ~ message.role ~ '; use system, user, assistant or tool') }}
-    {%- elif message.role == 'system' and not loop.first %}
-        {{- raise_exception('Only the first message can have the role system') }}
-    {%- elif message.role != 'system' %}
-        {{- '\n' }}
-    {%- endif %}
-    {{- '<|im_start|>' ~ message.role ~ '\n' ~ cut }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}
-            {{- text(message.content) ~ cut ~ '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- text(message.content) ~ cut ~ '<|im_end|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '\n<|im_start|>assistant\n' }}
-{%- endif %}
-"""
 
 # White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n. tiktoken's regex engine
 # keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
@@ -445,6 +400,8 @@ def _mask_unsafe(text: str, mask: str) -> str:
 
     def masked(match: re.Match[str]) -> str:
         found = match.group()
+        if not found or found.isspace():  # before a ">", which trimming may bring to the start
+            return found + mask
         return f"{mask}|{mask}" if found == "|" else found[:1] + mask + found[1:]
 
     return UNSAFE_TEXT.sub(masked, text)
