@@ -47,12 +47,12 @@ from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .template_qwen import CHAT_TEMPLATE as CHAT_TEMPLATE
-
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
 EXTRA_VOCAB_FILES_NAMES = {"extra_vocab_file": "qwen_extra.tiktoken"}
+# What transformers reads beside these.
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -68,6 +68,154 @@ IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *EXTRAS)
+
+# The text of chat_template.jinja. It is repeated here because folders in the 2023 layout have no such file, and because
+# transformers copies nothing but .py files along with remote code.
+CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content is mapping %}
+        {{- raise_exception('The content of a message is a text or a list of parts, not a mapping') }}
+    {%- elif content is defined and content is not none and content is not iterable %}
+        {{- raise_exception('The content of a message is a text or a list of parts, not ' ~ content) }}
+    {%- elif content %}
+        {%- for part in content %}
+            {%- if part is string %}
+                {{- part }}
+            {%- elif part is not mapping or part.type != 'text' %}
+                {%- set kind = part.type | default(part) %}
+                {{- raise_exception('This model reads text only; got a content part of type ' ~ kind) }}
+            {%- elif part.text is not string %}
+                {{- raise_exception('The text of a content part is a text, not ' ~ (part.text | default('missing'))) }}
+            {%- else %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- macro described(tool) %}
+    {%- set human = tool.name_for_human or tool.name_for_model or tool.name %}
+    {%- set use = tool.description_for_model or tool.description or '' %}
+    {%- if use is not string %}
+        {{- raise_exception('The description of the tool ' ~ human ~ ' is a text, not ' ~ use) }}
+    {%- endif %}
+    {{- ': Call this tool to interact with the ' ~ human ~ ' API. What is the ' ~ human ~ ' API useful for? ' ~ use }}
+    {{- ' Parameters: ' }}
+    {%- if tool.parameters is undefined or tool.parameters is none %}
+        {{- '{"type": "object", "properties": {}}' }}
+    {%- else %}
+        {{- tool.parameters | tojson }}
+    {%- endif %}
+    {{- ' Format the arguments as a JSON object.' }}
+{%- endmacro %}
+{%- macro asked(query) %}
+    {{- 'Answer the following questions as best you can. You have access to the following tools:' }}
+    {%- set known = namespace(names=[]) %}
+    {%- for given in tools %}
+        {%- set tool = given.function if given.function is mapping else given %}
+        {%- set name = tool.name_for_model or tool.name %}
+        {%- if name is not string or not name %}
+            {{- raise_exception('A tool has a name, which is a text: got ' ~ given) }}
+        {%- elif name in known.names %}
+            {{- raise_exception('Two tools have the name ' ~ name ~ '; rename one of them') }}
+        {%- endif %}
+        {%- set known.names = known.names + [name] %}
+        {{- '\n\n' ~ name ~ described(tool) }}
+    {%- endfor %}
+    {{- '\n\nUse the following format:\n\nQuestion: the input question you must answer' }}
+    {{- '\nThought: you should always think about what to do' }}
+    {{- '\nAction: the action to take, should be one of [' ~ known.names | join(', ') ~ ']' }}
+    {{- '\nAction Input: the input to the action\nObservation: the result of the action' }}
+    {{- '\n... (this Thought/Action/Action Input/Observation can be repeated zero or more times)' }}
+    {{- '\nThought: I now know the final answer\nFinal Answer: the final answer to the original input question' }}
+    {{- '\n\nBegin!\n\nQuestion: ' ~ query }}
+{%- endmacro %}
+{%- macro action(message) %}
+    {%- set calls = (message.tool_calls or []) + ([message.function_call] if message.function_call else []) %}
+    {%- if calls | length > 1 %}
+        {{- raise_exception('Several calls in one message, but this model makes one and waits for its result: give ' ~
+            'each call a message of its own, with its result behind it') }}
+    {%- endif %}
+    {%- for given in calls %}
+        {%- set call = given.function if given.function is mapping else given %}
+        {%- if call.name is not string or not (call.arguments is string or call.arguments is mapping) %}
+            {{- raise_exception('A call has a name, and arguments that are a mapping or JSON: got ' ~ given) }}
+        {%- endif %}
+        {{- '\nAction: ' ~ call.name ~ '\nAction Input: ' }}
+        {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+    {%- endfor %}
+{%- endmacro %}
+{%- macro answered(message, thinks) %}
+    {%- set content = text(message.content) %}
+    {%- set call = action(message) %}
+    {%- if call %}
+        {{- (content if content.startswith('Thought:') else 'Thought: ' ~ content).rstrip() ~ call }}
+    {%- elif thinks and not content.startswith('Thought:') %}
+        {{- 'Thought: I now know the final answer.\nFinal Answer: ' ~ content }}
+    {%- else %}
+        {{- content }}
+    {%- endif %}
+{%- endmacro %}
+{%- set state = namespace(question=-1, turn='') %}
+{%- for message in messages if tools %}
+    {%- if message.role == 'user' %}
+        {%- set state.question = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools and state.question < 0 %}
+    {{- raise_exception('tools= are described in the question of a user: give one, or no tools') }}
+{%- endif %}
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\n' ~ cut ~ 'You are a helpful assistant.' ~ cut ~ '<|im_end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set is_result = message.role in ['tool', 'function'] %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool', 'function'] %}
+        {{- raise_exception('Unknown role ' ~ message.role ~ '; use system, user, assistant or tool') }}
+    {%- elif message.role == 'system' and not loop.first %}
+        {{- raise_exception('Only the first message can have the role system') }}
+    {%- elif is_result and state.turn != 'call' and (tools or state.turn == 'result' or message.role == 'function') %}
+        {{- raise_exception('The result of a tool follows the message with its call in tool_calls; there is none') }}
+    {%- endif %}
+    {%- if is_result and state.turn == 'call' %}
+        {{- ' ' ~ text(message.content).lstrip('\n').rstrip() }}
+        {%- set state.turn = 'result' %}
+    {%- elif message.role == 'assistant' %}
+        {%- set calls = message.tool_calls or message.function_call %}
+        {%- set waits = calls and (loop.last or messages[loop.index].role in ['tool', 'function']) %}
+        {%- set written = answered(message, tools or state.turn == 'result') %}
+        {%- if state.turn == 'result' %}
+            {{- '\nThought:' }}
+            {%- set written = written[8:] %}
+        {%- else %}
+            {{- '\n<|im_start|>assistant\n' ~ cut }}
+        {%- endif %}
+        {%- generation %}
+            {{- written.rstrip() ~ '\nObservation:' if waits else written ~ cut ~ '<|im_end|>' }}
+        {%- endgeneration %}
+        {%- set state.turn = 'call' if waits else '' %}
+    {%- else %}
+        {%- if state.turn == 'result' %}
+            {{- cut ~ '<|im_end|>' }}
+        {%- endif %}
+        {%- set state.turn = '' %}
+        {{- '' if message.role == 'system' else '\n' }}
+        {{- '<|im_start|>' ~ message.role ~ '\n' ~ cut }}
+        {{- asked(text(message.content)) if loop.index0 == state.question else text(message.content) }}
+        {{- cut ~ '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and state.turn == 'call' %}
+    {{- raise_exception('The last message is a call: there is nothing to answer before its result') }}
+{%- elif add_generation_prompt and state.turn == 'result' and not tools %}
+    {{- raise_exception('The last message is the result of a call: pass tools= too') }}
+{%- elif add_generation_prompt and state.turn == 'result' %}
+    {{- '\nThought:' }}
+{%- elif add_generation_prompt %}
+    {{- '\n<|im_start|>assistant\n' }}
+{%- endif %}
+"""
 
 # White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n. tiktoken's regex engine
 # keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
@@ -96,18 +244,67 @@ ID_SUFFIX = re.compile(r"_ids?\Z")  # `pad_token_id` is the id of `pad_token`
 NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
 
 
+# --- files ---
+
+POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in place of large files
+
+
+def require_file(path: str | os.PathLike | None, name: str = "qwen.tiktoken") -> str | os.PathLike:
+    """Return `path`, or raise an error that says why it can't be read; None is a folder without the file `name`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is a directory or a device, or it can't be opened.
+        ValueError: it is a pointer of Git LFS.
+    """
+    path = name if path is None else os.fspath(path)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(
+            f"Vocabulary file {path!r} does not exist. Download {name} from the model's repository into the folder "
+            "that you load, or pass the right path as `vocab_file` (or `extra_vocab_file`)."
+        )
+    remedy = f"put the {name} of the model's repository in its place"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path!r} is a link to {os.readlink(path)!r}, where there is nothing: {remedy}.")
+    if not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "a device or a pipe"
+        raise OSError(f"{path!r} is {kind}, not a file: {remedy}.")
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(POINTER))
+    except OSError as error:
+        raise type(error)(f"{path!r} can't be read ({error.strerror}): allow it, or {remedy}.") from error
+    if begin == POINTER:
+        folder = os.path.dirname(os.path.abspath(path))
+        raise ValueError(f"{path!r} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder!r}.")
+    return path
+
+
+def require_files(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Check those of the files that are in a folder; anything else, such as the name of a repository, is left alone.
+
+    Raises:
+        OSError, ValueError: as `require_file`.
+    """
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            require_file(path, name)
+
+
+def name_damaged_json(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Raise ValueError for the first of these files in a folder that is no JSON."""
+    for path in (os.path.join(folder, name) for name in names if name.endswith(".json")):
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path!r} is damaged, no JSON that can be read ({error}): download it again.") from error
+
+
 # --- vocabulary files ---
-
-
-def require_file(path: str | os.PathLike | None) -> str | os.PathLike:
-    """Return `path`, or raise FileNotFoundError if there is no such file; None is a folder without `qwen.tiktoken`."""
-    if path is not None and os.path.isfile(path):
-        return path
-    missing = VOCAB_FILES_NAMES["vocab_file"] if path is None else os.fspath(path)
-    raise FileNotFoundError(
-        f"Vocabulary file {missing!r} does not exist. Download {VOCAB_FILES_NAMES['vocab_file']} from the model's "
-        "repository into the folder that you load, or pass the right path as `vocab_file` (or `extra_vocab_file`)."
-    )
 
 
 def load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
@@ -291,6 +488,22 @@ def copy_backend(backend: Tokenizer) -> Tokenizer:
     for special, group in itertools.groupby(tokens, lambda token: token.special):
         (copy.add_special_tokens if special else copy.add_tokens)(list(group))
     return copy
+
+
+def _read_backend(path: str | os.PathLike) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        OSError, ValueError: it can't be read, or is damaged.
+    """
+    require_file(path, "tokenizer.json")
+    try:
+        return Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # the library has no kind of its own
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, no tokenizer that can be read ({error}): download it again, or remove "
+            f"it, and {VOCAB_FILES_NAMES['vocab_file']} is read in its place."
+        ) from error
 
 
 def _special_added_token(token: str) -> AddedToken:
@@ -540,8 +753,24 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         if extra is not None or not (issubclass(cls, TokenizersBackend) and kwargs.get("tokenizer_file") is not None):
             require_file(kwargs.get("vocab_file"))
         if extra is not None:
-            require_file(extra)
+            require_file(extra, EXTRA_VOCAB_FILES_NAMES["extra_vocab_file"])
         return kwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises:
+            OSError, ValueError: a file of the folder can't be read, is damaged, or is a pointer of Git LFS.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        names = (*cls.vocab_files_names.values(), *SETTINGS_FILES)
+        require_files(folder, names)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # transformers doesn't say in which file
+            name_damaged_json(folder, names)
+            raise
 
     # Vocabulary
 
@@ -1315,7 +1544,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         tokenizer_file = kwargs.pop("tokenizer_file", None)
         if kwargs.get("tokenizer_object") is None:
             if tokenizer_file is not None and extra_vocab_file is None:
-                self._tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+                self._tokenizer = _read_backend(tokenizer_file)
             else:
                 self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
         else:
