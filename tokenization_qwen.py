@@ -28,6 +28,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+import transformers
+
+# What versions_qwen.py does for the others, as this file may be alone in a folder; older versions lack what follows.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(
+        f"This tokenizer of QWen needs transformers 5.4 or later ({transformers.__version__} is installed): run "
+        "`pip install --upgrade 'transformers>=5.4'`."
+    )
+
 import tiktoken
 from tokenizers import (
     Encoding,
