@@ -1520,6 +1520,54 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         return joined.decode("utf-8", self.errors)
 
 
+_CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
+
+
+def _is_plain_batch(text: Any) -> bool:
+    """Whether this is a text, or texts without pairs."""
+    return isinstance(text, str) or isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)
+
+
+class _BackendOfCall:
+    """The truncation and padding of one call, around a backend that has neither and adds no tokens.
+
+    It does for texts without pairs what `copy_backend` with these settings would do, without the time of the copy.
+    """
+
+    encode_special_tokens = False
+    truncation: dict[str, Any] | None = None
+    padding: dict[str, Any] | None = None
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def enable_truncation(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.truncation = settings
+
+    def enable_padding(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.padding = settings
+
+    def encode_batch(self, texts: list[str], **options: Any) -> list[Encoding]:
+        """The encodings of texts, cut and padded."""
+        encodings = self._backend.encode_batch(texts, **options)
+        if self.truncation:
+            limit, side = self.truncation["max_length"], self.truncation["direction"]
+            for encoding in encodings:
+                encoding.truncate(limit, direction=side)
+        if self.padding and encodings:
+            settings = dict(self.padding)
+            length, multiple = settings.pop("length"), settings.pop("pad_to_multiple_of") or 1
+            longest = max(map(len, encodings)) if length is None else length
+            for encoding in encodings:
+                encoding.pad(-(-longest // multiple) * multiple, **settings)
+        return encodings
+
+
 class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
     """The tokenizer on top of the `tokenizers` library, built from the same file, with the same ids.
 
@@ -1627,10 +1675,11 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
         text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
-        own = self._for_one_call(kwargs)
+        is_plain = text_pair is None and not kwargs.get("is_split_into_words") and _is_plain_batch(text)
+        own = self._for_one_call(kwargs, is_plain)
         return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
 
-    def _for_one_call(self, options: Mapping[str, Any]) -> TokenizersBackend:
+    def _for_one_call(self, options: Mapping[str, Any], is_plain: bool) -> TokenizersBackend:
         """This tokenizer, or one that shares all but the backend where a call with these options would change that.
 
         transformers writes truncation and padding into the backend before it encodes, so threads would get each
@@ -1641,8 +1690,10 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         has_settings = backend.truncation or backend.padding or backend.encode_special_tokens
         if wanted == ("do_not_truncate", "do_not_pad") and not has_settings:
             return self
+        is_plain = is_plain and wanted[0] in _CUTS_ONE and not options.get("stride") and not has_settings
+        settled = is_plain and not backend.num_special_tokens_to_add(False)
         own = object.__new__(type(self))
-        vars(own).update(vars(self), _tokenizer=copy_backend(backend))
+        vars(own).update(vars(self), _tokenizer=_BackendOfCall(backend) if settled else copy_backend(backend))
         return own
 
     def _chat_encoding(

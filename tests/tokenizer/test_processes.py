@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from qwen1 import tokenization_qwen
 from qwen1.tokenization_qwen import QWenTokenizerFast
 
 TEXT = "hello world<|im_end|>"
@@ -192,3 +193,25 @@ def test_the_backend_keeps_the_settings_of_its_owner(small_vocabulary):
     tokenizer.backend_tokenizer.enable_truncation(1)
     assert len(ids_of(tokenizer)) > 1  # what transformers gives, whatever the backend says
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 1
+
+
+@pytest.mark.parametrize("texts", [TEXT, "", [TEXT, "", "a"]], ids=["one", "empty", "batch"])
+def test_settings_of_a_call_do_what_those_of_a_backend_do(small_vocabulary, monkeypatch, texts):
+    """Which are set on a copy where there are pairs."""
+    tokenizer = QWenTokenizerFast(small_vocabulary)
+    cuts = [{}, *({"truncation": name, "max_length": n} for name in (True, "only_first") for n in (0, 1, 2, 8, 40))]
+    pads = [{}, {"padding": True}, {"padding": True, "pad_to_multiple_of": 8}, {"padding": "max_length"}]
+    more = [{}, {"padding_side": "left"}, {"return_overflowing_tokens": True, "return_offsets_mapping": True}]
+    cases = [{"max_length": 12, **cut, **pad, **other} for cut in cuts for pad in pads for other in more]
+    tokenizer.truncation_side = "left"
+
+    def result(case):
+        try:
+            return dict(tokenizer(texts, **case))
+        except ValueError as error:  # lengths that transformers refuses together
+            return str(error)
+
+    found = [result(case) for case in cases]
+    assert sum(isinstance(item, dict) for item in found) > 100
+    monkeypatch.setattr(tokenization_qwen, "_BackendOfCall", tokenization_qwen.copy_backend)
+    assert found == [result(case) for case in cases]
