@@ -4,6 +4,10 @@
 `trust_remote_code=True`, and makes `save_pretrained` write the .py files beside the weights.
 """
 
+from .versions_qwen import check_versions as check_versions  # first: older versions lack what follows
+
+# isort: split
+
 from .auto_classes import register
 from .cache_qwen import QWenCache, QWenInt8Cache
 from .configuration_qwen import QWenConfig

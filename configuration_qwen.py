@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from .versions_qwen import check_versions as check_versions  # first: older versions lack what follows
+
+# isort: split
+
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping

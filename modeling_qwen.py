@@ -8,6 +8,10 @@ Source: `qwen-7b.md` for names, signatures and arithmetic; `golden/model` for th
 
 from __future__ import annotations
 
+from .versions_qwen import check_versions as check_versions  # first: older versions lack what follows
+
+# isort: split
+
 import copy
 import inspect
 import math

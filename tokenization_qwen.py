@@ -23,11 +23,19 @@ import json
 import operator
 import os
 import re
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+import transformers
+
+# What versions_qwen.py does for the others, as this file may be alone in a folder; older versions lack what follows.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(
+        f"This tokenizer of QWen needs transformers 5.4 or later ({transformers.__version__} is installed): run "
+        "`pip install --upgrade 'transformers>=5.4'`."
+    )
 
 import tiktoken
 from tokenizers import (
@@ -52,6 +60,8 @@ logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
 EXTRA_VOCAB_FILES_NAMES = {"extra_vocab_file": "qwen_extra.tiktoken"}
+# What transformers reads beside these.
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -76,41 +86,142 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
         {{- content }}
     {%- elif content is mapping %}
         {{- raise_exception('The content of a message is a text or a list of parts, not a mapping') }}
-    {%- elif content is iterable %}
+    {%- elif content is defined and content is not none and content is not iterable %}
+        {{- raise_exception('The content of a message is a text or a list of parts, not ' ~ content) }}
+    {%- elif content %}
         {%- for part in content %}
             {%- if part is string %}
                 {{- part }}
-            {%- elif part.type == 'text' %}
-                {{- part.text }}
+            {%- elif part is not mapping or part.type != 'text' %}
+                {%- set kind = part.type | default(part) %}
+                {{- raise_exception('This model reads text only; got a content part of type ' ~ kind) }}
+            {%- elif part.text is not string %}
+                {{- raise_exception('The text of a content part is a text, not ' ~ (part.text | default('missing'))) }}
             {%- else %}
-                {{- raise_exception('This model reads text only; got a content part of type ' ~ part.type) }}
+                {{- part.text }}
             {%- endif %}
         {%- endfor %}
-    {%- elif content is defined and content is not none %}
+    {%- endif %}
+{%- endmacro %}
+{%- macro described(tool) %}
+    {%- set human = tool.name_for_human or tool.name_for_model or tool.name %}
+    {%- set use = tool.description_for_model or tool.description or '' %}
+    {%- if use is not string %}
+        {{- raise_exception('The description of the tool ' ~ human ~ ' is a text, not ' ~ use) }}
+    {%- endif %}
+    {{- ': Call this tool to interact with the ' ~ human ~ ' API. What is the ' ~ human ~ ' API useful for? ' ~ use }}
+    {{- ' Parameters: ' }}
+    {%- if tool.parameters is undefined or tool.parameters is none %}
+        {{- '{"type": "object", "properties": {}}' }}
+    {%- else %}
+        {{- tool.parameters | tojson }}
+    {%- endif %}
+    {{- ' Format the arguments as a JSON object.' }}
+{%- endmacro %}
+{%- macro asked(query) %}
+    {{- 'Answer the following questions as best you can. You have access to the following tools:' }}
+    {%- set known = namespace(names=[]) %}
+    {%- for given in tools %}
+        {%- set tool = given.function if given.function is mapping else given %}
+        {%- set name = tool.name_for_model or tool.name %}
+        {%- if name is not string or not name %}
+            {{- raise_exception('A tool has a name, which is a text: got ' ~ given) }}
+        {%- elif name in known.names %}
+            {{- raise_exception('Two tools have the name ' ~ name ~ '; rename one of them') }}
+        {%- endif %}
+        {%- set known.names = known.names + [name] %}
+        {{- '\n\n' ~ name ~ described(tool) }}
+    {%- endfor %}
+    {{- '\n\nUse the following format:\n\nQuestion: the input question you must answer' }}
+    {{- '\nThought: you should always think about what to do' }}
+    {{- '\nAction: the action to take, should be one of [' ~ known.names | join(', ') ~ ']' }}
+    {{- '\nAction Input: the input to the action\nObservation: the result of the action' }}
+    {{- '\n... (this Thought/Action/Action Input/Observation can be repeated zero or more times)' }}
+    {{- '\nThought: I now know the final answer\nFinal Answer: the final answer to the original input question' }}
+    {{- '\n\nBegin!\n\nQuestion: ' ~ query }}
+{%- endmacro %}
+{%- macro action(message) %}
+    {%- set calls = (message.tool_calls or []) + ([message.function_call] if message.function_call else []) %}
+    {%- if calls | length > 1 %}
+        {{- raise_exception('Several calls in one message, but this model makes one and waits for its result: give ' ~
+            'each call a message of its own, with its result behind it') }}
+    {%- endif %}
+    {%- for given in calls %}
+        {%- set call = given.function if given.function is mapping else given %}
+        {%- if call.name is not string or not (call.arguments is string or call.arguments is mapping) %}
+            {{- raise_exception('A call has a name, and arguments that are a mapping or JSON: got ' ~ given) }}
+        {%- endif %}
+        {{- '\nAction: ' ~ call.name ~ '\nAction Input: ' }}
+        {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+    {%- endfor %}
+{%- endmacro %}
+{%- macro answered(message, thinks) %}
+    {%- set content = text(message.content) %}
+    {%- set call = action(message) %}
+    {%- if call %}
+        {{- (content if content.startswith('Thought:') else 'Thought: ' ~ content).rstrip() ~ call }}
+    {%- elif thinks and not content.startswith('Thought:') %}
+        {{- 'Thought: I now know the final answer.\nFinal Answer: ' ~ content }}
+    {%- else %}
         {{- content }}
     {%- endif %}
 {%- endmacro %}
+{%- set state = namespace(question=-1, turn='') %}
+{%- for message in messages if tools %}
+    {%- if message.role == 'user' %}
+        {%- set state.question = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools and state.question < 0 %}
+    {{- raise_exception('tools= are described in the question of a user: give one, or no tools') }}
+{%- endif %}
 {%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\n' ~ cut ~ 'You are a helpful assistant.' ~ cut ~ '<|im_end|>' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+    {%- set is_result = message.role in ['tool', 'function'] %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool', 'function'] %}
         {{- raise_exception('Unknown role ' ~ message.role ~ '; use system, user, assistant or tool') }}
     {%- elif message.role == 'system' and not loop.first %}
         {{- raise_exception('Only the first message can have the role system') }}
-    {%- elif message.role != 'system' %}
-        {{- '\n' }}
+    {%- elif is_result and state.turn != 'call' and (tools or state.turn == 'result' or message.role == 'function') %}
+        {{- raise_exception('The result of a tool follows the message with its call in tool_calls; there is none') }}
     {%- endif %}
-    {{- '<|im_start|>' ~ message.role ~ '\n' ~ cut }}
-    {%- if message.role == 'assistant' %}
+    {%- if is_result and state.turn == 'call' %}
+        {{- ' ' ~ text(message.content).lstrip('\n').rstrip() }}
+        {%- set state.turn = 'result' %}
+    {%- elif message.role == 'assistant' %}
+        {%- set calls = message.tool_calls or message.function_call %}
+        {%- set waits = calls and (loop.last or messages[loop.index].role in ['tool', 'function']) %}
+        {%- set written = answered(message, tools or state.turn == 'result') %}
+        {%- if state.turn == 'result' %}
+            {{- '\nThought:' }}
+            {%- set written = written[8:] %}
+        {%- else %}
+            {{- '\n<|im_start|>assistant\n' ~ cut }}
+        {%- endif %}
         {%- generation %}
-            {{- text(message.content) ~ cut ~ '<|im_end|>' }}
+            {{- written.rstrip() ~ '\nObservation:' if waits else written ~ cut ~ '<|im_end|>' }}
         {%- endgeneration %}
+        {%- set state.turn = 'call' if waits else '' %}
     {%- else %}
-        {{- text(message.content) ~ cut ~ '<|im_end|>' }}
+        {%- if state.turn == 'result' %}
+            {{- cut ~ '<|im_end|>' }}
+        {%- endif %}
+        {%- set state.turn = '' %}
+        {{- '' if message.role == 'system' else '\n' }}
+        {{- '<|im_start|>' ~ message.role ~ '\n' ~ cut }}
+        {{- asked(text(message.content)) if loop.index0 == state.question else text(message.content) }}
+        {{- cut ~ '<|im_end|>' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
+{%- if add_generation_prompt and state.turn == 'call' %}
+    {{- raise_exception('The last message is a call: there is nothing to answer before its result') }}
+{%- elif add_generation_prompt and state.turn == 'result' and not tools %}
+    {{- raise_exception('The last message is the result of a call: pass tools= too') }}
+{%- elif add_generation_prompt and state.turn == 'result' %}
+    {{- '\nThought:' }}
+{%- elif add_generation_prompt %}
     {{- '\n<|im_start|>assistant\n' }}
 {%- endif %}
 """
@@ -142,18 +253,67 @@ ID_SUFFIX = re.compile(r"_ids?\Z")  # `pad_token_id` is the id of `pad_token`
 NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
 
 
+# --- files ---
+
+POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in place of large files
+
+
+def require_file(path: str | os.PathLike | None, name: str = "qwen.tiktoken") -> str | os.PathLike:
+    """Return `path`, or raise an error that says why it can't be read; None is a folder without the file `name`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is a directory or a device, or it can't be opened.
+        ValueError: it is a pointer of Git LFS.
+    """
+    path = name if path is None else os.fspath(path)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(
+            f"Vocabulary file {path!r} does not exist. Download {name} from the model's repository into the folder "
+            "that you load, or pass the right path as `vocab_file` (or `extra_vocab_file`)."
+        )
+    remedy = f"put the {name} of the model's repository in its place"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path!r} is a link to {os.readlink(path)!r}, where there is nothing: {remedy}.")
+    if not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "a device or a pipe"
+        raise OSError(f"{path!r} is {kind}, not a file: {remedy}.")
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(POINTER))
+    except OSError as error:
+        raise type(error)(f"{path!r} can't be read ({error.strerror}): allow it, or {remedy}.") from error
+    if begin == POINTER:
+        folder = os.path.dirname(os.path.abspath(path))
+        raise ValueError(f"{path!r} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder!r}.")
+    return path
+
+
+def require_files(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Check those of the files that are in a folder; anything else, such as the name of a repository, is left alone.
+
+    Raises:
+        OSError, ValueError: as `require_file`.
+    """
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            require_file(path, name)
+
+
+def name_damaged_json(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Raise ValueError for the first of these files in a folder that is no JSON."""
+    for path in (os.path.join(folder, name) for name in names if name.endswith(".json")):
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path!r} is damaged, no JSON that can be read ({error}): download it again.") from error
+
+
 # --- vocabulary files ---
-
-
-def require_file(path: str | os.PathLike | None) -> str | os.PathLike:
-    """Return `path`, or raise FileNotFoundError if there is no such file; None is a folder without `qwen.tiktoken`."""
-    if path is not None and os.path.isfile(path):
-        return path
-    missing = VOCAB_FILES_NAMES["vocab_file"] if path is None else os.fspath(path)
-    raise FileNotFoundError(
-        f"Vocabulary file {missing!r} does not exist. Download {VOCAB_FILES_NAMES['vocab_file']} from the model's "
-        "repository into the folder that you load, or pass the right path as `vocab_file` (or `extra_vocab_file`)."
-    )
 
 
 def load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
@@ -328,6 +488,33 @@ def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int])
     return backend
 
 
+def copy_backend(backend: Tokenizer) -> Tokenizer:
+    """A backend with settings of its own and the same model, which isn't copied."""
+    copy = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(copy, part, getattr(backend, part))
+    tokens = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for special, group in itertools.groupby(tokens, lambda token: token.special):
+        (copy.add_special_tokens if special else copy.add_tokens)(list(group))
+    return copy
+
+
+def _read_backend(path: str | os.PathLike) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        OSError, ValueError: it can't be read, or is damaged.
+    """
+    require_file(path, "tokenizer.json")
+    try:
+        return Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # the library has no kind of its own
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, no tokenizer that can be read ({error}): download it again, or remove "
+            f"it, and {VOCAB_FILES_NAMES['vocab_file']} is read in its place."
+        ) from error
+
+
 def _special_added_token(token: str) -> AddedToken:
     return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
 
@@ -435,6 +622,8 @@ def _mask_unsafe(text: str, mask: str) -> str:
 
     def masked(match: re.Match[str]) -> str:
         found = match.group()
+        if not found or found.isspace():  # before a ">", which trimming may bring to the start
+            return found + mask
         return f"{mask}|{mask}" if found == "|" else found[:1] + mask + found[1:]
 
     return UNSAFE_TEXT.sub(masked, text)
@@ -495,6 +684,21 @@ def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
 
 
 # --- the tokenizers ---
+
+Value = TypeVar("Value")
+
+
+class _kept(Generic[Value]):
+    """`functools.cached_property` without its lock (up to Python 3.11), which outlives neither dill nor a fork."""
+
+    def __init__(self, function: Callable[[Any], Value]):
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        value = self.function(instance)
+        vars(instance)[self.function.__name__] = value
+        return value
 
 
 class QWenTokenizerMixin(PreTrainedTokenizerBase):
@@ -561,8 +765,24 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         if extra is not None or not (issubclass(cls, TokenizersBackend) and kwargs.get("tokenizer_file") is not None):
             require_file(kwargs.get("vocab_file"))
         if extra is not None:
-            require_file(extra)
+            require_file(extra, EXTRA_VOCAB_FILES_NAMES["extra_vocab_file"])
         return kwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises:
+            OSError, ValueError: a file of the folder can't be read, is damaged, or is a pointer of Git LFS.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        names = (*cls.vocab_files_names.values(), *SETTINGS_FILES)
+        require_files(folder, names)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # transformers doesn't say in which file
+            name_damaged_json(folder, names)
+            raise
 
     # Vocabulary
 
@@ -581,7 +801,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """Id of `<|im_end|>`."""
         return self.special_tokens[IMEND]
 
-    @functools.cached_property
+    @_kept
     def _n_vocab(self) -> int:
         return max(*self.mergeable_ranks.values(), *self.special_tokens.values()) + 1
 
@@ -598,11 +818,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """`eos_token` and the like, then all special tokens of this model by id."""
         return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
 
-    @functools.cached_property
+    @_kept
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
 
-    @functools.cached_property
+    @_kept
     def _token_bytes(self) -> dict[int, bytes]:
         """Id -> bytes that the token stands for; special tokens stand for their text."""
         ordinary = {i: token for token, i in self.mergeable_ranks.items()}
@@ -1227,7 +1447,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _token_of(self, index: int) -> str | bytes | None:
         return self.decoder.get(index)
 
-    @functools.cached_property
+    @_kept
     def _whole_piece_bpe(self) -> tiktoken.Encoding:
         """Encodes any text as one piece. Needed for very long runs of white space only, so built when first used."""
         return tiktoken.Encoding(
@@ -1319,6 +1539,54 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         return joined.decode("utf-8", self.errors)
 
 
+_CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
+
+
+def _is_plain_batch(text: Any) -> bool:
+    """Whether this is a text, or texts without pairs."""
+    return isinstance(text, str) or isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)
+
+
+class _BackendOfCall:
+    """The truncation and padding of one call, around a backend that has neither and adds no tokens.
+
+    It does for texts without pairs what `copy_backend` with these settings would do, without the time of the copy.
+    """
+
+    encode_special_tokens = False
+    truncation: dict[str, Any] | None = None
+    padding: dict[str, Any] | None = None
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def enable_truncation(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.truncation = settings
+
+    def enable_padding(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.padding = settings
+
+    def encode_batch(self, texts: list[str], **options: Any) -> list[Encoding]:
+        """The encodings of texts, cut and padded."""
+        encodings = self._backend.encode_batch(texts, **options)
+        if self.truncation:
+            limit, side = self.truncation["max_length"], self.truncation["direction"]
+            for encoding in encodings:
+                encoding.truncate(limit, direction=side)
+        if self.padding and encodings:
+            settings = dict(self.padding)
+            length, multiple = settings.pop("length"), settings.pop("pad_to_multiple_of") or 1
+            longest = max(map(len, encodings)) if length is None else length
+            for encoding in encodings:
+                encoding.pad(-(-longest // multiple) * multiple, **settings)
+        return encodings
+
+
 class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
     """The tokenizer on top of the `tokenizers` library, built from the same file, with the same ids.
 
@@ -1337,8 +1605,6 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
 
     slow_tokenizer_class = QWenTokenizer  # type: ignore[assignment]
     _tokenizer: Any
-    # transformers writes truncation and padding into the backend before it encodes; threads would get each other's.
-    _backend_lock = threading.RLock()
 
     # transformers keeps these two steps in its slow class; `_from_ids` uses them here too.
     truncate_sequences = PreTrainedTokenizer.truncate_sequences
@@ -1354,7 +1620,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         tokenizer_file = kwargs.pop("tokenizer_file", None)
         if kwargs.get("tokenizer_object") is None:
             if tokenizer_file is not None and extra_vocab_file is None:
-                self._tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+                self._tokenizer = _read_backend(tokenizer_file)
             else:
                 self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
         else:
@@ -1386,7 +1652,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
     def _token_of(self, index: int) -> str | bytes | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
 
-    @functools.cached_property
+    @_kept
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Token bytes -> id, read back from the backend; extra vocabulary included."""
         _, table = _byte_alphabet()
@@ -1428,8 +1694,26 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
         text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
-        with self._backend_lock:
-            return super()._encode_plus(text, text_pair, split_special_tokens=False, **kwargs)
+        is_plain = text_pair is None and not kwargs.get("is_split_into_words") and _is_plain_batch(text)
+        own = self._for_one_call(kwargs, is_plain)
+        return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
+
+    def _for_one_call(self, options: Mapping[str, Any], is_plain: bool) -> TokenizersBackend:
+        """This tokenizer, or one that shares all but the backend where a call with these options would change that.
+
+        transformers writes truncation and padding into the backend before it encodes, so threads would get each
+        other's. A lock against that would outlive neither a pickle of the class, as dill makes, nor a fork.
+        """
+        backend = self._tokenizer
+        wanted = (options.get("truncation_strategy", "do_not_truncate"), options.get("padding_strategy", "do_not_pad"))
+        has_settings = backend.truncation or backend.padding or backend.encode_special_tokens
+        if wanted == ("do_not_truncate", "do_not_pad") and not has_settings:
+            return self
+        is_plain = is_plain and wanted[0] in _CUTS_ONE and not options.get("stride") and not has_settings
+        settled = is_plain and not backend.num_special_tokens_to_add(False)
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _tokenizer=_BackendOfCall(backend) if settled else copy_backend(backend))
+        return own
 
     def _chat_encoding(
         self, pieces: list[list[tuple[str, bool]]], ids: list[list[int]], batched: bool, options: dict[str, Any]
@@ -1577,7 +1861,7 @@ class _LazyEncodings(Sequence[Encoding]):
         self._make = make
         self._chats = chats
 
-    @functools.cached_property
+    @_kept
     def _made(self) -> list[Encoding]:
         return [self._make(pieces, length) for pieces, length in self._chats]
 

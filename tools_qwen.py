@@ -582,21 +582,23 @@ def _content(message: Mapping[str, Any]) -> str:
 
 def _call_in(message: Mapping[str, Any]) -> tuple[str, str] | None:
     """Name and arguments of the call in an assistant's message, as texts."""
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     if message.get("function_call"):
         calls.append(message["function_call"])
     if len(calls) > 1:
         raise ValueError("several calls at once; this model makes one and waits for its result")
     if not calls:
         return None
-    arguments = calls[0]["arguments"]
-    return calls[0]["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    name, arguments = calls[0]["name"], calls[0]["arguments"]
+    if not isinstance(name, str) or not isinstance(arguments, (str, Mapping)):
+        raise ValueError("a call has a name, and arguments that are a mapping or JSON")
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _as_written(content: str, call: tuple[str, str] | None, after_result: bool) -> str:
     """An assistant's message as the model would have written it."""
     if call is None:
-        return _ANSWERED_WITHOUT_TOOLS.format(content) if after_result else content
+        return _ANSWERED_WITHOUT_TOOLS.format(content) if after_result and _is_plain(content) else content
     thought = content if content.startswith("Thought:") else f"Thought: {content}"
     return f"{thought.rstrip()}\nAction: {call[0]}\nAction Input: {call[1]}"
 

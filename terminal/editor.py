@@ -15,6 +15,7 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from .commands import NAMES
+from .files import is_readable
 from .interrupts import on_ctrl_c
 
 QUOTES = '"""'
@@ -58,7 +59,7 @@ def open_history(path: Path) -> History:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
-    return _FileHistory(str(path))
+    return _FileHistory(str(path)) if is_readable(path) else InMemoryHistory()
 
 
 def _key_bindings() -> KeyBindings:

@@ -100,6 +100,21 @@ def test_control_tokens_in_a_message_stay_text(server, shipped):
     assert ask(server, user(text), max_tokens=1).usage.prompt_tokens == len(ids)
 
 
+def test_tools_and_calls_are_in_the_prompt(server, shipped):
+    weather = {"name": "get_weather", "description": "The weather in a city.", "parameters": {"type": "object"}}
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        *user("How is the weather in Rome?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "18 degrees, sunny"},
+    ]
+    for said in (messages[:1], messages):
+        tools = [{"type": "function", "function": weather}]
+        prompt = shipped.tokenizer.apply_chat_template(said, tools, add_generation_prompt=True)["input_ids"]
+        answer = ask(server, said, max_tokens=1, tools=tools)
+        assert answer.usage.prompt_tokens == len(prompt) > 200
+
+
 def test_the_list_of_models_has_no_folder_but_the_one_that_is_served(server):
     """Which transformers lists from 5.24 on; the Hub's cache is empty here."""
     assert {model.id for model in server.client.models.list().data} <= {server.folder}

@@ -1,5 +1,6 @@
 """Typing: several lines, pasting, earlier messages, the end."""
 
+import os
 import shutil
 import stat
 
@@ -103,3 +104,18 @@ def test_what_is_sent(text, sent):
 def test_a_block_is_unfinished_until_its_last_quotation_marks():
     assert is_unfinished('"""') and is_unfinished('"""a\n') and is_unfinished('"""a""" b')
     assert not is_unfinished('"""a"""') and not is_unfinished('""""""') and not is_unfinished("a\n")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "too large"])
+def test_a_history_that_cannot_be_read_stays_in_memory(tmp_path, kind):
+    path = tmp_path / "chat_history"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 10 * 2**30)
+    history = open_history(path)
+    history.append_string("hello")
+    assert history.get_strings() == ["hello"]

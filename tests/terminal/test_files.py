@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,62 @@ def test_a_link_stays_one(tmp_path):
     link.symlink_to(target)
     files.save(link, "", TURNS, overwrite=True)
     assert link.is_symlink() and files.load(target) == ("", TURNS)
+
+
+def test_a_file_that_is_there_keeps_its_permissions(tmp_path):
+    path, link = tmp_path / "a.json", tmp_path / "link.json"
+    path.write_text("old")
+    path.chmod(0o644)
+    link.symlink_to(path)
+    for name in (path, link):
+        files.save(name, "", TURNS, overwrite=True)
+        assert files.load(path) == ("", TURNS) and stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.fixture(params=["device", "pipe", "socket", "link to a device"])
+def no_file(request, tmp_path):
+    """What is there and is no file."""
+    path = tmp_path / "no_file"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    elif request.param == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif request.param == "link to a device":
+        path.symlink_to("/dev/zero")
+    return Path("/dev/zero") if request.param == "device" else path
+
+
+def test_what_is_no_file_is_refused_at_once(no_file):
+    before = no_file.stat()
+    with pytest.raises(CommandError, match=f"{no_file} can't be written: it is a device, a pipe or a socket"):
+        files.save(no_file, "", TURNS, overwrite=True)
+    with pytest.raises(CommandError, match=f"{no_file} can't be read: it is a device, a pipe or a socket"):
+        files.load(no_file)
+    assert (no_file.stat().st_ino, no_file.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_link_to_itself(tmp_path):
+    path = tmp_path / "a.json"
+    path.symlink_to(path)
+    with pytest.raises(CommandError, match="a.json can't be written: "):
+        files.save(path, "", TURNS, overwrite=True)
+    with pytest.raises(CommandError, match="a.json can't be read: Too many levels"):
+        files.load(path)
+    assert path.is_symlink() and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(10 * 2**30)  # takes no room on the disk
+    with pytest.raises(
+        CommandError, match="large.json can't be read: it has 10,737,418,240 bytes, and 67,108,864 at most are read"
+    ):
+        files.load(path)
+    monkeypatch.setattr(files, "LARGEST", 10)
+    with pytest.raises(CommandError, match="it has 11 bytes, and 10 at most"):
+        files.load(Path("/proc/self/status"))  # which says that it is empty
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -91,9 +91,27 @@ def test_contents_in_parts(small):
     split = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     assert render(small, [user(split)]) == render(small, [user("<|im_end|>")])
     assert render(small, [user([])]) == render(small, [user(None)]) == render(small, [{"role": "user"}])
-    assert render(small, [user(3)]) == render(small, [user("3")])
-    with pytest.raises(TemplateError, match="reads text only; got a content part of type image"):
-        render(small, [user([{"type": "image", "image": "x.png"}])])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image", "image": "x.png"}], "reads text only; got a content part of type image"),
+        ([{"type": "text", "text": None}], "The text of a content part is a text, not None"),
+        ([{"type": "text", "text": 5}], "The text of a content part is a text, not 5"),
+        ([{"type": "text"}], "The text of a content part is a text, not missing"),
+        ([{"text": "hello"}], "got a content part of type"),
+        ([5], "got a content part of type 5"),
+        ([None], "got a content part of type None"),
+        (3, "a text or a list of parts, not 3"),
+        (False, "a text or a list of parts, not False"),
+        ({"text": "hello"}, "not a mapping"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_contents_that_are_no_text(small, role, content, message):
+    with pytest.raises(TemplateError, match=message):
+        render(small, [{"role": role, "content": content}])
 
 
 @pytest.mark.parametrize(
