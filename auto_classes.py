@@ -26,7 +26,8 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .configuration_qwen import AUTO_MAP, QWenConfig, refuse_relatives, relative
+from .configuration_qwen import AUTO_MAP, QWenConfig
+from .foreign_qwen import refuse_relatives, relative
 from .modeling_qwen import (
     QWenForQuestionAnswering,
     QWenForSequenceClassification,

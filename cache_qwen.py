@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .arguments_qwen import CACHE_NAME
+from .ntk_qwen import NTKRows, set_ntk_alpha
+from .positions_qwen import real_tokens
 
 INT8_BACKEND = "qwen_int8"
 """Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
@@ -269,52 +270,6 @@ class QWenInt8Layer(DynamicLayer):
         self._replace_each(lambda stored: stored[indices, ...])
 
 
-class NTKState:
-    """The alpha that each sequence of one cache was prefilled with.
-
-    Keys are stored rotated, so alpha is fixed with the first of them and stays until the cache is empty again.
-
-    Args:
-        alpha: (B, 1) float32.
-        planned: set ahead by `generate`, for first tokens among which there are drafts behind the prompt.
-
-    Attributes:
-        given: the tensor that the caller gave, where it did.
-    """
-
-    # Beside `vars(state)`, of whose tensors exporters make inputs of a program.
-    __slots__ = ("__dict__", "given", "planned")
-
-    def __init__(self, alpha: torch.Tensor, planned: bool = False):
-        self.alpha = alpha
-        self.given: torch.Tensor | None = None
-        self.planned = planned
-
-
-class NTKRows(Cache):
-    """Mixin of caches whose sequences keep their alpha when rows are rearranged, repeated or picked by hand."""
-
-    def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        state: NTKState | None = getattr(self, "qwen_ntk", None)
-        if state is not None and state.alpha.shape[0] > 1:
-            state.alpha = change(state.alpha)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rearrange the rows for beam search, (B,) indices."""
-        super().reorder_cache(beam_idx)
-        self._rearrange(lambda alpha: alpha[beam_idx.to(alpha.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._rearrange(lambda alpha: alpha.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that `indices` names."""
-        super().batch_select_indices(indices)
-        self._rearrange(lambda alpha: alpha[indices.to(alpha.device)])
-
-
 def _with_room(layer: DynamicLayer) -> QWenGrowingLayer:
     growing = QWenGrowingLayer()
     vars(growing).update(vars(layer))  # it holds tokens already where a cache is made of them
@@ -360,110 +315,49 @@ class QWenInt8Cache(NTKRows, Cache):
         return super().update(key_states, value_states, layer_idx, *args, real_tokens=real, **kwargs)
 
 
-def set_ntk_alpha(cache: Cache, alpha: torch.Tensor, planned: bool = False) -> NTKState:
-    """Fix the alpha of the sequences in a cache, (B, 1); a copy of it is kept. Arguments as those of `NTKState`."""
-    state = NTKState(alpha.clone(), planned)
-    cache.qwen_ntk = state  # type: ignore[attr-defined]
-    if cache.is_compileable and not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(state.alpha)  # as the keys and values of a static cache are
-    return state
+def new_cache(model: Any) -> Cache:
+    """Empty cache of the kind that a configuration asks for: int8, except in training, or a growing one."""
+    if model.config.use_cache_quantization and not model.training:  # codes carry no gradient
+        return QWenInt8Cache(model.config)
+    return QWenCache(config=model.config)
 
 
-def give_ntk_alpha(cache: Cache, given: torch.Tensor, rows: int) -> None:
-    """Fix the alpha that the caller chose, (B, 1) or (1, 1), for `rows` sequences.
+def cache_of_call(
+    model: Any, cache: Any, use_cache: bool | None, alpha: torch.Tensor | None, attention_mask: Any, length: int
+) -> Any:
+    """The cache of a call: the one given, else a new one where it is wanted, else None.
 
-    The same tensor at each step, as `generate` gives it, is copied once.
-    """
-    state: NTKState | None = getattr(cache, "qwen_ntk", None)
-    if state is None or getattr(state, "given", None) is not given:
-        set_ntk_alpha(cache, given.expand(rows, -1)).given = given
-
-
-def held_ntk_alpha(cache: Cache | None) -> torch.Tensor | None:
-    """The alpha that the keys in a cache were rotated with, (B, 1) float32; None where there is none, or none known."""
-    state: NTKState | None = getattr(cache, "qwen_ntk", None)
-    return None if cache is None or state is None or int(cache.get_seq_length()) == 0 else state.alpha
-
-
-def resolve_ntk_alpha(
-    cache: Cache, rows: int, choose: Callable[[], torch.Tensor], program_alpha: torch.Tensor
-) -> torch.Tensor:
-    """Alpha of this call for the sequences in `cache`: the one they hold, else a new one, which they hold from now on.
+    A new one holds the alpha. A cache that asks for it is told which of the tokens of the call are no padding.
 
     Args:
-        cache: any transformers cache, before the keys of this call are added to it.
-        rows: batch size B of this call.
-        choose: gives what the tokens of this call alone ask for, (B, 1) or (1, 1); called only where it is needed.
-        program_alpha: buffer in which a program keeps it that is exported together with its cache, (1, 1).
-
-    Returns:
-        (B, 1) float32.
-
-    Raises:
-        ValueError: the batch has other rows than the cache was prefilled with.
+        model: a `QWenModel`.
+        alpha: that the keys of this call are rotated by, (B, 1 or T), or None.
+        attention_mask: of the call, and `length` its number of tokens.
     """
-    state: NTKState | None = getattr(cache, "qwen_ntk", None)
-    length = cache.get_seq_length()
-    if is_exporting() and isinstance(length, torch.Tensor) and not _is_program_input(state):
-        return _keep_in_program(choose(), length, program_alpha).expand(rows, -1)
-    if state is None:
-        if is_exporting() and not (isinstance(length, int) and length == 0):
-            _warn_of_unknown_alpha()
-        return set_ntk_alpha(cache, choose().expand(rows, -1)).alpha
-    if getattr(state, "planned", False):
-        state.planned = False
-    elif isinstance(length, torch.Tensor):
-        # A static cache counts on the device. Written in place, so that a captured CUDA graph finds it again.
-        chosen = choose()
-        state.alpha.copy_(torch.where(length.to(chosen.device) > 0, state.alpha, chosen))
-    elif length == 0:
-        state.alpha = choose().expand(rows, -1)
-    return _match_rows(state.alpha, rows)
+    if use_cache and cache is None:
+        cache = new_cache(model)
+        if alpha is not None:
+            set_ntk_alpha(cache, alpha.amax(-1, keepdim=True))
+    if hasattr(cache, "real_tokens"):
+        cache.real_tokens = real_tokens(attention_mask, length)
+    return cache
 
 
-def is_exporting() -> bool:
-    """Whether a program is being exported, which before torch 2.12 a graph is told that is only compiled.
+def extend_cache(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add keys and values of a call, (B, K, T, D), to the cache of one layer; returns all, (B, K, S, D).
 
-    There a program of `torch.export.export(strict=True)` counts as compiled, for nothing tells the two apart.
+    Args:
+        cache: transformers' own, an engine's (continuous batching), or None.
+        arguments: what the engine hands down; gets the cache where the attention implementation adds to it.
     """
-    told_wrong = torch.__version__ < "2.12" and torch.compiler.is_dynamo_compiling()
-    return torch.compiler.is_exporting() and not told_wrong
-
-
-def _is_program_input(state: NTKState | None) -> bool:
-    """Whether the program that is being exported gets this alpha, with its cache. One that was left in a cache inside
-    the program, by a call before, is a plain tensor, and would be a constant of it."""
-    return state is not None and type(state.alpha) is not torch.Tensor
-
-
-def _keep_in_program(chosen: torch.Tensor, length: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Alpha in a program that holds its static cache, (1, 1): the first tokens choose it, a buffer keeps it."""
-    if len(chosen) > 1:  # a buffer doesn't know how many there will be
-        _warn_of_unknown_alpha()
-        return chosen
-    alpha = torch.where(length.to(chosen.device) > 0, kept.to(chosen), chosen)
-    kept.copy_(alpha)
-    return alpha
-
-
-@torch.compiler.assume_constant_result  # so that it is run while a program is traced, and is no part of it
-def _warn_of_unknown_alpha() -> bool:
-    logger.warning(
-        "This program continues a cache that doesn't tell the NTK alpha its keys were rotated by, so alpha follows the "
-        "positions: wrong for a prompt beyond seq_length, and for a reply that passes it. Export with `ntk_alpha`, "
-        "(B, 1), among the inputs, and give each step of a text what `model.transformer.choose_alpha` says of its "
-        "prompt."
-    )
-    return True
-
-
-def _match_rows(alpha: torch.Tensor, rows: int) -> torch.Tensor:
-    held = alpha.shape[0]
-    if held == rows:
-        return alpha
-    if held == 1 or bool((alpha == alpha[0]).all()):  # whichever rows these are, they have the same
-        return alpha[:1].expand(rows, -1)
-    raise ValueError(
-        f"The cache holds the NTK alpha of {held} sequences, the batch has {rows}. Rows of this cache can't be picked "
-        "or repeated while use_dynamic_ntk is on: use the model's own (QWenCache), or prefill these sequences again."
-    )
+    if cache is None:
+        return key, value
+    if isinstance(cache, Cache):
+        return cache.update(key, value, layer_idx)
+    if CACHE_NAME != "cache":
+        arguments["cache"] = cache
+        return key, value
+    extended: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer_idx, kwargs=arguments)
+    return extended

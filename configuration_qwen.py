@@ -9,13 +9,22 @@ from .versions_qwen import check_versions as check_versions  # first: older vers
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .foreign_qwen import ARITHMETIC, FOREIGN, refuse_foreign, refuse_relatives
 from .saving_qwen import saved_as_published
+from .scaling_qwen import (
+    ROPE_DEFAULTS,
+    ROPE_SPELLINGS,
+    RotaryScaling,
+    contradiction,
+    plain_rope,
+    resolve_rope,
+    take_rope,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -51,44 +60,6 @@ ALIASES = {
 _READ_ONLY = ("attention_dropout",)
 """Spellings that are not written: published files have `attn_dropout_prob`, and whoever edits two has found all."""
 
-ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
-"""Names of the dictionary of rotary parameters: that of transformers 5, and the older one."""
-
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-}
-"""What each kind of scaling reads, besides `_ROPE_COMMON`."""
-
-_ROPE_DEFAULTS = {"rope_theta": 10000, "partial_rotary_factor": 1.0}
-_ROPE_EXAMPLE = '{"rope_type": "dynamic", "factor": 2.0}'
-_ROPE_COMMON = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-
-ARITHMETIC = (
-    "attn_logit_softcapping",
-    "embedding_multiplier",
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "moe",
-    "moe_args",
-    "n_experts",
-    "num_experts",
-    "num_local_experts",
-    "qk_norm",
-    "residual_multiplier",
-    "scale_depth",
-    "scale_emb",
-    "use_moe",
-    "use_qk_norm",
-    "use_scaled_rope",
-)
-"""Keys of relatives of these models that change what is computed, unless they are off or 1."""
-
-RELATIVES = {"visual": "Qwen-VL", "audio": "Qwen-Audio"}
-"""Key of config.json -> the family that has it, beside `"model_type": "qwen"`."""
 
 WITHOUT_EFFECT = (
     "activation",
@@ -147,31 +118,6 @@ def _rope_value(key: str, doc: str) -> property:
         config.__dict__["rope_parameters"] = {**config.rope_parameters, key: value}  # not in shallow copies as well
 
     return property(read, write, doc=doc)
-
-
-@dataclass(frozen=True)
-class RotaryScaling:
-    """How the rotary frequencies are changed for long texts, resolved from `rope_parameters`.
-
-    Attributes:
-        kind: "default" (not at all), "linear", "dynamic" or "yarn".
-        factor: how far texts are to be stretched.
-        length: tokens beyond which "dynamic" begins; the trained length that "yarn" measures wavelengths by.
-        attention_factor: "yarn" multiplies cosine and sine by it.
-        beta_fast, beta_slow: "yarn" keeps frequencies that turn more often than the first within `length`, and divides
-            those that turn less often than the second.
-        truncate: "yarn" rounds the bounds between them to whole channels.
-
-    Source: `ROPE_INIT_FUNCTIONS` of transformers, the same from 5.4 to 5.24.
-    """
-
-    kind: str
-    factor: float
-    length: int
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
 
 
 class QWenConfig(PreTrainedConfig):
@@ -282,7 +228,7 @@ class QWenConfig(PreTrainedConfig):
     ):
         values = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         _take_aliases(values, kwargs)
-        rope = _take_rope(kwargs)
+        rope = take_rope(kwargs)
         if kwargs.get("use_sliding_window") is False:
             kwargs.pop("sliding_window", None)  # as Qwen2 does: transformers would build a cache by it
         # What the base class declares goes through it; everything else is set first, because it reads some of them.
@@ -293,7 +239,7 @@ class QWenConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.rope_parameters = rope
         self.standardize_rope_params()
-        _refuse_foreign({**values, **kwargs})
+        refuse_foreign({**values, **kwargs})
         self.check_values()
         super().__init__(**base_values, **kwargs)
 
@@ -314,12 +260,12 @@ class QWenConfig(PreTrainedConfig):
         `rope_theta` is `rotary_emb_base` and `partial_rotary_factor` is `rotary_pct`; a dictionary that is set without
         them leaves both as they are, and replaces the rest.
         """
-        return self.__dict__.setdefault("rope_parameters", {"rope_type": "default", **_ROPE_DEFAULTS})
+        return self.__dict__.setdefault("rope_parameters", {"rope_type": "default", **ROPE_DEFAULTS})
 
     @rope_parameters.setter
     def rope_parameters(self, value: Mapping[str, Any] | None) -> None:
-        kept = {name: self.rope_parameters.get(name, default) for name, default in _ROPE_DEFAULTS.items()}
-        self.__dict__["rope_parameters"] = {"rope_type": "default", **kept, **_plain_rope(value)}
+        kept = {name: self.rope_parameters.get(name, default) for name, default in ROPE_DEFAULTS.items()}
+        self.__dict__["rope_parameters"] = {"rope_type": "default", **kept, **plain_rope(value)}
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
@@ -347,7 +293,7 @@ class QWenConfig(PreTrainedConfig):
         Raises:
             ValueError: a kind of scaling, a key or a value that can't be computed, or `use_dynamic_ntk` beside it.
         """
-        return _resolve_rope(_plain_rope(self.rope_parameters), self.n_positions, bool(self.use_dynamic_ntk))
+        return resolve_rope(plain_rope(self.rope_parameters), self.n_positions, bool(self.use_dynamic_ntk))
 
     def precision_flag(self) -> str | None:
         """The one of `bf16`, `fp16` and `fp32` that is set, or None.
@@ -370,12 +316,12 @@ class QWenConfig(PreTrainedConfig):
         """
         for values in (config_dict, kwargs):
             refuse_relatives(values)
-            _refuse_contradictions(values)
-        taken = (*PRECISION_FLAGS, *WITHOUT_EFFECT, *_FOREIGN, *ARITHMETIC)  # whether the file has them or not
+            _refusecontradictions(values)
+        taken = (*PRECISION_FLAGS, *WITHOUT_EFFECT, *FOREIGN, *ARITHMETIC)  # whether the file has them or not
         checked = {name: kwargs.pop(name) for name in taken if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result  # with return_unused_kwargs
-        _refuse_foreign({**vars(config), **checked})
+        refuse_foreign({**vars(config), **checked})
         config.override(checked)
         config.standardize_rope_params()
         config.check_values()
@@ -391,7 +337,7 @@ class QWenConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As the base class, with both spellings of every key and the `auto_map` of this repository."""
         output = super().to_dict()
-        for key in _ROPE_DEFAULTS:
+        for key in ROPE_DEFAULTS:
             output[ALIASES[key]] = self.rope_parameters[key]
         for alias, name in ALIASES.items():
             if name in output and alias not in _READ_ONLY:
@@ -416,7 +362,7 @@ class QWenConfig(PreTrainedConfig):
         """
         _check_types(self)
         _check_heads(self)
-        _refuse_foreign(vars(self))
+        refuse_foreign(vars(self))
         self.precision_flag()
         if self.use_flash_attn not in (True, False, None, "auto") or type(self.use_flash_attn) is int:
             raise ValueError(f"use_flash_attn={self.use_flash_attn!r} is unknown: use True, False or 'auto'.")
@@ -443,17 +389,17 @@ def _spellings(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         if values.get(alias) is not None:
             yield name, alias, values[alias]
     for spelling in ROPE_SPELLINGS:
-        for key, value in _plain_rope(values.get(spelling)).items():
-            if key in _ROPE_DEFAULTS:
+        for key, value in plain_rope(values.get(spelling)).items():
+            if key in ROPE_DEFAULTS:
                 yield ALIASES[key], f"{spelling}.{key}", value
 
 
-def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+def _refusecontradictions(values: Mapping[str, Any]) -> None:
     first = {name: (name, values[name]) for name in ALIASES.values() if values.get(name) is not None}
     for name, spelling, value in _spellings(values):
         other, given = first.setdefault(name, (spelling, value))
         if given != value:
-            raise _contradiction(other, given, spelling, value)
+            raise contradiction(other, given, spelling, value)
 
 
 def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -461,138 +407,13 @@ def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
 
     A documented default can't be told from the same value given, so an alias wins over a default.
     """
-    _refuse_contradictions(kwargs)
+    _refusecontradictions(kwargs)
     for name, spelling, given in _spellings(kwargs):
         if values[name] not in (_DEFAULTS[name], given):
-            raise _contradiction(name, values[name], spelling, given)
+            raise contradiction(name, values[name], spelling, given)
         values[name] = given
     for alias in ALIASES:
         kwargs.pop(alias, None)
-
-
-def _take_rope(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters of both spellings, taken out of `kwargs`."""
-    merged: dict[str, Any] = {}
-    for spelling in ROPE_SPELLINGS:
-        rope = _plain_rope(kwargs.pop(spelling, None))
-        for key, value in rope.items():
-            if merged.setdefault(key, value) != value:
-                raise _contradiction(f"rope_parameters.{key}", merged[key], f"rope_scaling.{key}", value)
-    return merged
-
-
-def _plain_rope(rope: Any) -> dict[str, Any]:
-    """A copy of rotary parameters under today's names: `type` is `rope_type`, null means not given."""
-    if not isinstance(rope or {}, Mapping):
-        raise ValueError(f"rope_parameters={rope!r} is impossible: it must be a dictionary, as {_ROPE_EXAMPLE}.")
-    plain = {key: value for key, value in (rope or {}).items() if value is not None}
-    kind = plain.pop("type", None)
-    if kind is not None and plain.setdefault("rope_type", kind) != kind:
-        raise _contradiction("rope_type", plain["rope_type"], "type", kind)
-    whole = [key for key in _ROPE_KEYS["yarn"] if type(plain.get(key)) is int]
-    return {**plain, **{key: float(plain[key]) for key in whole}}  # as the file of another program has them
-
-
-def _resolve_rope(rope: dict[str, Any], longest: int, has_ntk: bool) -> RotaryScaling:
-    kind = rope.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        known = ", ".join(repr(name) for name in _ROPE_KEYS)
-        raise ValueError(f"rope_type={kind!r} in rope_parameters can't be computed here: use one of {known}.")
-    for key, value in rope.items():
-        if key not in (*_ROPE_COMMON, *_ROPE_KEYS[kind]):
-            raise ValueError(
-                f"{key}={value!r} in rope_parameters means nothing with rope_type={kind!r}: leave it out, or use "
-                f"another rope_type, as {_ROPE_EXAMPLE}."
-            )
-    if kind == "default":
-        return RotaryScaling(kind, 1.0, longest)
-    if has_ntk:
-        raise ValueError(
-            f"use_dynamic_ntk=True and rope_parameters with rope_type={kind!r} would both stretch the rotary "
-            "frequencies: set use_dynamic_ntk=False as well, which the published configurations have on, or leave the "
-            "scaling out."
-        )
-    if "factor" not in rope:
-        raise ValueError(f"rope_parameters with rope_type={kind!r} need a factor, as {_ROPE_EXAMPLE}.")
-    factor = _rope_number(rope, "factor", 1.0)
-    if kind != "yarn":
-        return RotaryScaling(kind, factor, longest)
-    return _resolve_yarn(rope, factor, _rope_number(rope, "original_max_position_embeddings", 1, longest))
-
-
-def _resolve_yarn(rope: dict[str, Any], factor: float, length: int) -> RotaryScaling:
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0
-
-    attention_factor = magnitude(1.0)
-    scale, scale_all = _rope_number(rope, "mscale", 0, 0), _rope_number(rope, "mscale_all_dim", 0, 0)
-    if scale and scale_all:
-        attention_factor = magnitude(scale) / magnitude(scale_all)
-    fast, slow = _rope_number(rope, "beta_fast", 0, 32.0) or 32.0, _rope_number(rope, "beta_slow", 0, 1.0) or 1.0
-    if fast < slow:
-        raise ValueError(f"beta_fast={fast} in rope_parameters is less than beta_slow={slow}: it must not be.")
-    if not isinstance(truncate := rope.get("truncate", True), bool):
-        raise ValueError(f"truncate={truncate!r} in rope_parameters is impossible: it must be true or false.")
-    if _rope_number(rope, "rope_theta", 0) <= 1:
-        raise ValueError(f"rope_theta={rope['rope_theta']} is impossible with rope_type='yarn': it must be above 1.")
-    return RotaryScaling(
-        kind="yarn",
-        factor=factor,
-        length=length,
-        attention_factor=_rope_number(rope, "attention_factor", 0, attention_factor),
-        beta_fast=fast,
-        beta_slow=slow,
-        truncate=truncate,
-    )
-
-
-def _rope_number(rope: dict[str, Any], key: str, least: float, default: Any = None) -> Any:
-    value = rope.get(key, default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < least:
-        raise ValueError(f"{key}={value!r} in rope_parameters is impossible: it must be a number, {least} or more.")
-    return value
-
-
-def relative(values: Mapping[str, Any]) -> str | None:
-    """The family that a configuration belongs to, if it is one that sees or hears: "Qwen-VL", "Qwen-Audio", or None."""
-    return next((family for key, family in RELATIVES.items() if values.get(key)), None)
-
-
-def refuse_relatives(values: Mapping[str, Any]) -> None:
-    """Refuse the configuration of a model that sees or hears, of which only the language model would be left.
-
-    Raises:
-        ValueError: names the family and the remedy.
-    """
-    if family := relative(values):
-        key = next(key for key, name in RELATIVES.items() if name == family)
-        raise ValueError(
-            f"This is a checkpoint of {family} (its configuration has {key!r}), not of QWen: without the part that "
-            f"reads {'pictures' if key == 'visual' else 'sound'} it would answer as if there were none. Load it with "
-            "its own code (trust_remote_code=True, in a release of transformers that this code is for, 4.31 to 4.37), "
-            "or take a text model of the family, such as Qwen-7B-Chat."
-        )
-
-
-def _refuse_foreign(values: Mapping[str, Any]) -> None:
-    """Refuse what keys of other decoders ask for and this architecture doesn't do."""
-    refuse_relatives(values)
-    for name in ARITHMETIC:
-        value = values.get(name)
-        if value is True or value not in (None, False, 0, 1):  # True equals 1
-            raise ValueError(f"{name}={value!r} changes what is computed and has no counterpart in QWen: leave it out.")
-    for name, (fits, what) in _FOREIGN.items():
-        value = values.get(name)
-        if value is not None and not fits(value, values):
-            raise ValueError(f"{name}={value!r} is not what QWen computes: {what}. Leave {name} out.")
-
-
-def _contradiction(name: str, value: Any, alias: str, given: Any) -> ValueError:
-    return ValueError(
-        f"{name}={value!r} and {alias}={given!r} are two spellings of one key and contradict each other: give one of "
-        "them, or the same value to both."
-    )
 
 
 def _check_types(config: QWenConfig) -> None:
@@ -634,38 +455,5 @@ def _check_heads(config: QWenConfig) -> None:
             f"channels of each head: it must be an even number, {smallest} or more."
         )
 
-
-_FOREIGN: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
-    "hidden_act": (lambda value, _: value in ("silu", "swish"), "its MLP is SwiGLU, hidden_act='silu'"),
-    "hidden_activation": (lambda value, _: value in ("silu", "swish"), "its MLP is SwiGLU, hidden_activation='silu'"),
-    "use_sliding_window": (lambda value, _: not value, "every token attends to all tokens before it"),
-    "sliding_window": (lambda value, _: False, "every token attends to all tokens before it"),
-    "attention_chunk_size": (lambda value, _: False, "every token attends to all tokens before it"),
-    "layer_types": (
-        lambda value, _: isinstance(value, (list, tuple)) and set(value) <= {"full_attention", "attention"},
-        "each layer is of type 'full_attention'",
-    ),
-    "mlp_layer_types": (lambda value, _: value == ["dense"] * len(value), "each layer's MLP is 'dense'"),
-    "per_layer_config": (lambda value, _: not value, "all layers are alike"),
-    "num_kv_shared_layers": (lambda value, _: not value, "each layer has keys and values of its own"),
-    "kv_sharing_modes": (lambda value, _: not value, "each layer has keys and values of its own"),
-    "is_causal": (lambda value, _: value is True, "a token attends to no token behind it"),
-    "use_bidirectional_attention": (lambda value, _: not value, "a token attends to no token behind it"),
-    "query_pre_attn_scalar": (
-        lambda value, values: value == values["kv_channels"] and bool(values["scale_attn_weights"]),
-        "scores are divided by sqrt(kv_channels), or not at all with scale_attn_weights=False",
-    ),
-    "qkv_bias": (lambda value, _: value is True, "c_attn always has a bias"),
-    "attention_bias": (
-        lambda value, values: value is True and not values["no_bias"],
-        "c_attn always has a bias, and the output projection has one with no_bias=False",
-    ),
-    "mlp_bias": (lambda value, values: value is (not values["no_bias"]), "no_bias says whether the MLP has biases"),
-    "original_max_position_embeddings": (lambda value, _: False, "the key belongs into rope_parameters"),
-}
-"""Keys of transformers' other decoders: which values say what QWen does anyway, and what that is.
-
-Some of them would act halfway: transformers builds masks and caches by them.
-"""
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(QWenConfig.__init__).parameters.items()}

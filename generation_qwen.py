@@ -25,8 +25,9 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
-from .cache_qwen import INT8_BACKEND, QWenCache, QWenInt8Cache, held_ntk_alpha, set_ntk_alpha
+from .cache_qwen import INT8_BACKEND, QWenCache, QWenInt8Cache, new_cache
 from .kept_qwen import KeptCache, cache_of_turn
+from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     DEFAULT_WINDOW,
@@ -307,7 +308,7 @@ class QWenGenerationMixin(_GenerativeModel):
         if settings["use_cache"] is False:
             return None
         if settings["cache_implementation"] in (None, "dynamic"):
-            return self.transformer.new_cache()
+            return new_cache(self.transformer)
         backend = (settings["cache_config"] or {}).get("backend")
         named = settings["cache_implementation"] == "quantized" and backend == INT8_BACKEND
         return QWenInt8Cache(self.config) if named else None

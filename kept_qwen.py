@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .cache_qwen import NTKState, QWenCache, set_ntk_alpha
+from .cache_qwen import QWenCache
 from .fingerprint_qwen import fingerprint
+from .ntk_qwen import NTKState, set_ntk_alpha
 
 
 def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int]) -> QWenCache | None:

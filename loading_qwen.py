@@ -1,10 +1,31 @@
-"""What has to be there before weights are loaded."""
+"""Loading and saving: the published flags, and what has to be installed."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available, logging
+
+from .arguments_qwen import without_resume_download
+from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
+from .saving_qwen import saved_as_published
+from .shards_qwen import gather_weights, needs_gathering
+
+logger = logging.get_logger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LOAD_FLAGS = (*_DTYPES, "use_flash_attn", "softmax_in_fp32")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+LEFTOVERS = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
+"""What early releases stored beside the weights, as patterns of names."""
 
 _PACKAGES = {
     "gptq": ("gptqmodel", "optimum"),
@@ -33,3 +54,118 @@ def check_packages(quantization: Any) -> None:
             f"{', '.join(missing)}. Install them (pip install {' '.join(missing)}), or take weights that are not "
             "quantised."
         )
+
+
+def choose_softmax(config: Any) -> None:
+    """Make `eager` the attention of a configuration with `softmax_in_fp32`, which is a switch of it, or warn."""
+    if not config.softmax_in_fp32:
+        return
+    if config._attn_implementation is None:
+        config._attn_implementation = "eager"
+    elif config._attn_implementation != "eager":
+        logger.warning_once(
+            f"softmax_in_fp32=True has no effect with attn_implementation='{config._attn_implementation}': "
+            "it is a switch of 'eager'."
+        )
+
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+
+class LoadingMixin(_Base):
+    """`from_pretrained` and `save_pretrained` with the flags of the published configurations."""
+
+    config_class: Any
+    home: str
+    """Name of the module in which the published classes are defined."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in transformers, with the published flags, in the configuration or as arguments.
+
+        `bf16`, `fp16` or `fp32` choose the dtype, `use_flash_attn` the attention implementation. An argument wins over
+        the configuration, and an explicit `dtype` or `attn_implementation` over both.
+
+        - `use_flash_attn=False`, float32 or no CUDA device: transformers' default, `sdpa`.
+        - `"auto"`: `flash_attention_2` where flash-attn is installed, else `sdpa`.
+        - `True`: `flash_attention_2` where flash-attn is installed, else `qwen_varlen`; a warning where neither runs.
+        - `softmax_in_fp32=True`: `eager`, the only implementation with that switch.
+
+        Raises:
+            ValueError: two of the precision flags contradict each other.
+            ImportError: weights in few bits, and the packages that read them are not installed.
+        """
+        kwargs = without_resume_download(kwargs)
+        flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            config = effective = copy.deepcopy(config)
+            config.override(flags)
+            flags = {}
+        else:
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            effective = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **flags)
+        check_packages(kwargs.get("quantization_config") or getattr(effective, "quantization_config", None))
+        precision = effective.precision_flag()
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and precision is not None:
+            kwargs["dtype"] = _DTYPES[precision]
+        free = kwargs.get("attn_implementation") is None and effective._attn_implementation is None
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **flags, **kwargs)
+        if free:
+            loaded_model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            loaded_model._apply_flash_flag()
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, with the code of the published class, even if FSDP2 or a program derived another.
+
+        A precision flag, where one is set, becomes that of the weights saved. Weights that FSDP2 has in shards are put
+        together, unless they come in `state_dict`: then every process has to call this method, and the first one
+        writes.
+
+        Raises:
+            NotADirectoryError: there is a file of that name.
+        """
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{os.fspath(save_directory)} is a file: name a folder to save into.")
+        if state_dict is None and not kwargs.get("distributed_checkpoint") and needs_gathering(self):
+            state_dict = gather_weights(self)
+            if torch.distributed.get_rank() != 0:
+                return
+        if self.config.precision_flag() is not None:
+            for flag, dtype in _DTYPES.items():
+                setattr(self.config, flag, self.dtype == dtype)
+        with saved_as_published(self, self.home):
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def _apply_flash_flag(self) -> None:
+        """Choose the attention that `use_flash_attn` asks for, now that the dtype of the weights is known."""
+        wanted = self.config.use_flash_attn and not self.config.softmax_in_fp32
+        if not wanted:
+            return
+        if self.dtype in HALF_PRECISION and torch.cuda.is_available():
+            if is_flash_attn_2_available():
+                self.set_attn_implementation("flash_attention_2")
+            elif self.config.use_flash_attn is True:
+                self.set_attn_implementation(FLASH_IMPLEMENTATION)
+        elif self.config.use_flash_attn is True:
+            logger.warning_once(
+                "use_flash_attn=True needs a CUDA device and half precision (bf16=True or fp16=True); the dtype is "
+                f"{self.dtype} here, so attention runs as 'sdpa'."
+            )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the padded vocabulary, where the configuration counts one, follows."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.padded_vocab_size is not None:
+            self.config.padded_vocab_size = embeddings.num_embeddings
+        return embeddings

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, E width of the residual stream, V vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from .arguments_qwen import QWenCausalLMOutput
-from .loss_qwen import holds_its_weight
+from .arguments_qwen import KNOWN_ARGUMENTS, QWenCausalLMOutput, cache_argument
+from .loss_qwen import head_loss, holds_its_weight
 
 _LOOKS = 1024  # values of the head that are compared before it is used again
 
@@ -235,3 +236,72 @@ class QWenTrainingOutput(QWenCausalLMOutput):
 
     def __reduce__(self) -> Any:
         return type(self), ({name: self[name] for name in self.keys()},)
+
+
+def training_output(
+    outputs: Any, head: nn.Linear, labels: torch.Tensor, skip_logits: bool | None, arguments: dict[str, Any]
+) -> QWenTrainingOutput:
+    """The output of a step whose loss is computed without logits.
+
+    Args:
+        outputs: of the model below the head.
+        labels: (B, T).
+        skip_logits: True for no logits at all; else they are there for who reads them.
+        arguments: of the loss.
+    """
+    states = outputs.last_hidden_state
+    unread = None if skip_logits else UnreadLogits.of(states, head)
+    loss = head_loss(states, head.weight, labels, **arguments)
+    return QWenTrainingOutput(loss=loss, logits=unread, **beside_logits(outputs))
+
+
+def beside_logits(outputs: Any) -> dict[str, Any]:
+    """What an output with logits takes over from the model below the head."""
+    states, probabilities = outputs.hidden_states, outputs.attentions
+    return {**cache_argument(outputs.cache), "hidden_states": states, "attentions": probabilities}
+
+
+def keep_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states whose logits are wanted, (B, T, E) -> (B, N, E): the last so many, 0 for all, or those of indices."""
+    if isinstance(logits_to_keep, int) and not logits_to_keep:
+        return states
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    # With the strides of a slice torch would copy the whole head for the product, 0.3 GB of a model of 0.5 B.
+    return states[:, kept, :].clone(memory_format=torch.contiguous_format)
+
+
+def skips_logits(
+    model: Any, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, wanted: bool | None
+) -> bool:
+    """Whether a call of a language model computes its loss without logits.
+
+    Args:
+        model: with `lm_head`, `loss_type` and a loss function.
+        labels, logits_to_keep: of the call.
+        wanted: `skip_logits` of the call; None leaves it to this function.
+
+    Raises:
+        ValueError: it is wanted and can't be.
+    """
+    plain = labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+    plain = plain and holds_its_weight(model.lm_head)
+    if wanted and not plain:
+        raise ValueError(
+            "skip_logits=True needs labels, no logits_to_keep, and a head that is a plain matrix at hand, without "
+            f"adapter, quantisation, offloading or sharding ({type(model.lm_head).__name__} here): leave it out."
+        )
+    if wanted is None:  # a loss of the caller's own, or a compiler, gets the logits
+        own_loss = model.loss_type == "ForCausalLM" and getattr(model, "_loss_function", None) is None
+        training = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return plain and own_loss and training
+    return wanted
+
+
+def arguments_of_loss(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a call that only a loss of the caller's own names, which are not for the model."""
+    # Not a difference of sets, which torch before 2.12 can't trace.
+    unknown = [name for name in kwargs if name not in KNOWN_ARGUMENTS]
+    if not unknown or getattr(model, "_loss_function", None) is None:
+        return {}
+    named = inspect.signature(model.loss_function).parameters
+    return {name: kwargs[name] for name in unknown if name in named}

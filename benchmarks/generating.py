@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 from transformers.cache_utils import DynamicCache
 
 from qwen1 import QWenLMHeadModel, make_context
+from qwen1.cache_qwen import new_cache
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 
 TINY_CHAT = Path(__file__).parent.parent / "qwen-tiny-chat"
@@ -43,7 +44,7 @@ class Decoder:
 def compare_decoding(models: tuple, rows: int, length: int, tokens: int, rounds: int) -> Comparison:
     """Seconds of a token for the whole batch, ours with its own cache and theirs with the default of `generate`."""
     ours, theirs = models
-    mine = Decoder(ours, random_cache(ours.transformer.new_cache(), rows, length, ours.dtype), rows, tokens)
+    mine = Decoder(ours, random_cache(new_cache(ours.transformer), rows, length, ours.dtype), rows, tokens)
     other = Decoder(theirs, random_cache(DynamicCache(config=theirs.config), rows, length, theirs.dtype), rows, tokens)
     found = compare(f"decode, batch {rows}, {length} tokens of context, {ours.dtype}", mine, other, rounds)
     found.ours = [seconds / tokens for seconds in found.ours]
@@ -162,7 +163,7 @@ def long_text(rounds: Rounds = 3, dtype: Dtype = "bfloat16", results: Results = 
 def long_text_decode(rounds: Rounds = 20, dtype: Dtype = "bfloat16", results: Results = RESULTS) -> None:
     """Tokens behind 8192 tokens, with NTK and LogN against the same model with both off."""
     runs = [
-        Decoder(model, random_cache(model.transformer.new_cache(), 1, 8192, model.dtype), 1, 4)
+        Decoder(model, random_cache(new_cache(model.transformer), 1, 8192, model.dtype), 1, 4)
         for model in stretched(dtype)
     ]
     report(compare(f"4 tokens behind 8192, NTK and LogN on / off, torch.{dtype}", *runs, rounds, aim=1.03), results)

@@ -11,7 +11,7 @@ import torch
 from qwen1 import ChatHistory, make_context
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.kept_qwen import _common_length
-from qwen1.modeling_qwen import ntk_alpha
+from qwen1.ntk_qwen import ntk_alpha
 
 
 @pytest.fixture

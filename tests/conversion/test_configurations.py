@@ -23,7 +23,7 @@ from qwen1.conversion.configurations import (
 )
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.names import Architecture, as_qwen, hf_shapes, qwen_shapes
-from qwen1.modeling_qwen import ntk_alpha
+from qwen1.ntk_qwen import ntk_alpha
 
 SHAPE = {
     "hidden_size": 64,

@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import StaticLayer
 
 import qwen1.modeling_qwen as modeling
+import qwen1.ntk_qwen as ntk_qwen
 from qwen1 import QWenInt8Cache, QWenLMHeadModel, QWenModel
 from qwen1.cache_qwen import QWenGrowingLayer
 from qwen1.chat_command import TINY_CHAT
@@ -19,7 +20,7 @@ from qwen1.doctor import backend_checks, model_checks, tokenizer_checks
 from qwen1.doctor.findings import Check, State, perform
 from qwen1.doctor.patient import open_patient
 from qwen1.doctor.plain_model import plain_alpha, plain_logits
-from qwen1.modeling_qwen import ntk_alpha
+from qwen1.ntk_qwen import ntk_alpha
 
 MODEL = {check.name for check in model_checks.model_checks(None)}
 TOKENIZERS = {check.name for check in tokenizer_checks.tokenizer_checks(None)}
@@ -116,7 +117,7 @@ def test_a_cache_that_forgets_its_first_token_is_found(patient, monkeypatch):
 
 
 def test_an_int8_cache_with_wrong_scales_is_found(patient, monkeypatch):
-    quantize = modeling.QWenInt8Cache.__init__.__globals__["quantize_chunk"]
+    quantize = QWenInt8Cache.__init__.__globals__["quantize_chunk"]
 
     def broken(states):
         codes, scale, zero = quantize(states)
@@ -151,16 +152,16 @@ def test_a_logn_that_counts_from_the_chunk_is_found(patient, monkeypatch):
 
 
 def test_a_wrong_alpha_is_found(patient, monkeypatch):
-    monkeypatch.setattr(modeling, "ntk_alpha", lambda lengths, length: ntk_alpha(lengths, length) * 2 - 1)
+    monkeypatch.setattr(ntk_qwen, "ntk_alpha", lambda lengths, length: ntk_alpha(lengths, length) * 2 - 1)
     found = set(failed(patient))
     assert {"long texts (NTK, LogN)", "generate beyond the length"} <= found and "plain arithmetic" not in found
 
 
 def test_an_alpha_that_changes_while_decoding_is_found(patient, monkeypatch):
-    def chosen_anew(cache, rows, choose):
+    def chosen_anew(cache, rows, choose, program_alpha):
         return choose().expand(rows, -1)
 
-    monkeypatch.setattr(modeling, "resolve_ntk_alpha", chosen_anew)
+    monkeypatch.setattr(ntk_qwen, "resolve_ntk_alpha", chosen_anew)
     assert "cache, token by token" in failed(patient)
 
 

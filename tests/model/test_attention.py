@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwen1 import QWenAttention, modeling_qwen
-from qwen1.modeling_qwen import (
+from qwen1 import QWenAttention, attention_qwen, modeling_qwen
+from qwen1.attention_qwen import (
     FLASH_IMPLEMENTATION,
     LONE_QUERY_IMPLEMENTATION,
+    choose_implementation,
     eager_attention_forward,
     lone_query_attention,
     mask_scores,
@@ -264,7 +265,7 @@ def test_a_registered_backend_may_return_flat_rows(tiny_model, monkeypatch):
 @pytest.mark.parametrize("chunk", [16, 5 * 2 * 4 * 16, 2**20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_lone_query_sees_what_it_should(attention, qkv, monkeypatch, dtype, chunk, padded):
-    monkeypatch.setattr(modeling_qwen, "_CHUNK_ELEMENTS", chunk)  # one key at a time, five, all
+    monkeypatch.setattr(attention_qwen, "_CHUNK_ELEMENTS", chunk)  # one key at a time, five, all
     query, key, value = qkv(1, 37, dtype)
     visible = torch.ones(2, 1, 37, dtype=torch.bool)
     visible[0, 0, : 9 * padded] = False
@@ -285,7 +286,7 @@ def test_lone_queries_share_key_heads(attention, qkv):
 
 def test_a_lone_query_is_one_token_in_half_precision(attention, qkv):
     def choose(query, cache=None, **changes):
-        return attention(**{"attn_implementation": "sdpa"} | changes)._choose_implementation(query, cache)
+        return choose_implementation(attention(**{"attn_implementation": "sdpa"} | changes), query, cache)
 
     lone = qkv(1, 7, torch.bfloat16)[0]
     assert choose(lone) == choose(lone.half()) == LONE_QUERY_IMPLEMENTATION
@@ -293,7 +294,7 @@ def test_a_lone_query_is_one_token_in_half_precision(attention, qkv):
     others = [lone.float(), qkv(2, 7, torch.bfloat16)[0], lone.to("meta"), lone.clone().requires_grad_()]
     assert [choose(query) for query in others] == ["sdpa"] * 4
     assert choose(lone, cache="an engine's") == "sdpa"
-    assert attention(attn_implementation="sdpa").train()._choose_implementation(lone, None) == "sdpa"
+    assert choose_implementation(attention(attn_implementation="sdpa").train(), lone, None) == "sdpa"
     graphs = []
 
     def backend(graph, inputs):
@@ -328,7 +329,7 @@ def test_decoding_in_half_precision_is_no_further_from_the_truth(tiny_model, mon
     )
     ours = decode()
     assert seen == list(range(model.config.num_hidden_layers))
-    monkeypatch.setattr(QWenAttention, "_choose_implementation", lambda *_: "sdpa")
+    monkeypatch.setattr(modeling_qwen, "choose_implementation", lambda *_: "sdpa")
     fused = decode()
     truth = model.float()(ids, attention_mask=mask).logits[:, -1:]
     assert (ours - truth).norm() < 1.2 * (fused - truth).norm()

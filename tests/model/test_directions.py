@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache, pipeline
 from transformers.utils import logging as transformers_logging
 
-from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, flash_self_attention_forward
+from qwen1.attention_qwen import FLASH_IMPLEMENTATION, flash_self_attention_forward
 
 PLAIN = dict(use_dynamic_ntk=False, use_logn_attn=False)
 MASKS = {

@@ -11,8 +11,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen1.engines_qwen as engines
+from qwen1.attention_qwen import eager_attention_forward
 from qwen1.engines_qwen import engine_alpha, paged_alpha
-from qwen1.modeling_qwen import eager_attention_forward, ntk_alpha, prompt_lengths
+from qwen1.ntk_qwen import ntk_alpha
+from qwen1.positions_qwen import prompt_lengths
 
 GREEDY = dict(do_sample=False, max_new_tokens=8, pad_token_id=256, eos_token_id=463)
 

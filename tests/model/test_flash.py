@@ -8,9 +8,11 @@ import types
 import pytest
 import torch
 
+import qwen1.attention_qwen as attention
 import qwen1.modeling_qwen as modeling
 from qwen1 import FlashSelfAttention
-from qwen1.modeling_qwen import FLASH_IMPLEMENTATION, packed_starts, varlen_attention
+from qwen1.attention_qwen import FLASH_IMPLEMENTATION, varlen_attention
+from qwen1.positions_qwen import packed_starts
 
 
 def reference_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout_p, softmax_scale, causal):
@@ -41,7 +43,8 @@ def kernel(monkeypatch):
         calls.append(dict(zip(names, arguments, strict=True)) | options)
         return reference_kernel(*arguments, **options)
 
-    monkeypatch.setattr(modeling, "varlen_attention", record)
+    for module in (modeling, attention):  # whole rows, padded ones
+        monkeypatch.setattr(module, "varlen_attention", record)
     return calls
 
 
@@ -207,7 +210,7 @@ def test_starts_counted_by_a_collator_are_used(flash_model, kernel):
 @torch.no_grad()
 def test_packing_is_looked_for_once_a_call(flash_model, monkeypatch):
     calls = []
-    monkeypatch.setattr(modeling, "packed_starts", lambda positions: calls.append(positions))
+    monkeypatch.setattr(attention, "packed_starts", lambda positions: calls.append(positions))
     flash_model[0](torch.arange(5)[None], use_cache=False)
     assert len(calls) == 1
 
@@ -250,7 +253,7 @@ def test_flash_attn_is_called_where_it_is_installed(half, monkeypatch):
         calls.append((arguments, softmax_scale, causal))
         return "output"
 
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.1, 0.5, True) == "output"
@@ -278,7 +281,7 @@ def torchs_kernel(calls, shares_heads):
 def test_torch_is_called_otherwise(half, monkeypatch, causal, window, shares_heads):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     calls = []
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr(varlen, "varlen_attn", torchs_kernel(calls, shares_heads))
     assert varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, causal) == "output"
     (call,) = calls
@@ -299,7 +302,7 @@ def test_the_arguments_are_those_of_the_torch_installed(half, monkeypatch):
         calls.append(signature.bind(*arguments, **options).arguments)
         return "output"
 
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     varlen_attention(*half, STARTS, STARTS, 4, 4, 0.0, 0.5, True)
     (call,) = calls
@@ -307,7 +310,7 @@ def test_the_arguments_are_those_of_the_torch_installed(half, monkeypatch):
 
 
 def test_what_torch_cannot_do_is_said(half, monkeypatch):
-    monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="attn_pdrop=0.1 needs flash-attn"):
         varlen_attention(*half, STARTS, STARTS, 4, 4, 0.1, None, True)
     without_window = types.SimpleNamespace(varlen_attn=lambda q, k, v: None)

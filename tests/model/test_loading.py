@@ -36,7 +36,7 @@ def machine(monkeypatch):
 
     def pretend(cuda, flash_attn):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(modeling, "is_flash_attn_2_available", lambda: flash_attn)
+        monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: flash_attn)
 
     return pretend
 
@@ -164,7 +164,7 @@ def test_use_flash_attn_reaches_the_model(folder, machine):
 
 def test_use_flash_attn_in_vain_is_said_once(folder, machine, caplog):
     machine(cuda=False, flash_attn=False)
-    modeling.logger.warning_once.cache_clear()
+    loading.logger.warning_once.cache_clear()
     for _ in range(2):
         load(folder, use_flash_attn=True, bf16=True)
     assert len([r for r in caplog.records if "use_flash_attn=True needs a CUDA device" in r.message]) == 1
@@ -184,7 +184,7 @@ def test_softmax_in_fp32_holds_however_the_model_is_made(tiny_config, caplog):
     config = tiny_config(softmax_in_fp32=True)
     for model in (QWenLMHeadModel(config), AutoModelForCausalLM.from_config(config), QWenModel(config)):
         assert model.config._attn_implementation == "eager"
-    modeling.logger.warning_once.cache_clear()
+    loading.logger.warning_once.cache_clear()
     config = tiny_config(softmax_in_fp32=True, attn_implementation="sdpa")
     assert QWenLMHeadModel(config).config._attn_implementation == "sdpa"
     assert "softmax_in_fp32=True has no effect" in caplog.text

@@ -13,8 +13,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig, GenerationConfig
 
-from qwen1.cache_qwen import NTKState
-from qwen1.modeling_qwen import ntk_alpha, prompt_lengths
+from qwen1.ntk_qwen import NTKState, ntk_alpha
+from qwen1.positions_qwen import prompt_lengths
 
 SEQ_LENGTH = 32
 TOLERANCE = 1e-4

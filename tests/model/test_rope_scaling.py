@@ -8,7 +8,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.configurations import qwen_config, read_hf
 from qwen1.conversion.names import as_qwen, convert_tensors, hf_to_qwen
-from qwen1.modeling_qwen import RotaryEmbedding, text_lengths
+from qwen1.modeling_qwen import RotaryEmbedding
+from qwen1.positions_qwen import text_lengths
 
 TRAINED = 32
 SCALINGS = {
