@@ -19,10 +19,9 @@ from .saving_qwen import saved_as_published
 from .scaling_qwen import (
     ROPE_DEFAULTS,
     ROPE_SPELLINGS,
-    RotaryScaling,
+    RopeParameters,
     contradiction,
     plain_rope,
-    resolve_rope,
     take_rope,
 )
 
@@ -110,17 +109,7 @@ def _alias(target: str) -> property:
     return property(read, write, doc=f"Another spelling of `{target}`.")
 
 
-def _rope_value(key: str, doc: str) -> property:
-    def read(config: QWenConfig) -> Any:
-        return config.rope_parameters[key]
-
-    def write(config: QWenConfig, value: Any) -> None:
-        config.__dict__["rope_parameters"] = {**config.rope_parameters, key: value}  # not in shallow copies as well
-
-    return property(read, write, doc=doc)
-
-
-class QWenConfig(PreTrainedConfig):
+class QWenConfig(RopeParameters, PreTrainedConfig):
     """Shape and behaviour of a QWen model; the defaults are those of the documented 7B model of 2023-08.
 
     Both published spellings of a key are understood (`n_embd` / `hidden_size`, `ffn_hidden_size` /
@@ -183,8 +172,6 @@ class QWenConfig(PreTrainedConfig):
     emb_dropout_prob = _alias("embd_pdrop")
     rms_norm_eps = _alias("layer_norm_epsilon")
     attention_dropout = _alias("attn_pdrop")
-    rotary_emb_base = _rope_value("rope_theta", "Base of the rotary frequencies.")
-    rotary_pct = _rope_value("partial_rotary_factor", "Share of each head that is rotated, in (0, 1].")
     rope_theta = _alias("rotary_emb_base")
     partial_rotary_factor = _alias("rotary_pct")
     head_dim = _alias("kv_channels")
@@ -229,12 +216,8 @@ class QWenConfig(PreTrainedConfig):
         values = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         _take_aliases(values, kwargs)
         rope = take_rope(kwargs)
-        if kwargs.get("use_sliding_window") is False:
-            kwargs.pop("sliding_window", None)  # as Qwen2 does: transformers would build a cache by it
         # What the base class declares goes through it; everything else is set first, because it reads some of them.
         base_values = {name: values.pop(name) for name in _BASE_KEYS}
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = values["n_head"]
         for name, value in values.items():
             setattr(self, name, value)
         self.rope_parameters = rope
@@ -252,48 +235,6 @@ class QWenConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Leading channels of each head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
-
-    @property
-    def rope_parameters(self) -> dict[str, Any]:
-        """Rotary parameters as transformers 5 spells them; what is written into this dictionary counts.
-
-        `rope_theta` is `rotary_emb_base` and `partial_rotary_factor` is `rotary_pct`; a dictionary that is set without
-        them leaves both as they are, and replaces the rest.
-        """
-        return self.__dict__.setdefault("rope_parameters", {"rope_type": "default", **ROPE_DEFAULTS})
-
-    @rope_parameters.setter
-    def rope_parameters(self, value: Mapping[str, Any] | None) -> None:
-        kept = {name: self.rope_parameters.get(name, default) for name, default in ROPE_DEFAULTS.items()}
-        self.__dict__["rope_parameters"] = {"rope_type": "default", **kept, **plain_rope(value)}
-
-    @property
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """`rope_parameters` where they scale, else None: the spelling before transformers 5."""
-        return None if self.rope_parameters.get("rope_type") == "default" else self.rope_parameters
-
-    @rope_scaling.setter
-    def rope_scaling(self, value: Mapping[str, Any] | None) -> None:
-        self.rope_parameters = value
-
-    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Called by transformers to take rotary parameters out of `kwargs`: the constructor has done so."""
-        return kwargs
-
-    def standardize_rope_params(self) -> None:
-        """Complete `rope_parameters` as transformers does, for programs that read them."""
-        self.rope_parameters = dict(self.rope_parameters)
-        if self.rope_parameters["rope_type"] == "yarn":
-            self.rope_parameters.setdefault("original_max_position_embeddings", self.n_positions)
-
-    @property
-    def rotary_scaling(self) -> RotaryScaling:
-        """What `rope_parameters` ask for.
-
-        Raises:
-            ValueError: a kind of scaling, a key or a value that can't be computed, or `use_dynamic_ntk` beside it.
-        """
-        return resolve_rope(plain_rope(self.rope_parameters), self.n_positions, bool(self.use_dynamic_ntk))
 
     def precision_flag(self) -> str | None:
         """The one of `bf16`, `fp16` and `fp32` that is set, or None.
@@ -316,7 +257,7 @@ class QWenConfig(PreTrainedConfig):
         """
         for values in (config_dict, kwargs):
             refuse_relatives(values)
-            _refusecontradictions(values)
+            _refuse_contradictions(values)
         taken = (*PRECISION_FLAGS, *WITHOUT_EFFECT, *FOREIGN, *ARITHMETIC)  # whether the file has them or not
         checked = {name: kwargs.pop(name) for name in taken if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
@@ -394,7 +335,7 @@ def _spellings(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 yield ALIASES[key], f"{spelling}.{key}", value
 
 
-def _refusecontradictions(values: Mapping[str, Any]) -> None:
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     first = {name: (name, values[name]) for name in ALIASES.values() if values.get(name) is not None}
     for name, spelling, value in _spellings(values):
         other, given = first.setdefault(name, (spelling, value))
@@ -407,13 +348,17 @@ def _take_aliases(values: dict[str, Any], kwargs: dict[str, Any]) -> None:
 
     A documented default can't be told from the same value given, so an alias wins over a default.
     """
-    _refusecontradictions(kwargs)
+    _refuse_contradictions(kwargs)
     for name, spelling, given in _spellings(kwargs):
         if values[name] not in (_DEFAULTS[name], given):
             raise contradiction(name, values[name], spelling, given)
         values[name] = given
     for alias in ALIASES:
         kwargs.pop(alias, None)
+    if kwargs.get("use_sliding_window") is False:
+        kwargs.pop("sliding_window", None)  # as Qwen2 does: transformers would build a cache by it
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["n_head"]
 
 
 def _check_types(config: QWenConfig) -> None:

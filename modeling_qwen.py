@@ -39,6 +39,7 @@ from .attention_qwen import (
     varlen_attention,
 )
 from .cache_qwen import cache_of_call, extend_cache
+from .chat_qwen import QWenChatMixin
 from .configuration_qwen import QWenConfig
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
@@ -52,7 +53,6 @@ from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
 from .ntk_qwen import alpha_of_call, choose_alpha, stretched_base
-from .ntk_qwen import ntk_alpha as ntk_alpha
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_lengths, text_starts
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -65,12 +65,7 @@ from .tools_qwen import ToolResult as ToolResult
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 and rounded to the input's dtype before the weight.
-
-    Args:
-        dim: size of the last dimension.
-        eps: added to the mean square.
-    """
+    """Root mean square norm of the last dimension, in float32 and rounded to the input's dtype before the weight."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -256,16 +251,13 @@ class QWenAttention(nn.Module):
         head_mask: torch.Tensor | None = None,
         is_causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention in the dtype of its inputs.
+        """Attention in the dtype of its inputs: output (B, T, H, D) and probabilities (B, H, T, S).
 
         Args:
             query: (B, H, T, D); key and value: (B, H, S, D), the queries being the last T of the S tokens.
             attention_mask: (B, 1, T or 1, S), additive or bool.
             head_mask: broadcast onto the probabilities.
             is_causal: whether a query sees no key behind it.
-
-        Returns:
-            output (B, T, H, D) and probabilities (B, H, T, S).
         """
         attn_weights = torch.matmul(query, key.transpose(-1, -2))
         if self.scale_attn_weights:
@@ -478,13 +470,11 @@ class QWenModel(QWenPreTrainedModel):
             position_ids: (B or 1, T); derived from the mask where absent, so that left padding needs nothing else.
             past_key_values, cache: cache to continue, under either name; it remembers the NTK alpha of each sequence.
             use_cache: return a cache, a new one where none is given.
-            ntk_alpha: (B, 1), to use instead of the alpha that the length of the prompt asks for; kept by the cache.
-                `generate` gives it; a program that is exported for texts beyond `seq_length` takes it as an input.
+            ntk_alpha: (B, 1), in place of the alpha that the length of the prompt asks for; kept by the cache.
             kwargs: `arguments_qwen.KNOWN_ARGUMENTS`.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; two caches; mask or positions of other tokens.
-            TypeError: an argument that nothing here knows.
+            ValueError, TypeError: arguments that contradict each other, or that nothing here knows.
         """
         check_arguments(type(self).__name__, kwargs, ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation))
         if (input_ids is None) == (inputs_embeds is None):
@@ -508,9 +498,8 @@ class QWenModel(QWenPreTrainedModel):
                 **cache_argument(cache),
                 **kwargs,
             )
-        return QWenModelOutput(
-            last_hidden_state=self.ln_f(hidden_states), **cache_argument(cache if use_cache else None)
-        )
+        hidden_states = self.ln_f(hidden_states)
+        return QWenModelOutput(last_hidden_state=hidden_states, **cache_argument(cache if use_cache else None))
 
     def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
         """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""
@@ -524,7 +513,7 @@ class QWenModel(QWenPreTrainedModel):
         return *self.rotary_emb.cos_sin(position_ids, alpha), logn
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin, ChatAdapterMixin):
+class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, ChatAdapterMixin):
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}

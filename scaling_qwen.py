@@ -143,6 +143,67 @@ def _rope_number(rope: dict[str, Any], key: str, least: float, default: Any = No
     return value
 
 
+def _rope_value(key: str, doc: str) -> property:
+    def read(config: RopeParameters) -> Any:
+        return config.rope_parameters[key]
+
+    def write(config: RopeParameters, value: Any) -> None:
+        config.__dict__["rope_parameters"] = {**config.rope_parameters, key: value}  # not in shallow copies as well
+
+    return property(read, write, doc=doc)
+
+
+class RopeParameters:
+    """The rotary part of a configuration, a mixin of `QWenConfig`: both of its spellings, of today and before."""
+
+    n_positions: int
+    use_dynamic_ntk: bool
+    rotary_emb_base = _rope_value("rope_theta", "Base of the rotary frequencies.")
+    rotary_pct = _rope_value("partial_rotary_factor", "Share of each head that is rotated, in (0, 1].")
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary parameters as transformers 5 spells them; what is written into this dictionary counts.
+
+        `rope_theta` is `rotary_emb_base` and `partial_rotary_factor` is `rotary_pct`; a dictionary that is set without
+        them leaves both as they are, and replaces the rest.
+        """
+        return self.__dict__.setdefault("rope_parameters", {"rope_type": "default", **ROPE_DEFAULTS})
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: Mapping[str, Any] | None) -> None:
+        kept = {name: self.rope_parameters.get(name, default) for name, default in ROPE_DEFAULTS.items()}
+        self.__dict__["rope_parameters"] = {"rope_type": "default", **kept, **plain_rope(value)}
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """`rope_parameters` where they scale, else None: the spelling before transformers 5."""
+        return None if self.rope_parameters.get("rope_type") == "default" else self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: Mapping[str, Any] | None) -> None:
+        self.rope_parameters = value
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Called by transformers to take rotary parameters out of `kwargs`: the constructor has done so."""
+        return kwargs
+
+    def standardize_rope_params(self) -> None:
+        """Complete `rope_parameters` as transformers does, for programs that read them."""
+        self.rope_parameters = dict(self.rope_parameters)
+        if self.rope_parameters["rope_type"] == "yarn":
+            self.rope_parameters.setdefault("original_max_position_embeddings", self.n_positions)
+
+    @property
+    def rotary_scaling(self) -> RotaryScaling:
+        """What `rope_parameters` ask for.
+
+        Raises:
+            ValueError: a kind of scaling, a key or a value that can't be computed, or `use_dynamic_ntk` beside it.
+        """
+        return resolve_rope(plain_rope(self.rope_parameters), self.n_positions, bool(self.use_dynamic_ntk))
+
+
 def dynamic_alpha(lengths: torch.Tensor, scaling: RotaryScaling) -> torch.Tensor:
     """Stretch of the rotary base by transformers' "dynamic" scaling for texts of the given lengths, float32.
 
