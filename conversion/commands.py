@@ -27,9 +27,10 @@ from ..chat_command import TINY_CHAT
 from .configurations import RopeScaling
 from .converting import convert, plan_conversion
 from .errors import CheckpointError
-from .inspecting import inspect, render
+from .inspecting import inspect
 from .merging import merge_lora
 from .pushing import files_to_push, model_card, push
+from .reports import render
 from .sources import open_source
 from .upgrading import plan_upgrade, upgrade, upgrade_in_place
 from .verifying import TOLERANCE, Comparison, compare, parse_ids

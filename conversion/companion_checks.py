@@ -21,7 +21,7 @@ from .companions import (
     is_chat,
 )
 from .errors import CheckpointError
-from .files import is_pointer, is_present, read_json
+from .files.access import is_pointer, is_present, read_json
 from .names import Architecture
 from .reports import Findings, first_of
 from .sources import MOVES_FILE, WORK_FOLDER, Kind

@@ -24,8 +24,8 @@ from ..tokenization_qwen import (
     load_vocabulary,
 )
 from .errors import CheckpointError
-from .files import check_readable, is_present, read_json, read_text
-from .links import CODE_FOLDER
+from .files.access import check_readable, is_present, read_json, read_text
+from .files.links import CODE_FOLDER
 from .writing import CopiedFile, PlannedFile, TextFile, json_file
 
 CODE_FILES = tuple(sorted(path.name for path in CODE_FOLDER.glob("*qwen*.py")))

@@ -29,7 +29,7 @@ from .companions import (
 )
 from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
 from .errors import CheckpointError
-from .links import check_links
+from .files.links import check_links
 from .names import Recipe, as_qwen, compose, hf_to_qwen
 from .sources import Kind, Source
 from .upgrading import Plan, job_of, refuse_inside

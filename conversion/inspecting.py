@@ -16,8 +16,10 @@ from typing import Any
 from .companion_checks import CompanionChecks, tokenizer_files
 from .configurations import read_hf, read_llama, read_qwen
 from .errors import CheckpointError
-from .files import check_exists, is_pointer, is_present, read_json
-from .links import stray_links
+from .files.access import check_exists, is_pointer, is_present, read_json
+from .files.links import stray_links
+from .files.tensors import TensorInfo
+from .files.weights import ADAPTER_CONFIG, Weights
 from .names import (
     IGNORED,
     NOT_GATHERED,
@@ -29,7 +31,6 @@ from .names import (
     qwen_shapes,
 )
 from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
-from .reading import TensorInfo, Weights
 from .reports import (
     NAMED,
     Findings,
@@ -44,7 +45,7 @@ from .reports import (
 )
 from .reports import render as render
 from .sources import LLAMA_PARAMS, Kind, detect_kind, hidden_weights
-from .stored import ADAPTER_CONFIG, StoredWeights
+from .stored import StoredWeights
 from .writing import is_finite
 
 ADAPTER = "adapter"

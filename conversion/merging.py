@@ -46,12 +46,12 @@ from .companions import (
 )
 from .configurations import quantization_method
 from .errors import CheckpointError
-from .files import check_exists, check_readable, is_present, read_json
-from .links import check_links, resolved
+from .files.access import check_exists, check_readable, is_present, read_json
+from .files.links import check_links, resolved
+from .files.tensors import TensorInfo
+from .files.weights import ADAPTER_CONFIG, ADAPTERS, SAFETENSORS, Weights
 from .names import NOT_GATHERED, Recipe, is_left_empty, keep
-from .reading import SAFETENSORS, TensorInfo, Weights
 from .sources import Source, open_source
-from .stored import ADAPTER_CONFIG, ADAPTERS
 from .upgrading import job_of, plan_upgrade, upgraded_config
 from .writing import (
     CopiedFile,

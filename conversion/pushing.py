@@ -30,9 +30,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 from .companions import end_ids
 from .configurations import quantization_method, refuse_sizes
 from .errors import CheckpointError
-from .files import check_readable, is_present, read_json
-from .links import check_links, resolved
-from .reading import SAFETENSORS, Weights, open_weights
+from .files.access import check_readable, is_present, read_json
+from .files.links import check_links, resolved
+from .files.weights import SAFETENSORS, Weights, open_weights
 from .sources import Kind, detect_kind
 
 README = "README.md"

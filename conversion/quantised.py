@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
-from .files import read_json
+from .files.access import read_json
 
 METHODS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 """Method -> its layouts that are known here."""

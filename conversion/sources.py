@@ -13,8 +13,10 @@ import torch
 
 from .configurations import read_hf, read_llama, read_qwen, refuse_kind
 from .errors import CheckpointError
-from .files import check_exists, is_present, read_json
-from .links import check_links
+from .files.access import check_exists, is_present, read_json
+from .files.links import check_links
+from .files.tensors import DTYPE_CODES
+from .files.weights import Weights, open_weights
 from .names import (
     Architecture,
     Recipe,
@@ -27,7 +29,6 @@ from .names import (
     qwen_to_hf,
 )
 from .quantised import Expected, expect_packed, read_packing, settings_beside
-from .reading import DTYPE_CODES, Weights, open_weights
 from .relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from .files import is_pointer, is_present
-from .reading import MODEL_PARALLEL, PICKLE, SAFETENSORS, TensorInfo, Weights, read_index
+from .files.access import is_pointer, is_present
+from .files.tensors import TensorInfo
+from .files.weights import ADAPTER_CONFIG, ADAPTERS, MODEL_PARALLEL, PICKLE, SAFETENSORS, Weights, read_index
 from .reports import FileReport, Findings, are, first_of, plural
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _CONTAINERS = (SAFETENSORS, PICKLE)
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
 _WEIGHT_FILE = re.compile(rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|{MODEL_PARALLEL.pattern}")

@@ -28,10 +28,10 @@ from .companions import (
 )
 from .configurations import quantization_method
 from .errors import CheckpointError
-from .files import check_exists, read_value
-from .links import check_links, resolved
+from .files.access import check_exists, read_value
+from .files.links import check_links, resolved
+from .files.weights import PICKLE, SAFETENSORS
 from .names import IGNORED, Recipe, keep
-from .reading import PICKLE, SAFETENSORS
 from .sources import MOVES_FILE, WORK_FOLDER, Source, open_source
 from .writing import (
     CopiedFile,

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Fo
 from ..modeling_qwen import QWenLMHeadModel
 from .configurations import refuse_sizes
 from .errors import CheckpointError
-from .files import read_value
+from .files.access import read_value
+from .files.weights import ADAPTER_CONFIG
 from .inspecting import read_architecture, rope_scaling
 from .names import IGNORED, Architecture
 from .sources import Kind, Source, open_source
-from .stored import ADAPTER_CONFIG
 
 TOLERANCE = 1e-3
 """Largest difference of logits in float32 that a faithful conversion may have, absolute.

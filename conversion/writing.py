@@ -24,10 +24,12 @@ from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import CheckpointError
-from .files import check_readable
-from .links import resolved
+from .files.access import check_readable
+from .files.checksums import check_file, same_bytes
+from .files.links import resolved
+from .files.tensors import DTYPE_CODES, meta_tensors
+from .files.weights import SAFETENSORS, Weights
 from .names import Recipe
-from .reading import DTYPE_CODES, SAFETENSORS, Weights, check_file, meta_tensors, same_bytes
 
 JOB_FILE, LOCK_FILE = ".qwen1.job.json", ".qwen1.lock"
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
-from ..conversion.files import read_json
+from ..conversion.files.access import read_json
+from ..conversion.files.weights import ADAPTER_CONFIG
 from ..conversion.inspecting import inspect
 from ..conversion.sources import Kind, detect_kind
-from ..conversion.stored import ADAPTER_CONFIG
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line

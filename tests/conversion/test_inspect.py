@@ -15,9 +15,9 @@ from qwen1 import QWenInt8Cache
 from qwen1.conversion import inspecting
 from qwen1.conversion.configurations import read_qwen
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.inspecting import inspect, render
-from qwen1.conversion.reading import Weights
-from qwen1.conversion.reports import int8_cache_per_token, memory_needs, size_text
+from qwen1.conversion.files.weights import Weights
+from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.reports import int8_cache_per_token, memory_needs, render, size_text
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BLOCK = "transformer.h.1.attn.c_attn.weight"

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qwen1.conversion import commands
+from qwen1.conversion.files.links import check_links, resolved, stray_links
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.links import check_links, resolved, stray_links
 from qwen1.conversion.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
 from qwen1.conversion.writing import Progress

@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.configurations import qwen_config, read_hf, read_llama, read_qwen
 from qwen1.conversion.errors import CheckpointError
+from qwen1.conversion.files.tensors import TensorInfo
+from qwen1.conversion.files.weights import open_weights
 from qwen1.conversion.names import (
     IGNORED,
     TABLE,
@@ -31,7 +33,6 @@ from qwen1.conversion.names import (
     qwen_shapes,
     qwen_to_hf,
 )
-from qwen1.conversion.reading import TensorInfo, open_weights
 
 QWEN = {
     "plain": {},

@@ -16,15 +16,10 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.reading import (
-    Weights,
-    check_file,
-    known_checksum,
-    meta_tensors,
-    open_weights,
-    read_json,
-    same_bytes,
-)
+from qwen1.conversion.files.access import read_json
+from qwen1.conversion.files.checksums import check_file, known_checksum, same_bytes
+from qwen1.conversion.files.tensors import meta_tensors
+from qwen1.conversion.files.weights import Weights, open_weights
 
 SHA_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 
@@ -409,7 +404,7 @@ def test_records_without_a_checksum_are_passed_over(weights_file, record):
 
 def test_checksums_are_compared_before_the_first_tensor_of_a_file_only(weights_file, monkeypatch):
     compared = []
-    monkeypatch.setattr("qwen1.conversion.reading.check_file", compared.append)
+    monkeypatch.setattr("qwen1.conversion.files.weights.check_file", compared.append)
     weights = Weights([weights_file])
     assert compared == []
     for _ in range(2):

@@ -9,8 +9,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
+BLOCK = 2**20  # bytes read at once
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
 _JSON_BYTES = 2**28  # more than ten times the largest tokenizer.json
 _DEPTH = 64  # lists and objects in one another; a tokenizer.json has about ten

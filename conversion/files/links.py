@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import CheckpointError
-from .files import unreadable
-from .reading import same_bytes
+from ..errors import CheckpointError
+from .access import unreadable
+from .checksums import same_bytes
 
-CODE_FOLDER = Path(__file__).parent.parent
+CODE_FOLDER = Path(__file__).parent.parent.parent
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
