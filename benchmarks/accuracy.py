@@ -17,8 +17,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.utils import logging
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import read_hf
-from qwen1.conversion.names import convert_tensors, hf_to_qwen
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.qwen import hf_to_qwen
+from qwen1.conversion.formats.recipes import convert_tensors
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "model"
 CASES = [

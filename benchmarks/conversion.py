@@ -26,9 +26,8 @@ import transformers
 from safetensors.torch import save_file
 
 from qwen1 import QWenConfig
-from qwen1.conversion.configurations import read_qwen
 from qwen1.conversion.converting import convert, plan_conversion
-from qwen1.conversion.names import qwen_shapes
+from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
 from qwen1.conversion.writing import Progress

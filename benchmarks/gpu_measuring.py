@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import read_qwen
-from qwen1.conversion.names import convert_tensors, qwen_to_hf
+from qwen1.conversion.formats.qwen import qwen_to_hf, read_qwen
+from qwen1.conversion.formats.recipes import convert_tensors
 
 WARM_TOKENS = 8
 """Tokens of a reply before its steady rate is timed: among the first, CUDA graphs are recorded."""

@@ -8,8 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import read_hf
-from qwen1.conversion.names import convert_tensors, hf_to_qwen
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.qwen import hf_to_qwen
+from qwen1.conversion.formats.recipes import convert_tensors
 
 WIDTH, LAYERS, HEADS, INTERMEDIATE, VOCABULARY = 1024, 16, 8, 2752, 151_936
 LONGEST = 16_384

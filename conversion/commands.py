@@ -24,9 +24,9 @@ from rich.progress import Progress as Bars
 from transformers.utils import logging
 
 from ..chat_command import TINY_CHAT
-from .configurations import RopeScaling
 from .converting import convert, plan_conversion
 from .errors import CheckpointError
+from .formats.qwen2 import RopeScaling
 from .inspecting import inspect
 from .merging import merge_lora
 from .pushing import files_to_push, model_card, push

@@ -22,9 +22,10 @@ from .companions import (
 )
 from .errors import CheckpointError
 from .files.access import is_pointer, is_present, read_json
-from .names import Architecture
+from .formats.architecture import Architecture
+from .formats.kinds import Kind
 from .reports import Findings, first_of
-from .sources import MOVES_FILE, WORK_FOLDER, Kind
+from .sources import MOVES_FILE, WORK_FOLDER
 
 _OLD_KINDS = (Kind.QWEN_2023_08, Kind.QWEN_2023_12)
 _ID = re.compile(r"[0-9]{1,18}")

@@ -27,11 +27,13 @@ from .companions import (
     qwen_generation,
     tokenizer_for_qwen,
 )
-from .configurations import RopeScaling, check_qwen2, qwen2_config, qwen_config
 from .errors import CheckpointError
 from .files.links import check_links
-from .names import Recipe, as_qwen, compose, hf_to_qwen
-from .sources import Kind, Source
+from .formats.kinds import Kind
+from .formats.qwen import as_qwen, hf_to_qwen, qwen_config
+from .formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
+from .formats.recipes import Recipe, compose
+from .sources import Source
 from .upgrading import Plan, job_of, refuse_inside
 from .writing import CopiedFile, PlannedFile, Progress, json_file, plan_outputs, plan_shards, write_folder
 

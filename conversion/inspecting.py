@@ -14,37 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from .companion_checks import CompanionChecks, tokenizer_files
-from .configurations import read_hf, read_llama, read_qwen
-from .errors import CheckpointError
 from .files.access import check_exists, is_pointer, is_present, read_json
 from .files.links import stray_links
 from .files.tensors import TensorInfo
 from .files.weights import ADAPTER_CONFIG, Weights
-from .names import (
-    IGNORED,
-    NOT_GATHERED,
-    TABLE,
-    Architecture,
-    hf_shapes,
-    is_left_empty,
-    llama_shapes,
-    qwen_shapes,
-)
-from .quantised import Expected, Packing, expect_packed, read_packing, settings_beside
-from .reports import (
-    NAMED,
-    Findings,
-    Report,
-    are,
-    first_of,
-    int8_cache_per_token,
-    memory_needs,
-    numel,
-    plural,
-    quoted,
-)
-from .reports import render as render
-from .sources import LLAMA_PARAMS, Kind, detect_kind, hidden_weights
+from .formats.architecture import Architecture
+from .formats.expected import NOT_GATHERED, Expected, is_left_empty
+from .formats.kinds import Kind, detect_kind, hidden_weights
+from .formats.lenient import kind_name, read_architecture, read_leniently
+from .formats.llama_original import llama_shapes, read_llama
+from .formats.names import IGNORED, TABLE, hf_shapes
+from .formats.quantised import Packing, expect_packed, read_packing, settings_beside
+from .formats.qwen import qwen_shapes
+from .reports import NAMED, Findings, Report, are, first_of, int8_cache_per_token, memory_needs, numel, plural, quoted
+from .sources import LLAMA_PARAMS
 from .stored import StoredWeights
 from .writing import is_finite
 
@@ -53,21 +36,6 @@ ADAPTER = "adapter"
 
 _MOST_FILES = 100  # numbered with two digits
 _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "max_seq_len")
-_SHAPE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-)
 
 
 def inspect(
@@ -96,46 +64,6 @@ def inspect(
     if scan:
         inspection.scan(progress)
     return inspection.report(scan)
-
-
-def kind_name(kind: Kind) -> str:
-    """The name of a format that programs are told, as "qwen-2023-08"."""
-    return kind.name.lower().replace("_", "-")
-
-
-def read_architecture(kind: Kind, config: Mapping[str, Any]) -> tuple[Architecture, str | None]:
-    """Architecture of a `config.json`, also where it can't be converted, and the reason why it can't be.
-
-    Raises:
-        CheckpointError: impossible values.
-    """
-    config = {name: value for name, value in config.items() if name != "quantization_config"}
-    if kind.is_qwen:
-        return read_qwen(config), None
-    plain = {name: config[name] for name in _SHAPE_KEYS if name in config}
-    plain["rope_theta"] = _rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0
-    return _read(read_hf, config, plain)
-
-
-def rope_scaling(config: Mapping[str, Any]) -> str | None:
-    """How a Qwen2 or LLaMA configuration stretches long texts, as "yarn"; None if it doesn't."""
-    kind = _rope(config).get("rope_type") or _rope(config).get("type")
-    return None if kind in (None, "default") else str(kind)
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    return rope if isinstance(rope, dict) else {}
-
-
-def _read(
-    read: Callable[[Mapping[str, Any]], Architecture], config: Mapping[str, Any], plain: Mapping[str, Any]
-) -> tuple[Architecture, str | None]:
-    """Read a configuration, or else what is left of it without what can't be converted."""
-    try:
-        return read(config), None
-    except CheckpointError as error:
-        return read(plain), str(error)
 
 
 def _share_memory(infos: Mapping[str, TensorInfo], first: str, second: str) -> bool:
@@ -202,7 +130,7 @@ class _Inspection:
             self._expect_files(shapes)
             read = partial(read_llama, shapes=shapes, files=len(self.stored.parts))
             plain = {name: self.config[name] for name in _PARAMS if name in self.config}
-            self._take(self.findings.attempt(_read, read, self.config, plain))
+            self._take(self.findings.attempt(read_leniently, read, self.config, plain))
 
     def _expect_files(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """The last model-parallel files leave no gap when they are missing, but the others' shapes tell of them."""

@@ -44,13 +44,14 @@ from .companions import (
     template_files,
     upgraded_tokenizer_config,
 )
-from .configurations import quantization_method
 from .errors import CheckpointError
 from .files.access import check_exists, check_readable, is_present, read_json
 from .files.links import check_links, resolved
 from .files.tensors import TensorInfo
 from .files.weights import ADAPTER_CONFIG, ADAPTERS, SAFETENSORS, Weights
-from .names import NOT_GATHERED, Recipe, is_left_empty, keep
+from .formats.configurations import quantization_method
+from .formats.expected import NOT_GATHERED, is_left_empty
+from .formats.recipes import Recipe, keep
 from .sources import Source, open_source
 from .upgrading import job_of, plan_upgrade, upgraded_config
 from .writing import (

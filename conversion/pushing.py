@@ -28,12 +28,12 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .companions import end_ids
-from .configurations import quantization_method, refuse_sizes
 from .errors import CheckpointError
 from .files.access import check_readable, is_present, read_json
 from .files.links import check_links, resolved
 from .files.weights import SAFETENSORS, Weights, open_weights
-from .sources import Kind, detect_kind
+from .formats.configurations import quantization_method, refuse_sizes
+from .formats.kinds import Kind, detect_kind
 
 README = "README.md"
 

@@ -14,7 +14,9 @@ from rich.text import Text
 
 from ..chat_command import printable
 from .errors import CheckpointError
-from .names import TABLE, Architecture, hf_shapes, qwen_shapes
+from .formats.architecture import Architecture
+from .formats.names import TABLE, hf_shapes
+from .formats.qwen import qwen_shapes
 
 T = TypeVar("T")
 

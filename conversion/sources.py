@@ -2,75 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .configurations import read_hf, read_llama, read_qwen, refuse_kind
 from .errors import CheckpointError
 from .files.access import check_exists, is_present, read_json
 from .files.links import check_links
 from .files.tensors import DTYPE_CODES
 from .files.weights import Weights, open_weights
-from .names import (
-    Architecture,
-    Recipe,
-    check_names,
-    hf_shapes,
-    keep,
-    llama_shapes,
-    llama_to_hf,
-    qwen_shapes,
-    qwen_to_hf,
-)
-from .quantised import Expected, expect_packed, read_packing, settings_beside
-from .relatives import refuse_relative
+from .formats.architecture import Architecture
+from .formats.expected import Expected, check_names
+from .formats.hugging_face import read_hf
+from .formats.kinds import Kind, detect_kind, hidden_weights
+from .formats.llama_original import llama_shapes, llama_to_hf, read_llama
+from .formats.names import hf_shapes
+from .formats.quantised import expect_packed, read_packing, settings_beside
+from .formats.qwen import qwen_shapes, qwen_to_hf, read_qwen
+from .formats.recipes import Recipe, keep
+from .formats.relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
 WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"
 """Where an upgrade in place keeps what is not yet in its place, and the list of what is to be moved."""
-
-
-class Kind(Enum):
-    """Formats of checkpoints; the value is what people are told."""
-
-    QWEN_2023_08 = "QWen as released in 2023-08"
-    QWEN_2023_12 = "QWen as released in 2023-12"
-    QWEN = "QWen of this repository"
-    QWEN2 = "Qwen2 (Qwen1.5, Qwen2, Qwen2.5) in Hugging Face format"
-    LLAMA = "LLaMA in Hugging Face format"
-    LLAMA_ORIGINAL = "LLaMA in the original format"
-
-    @property
-    def is_qwen(self) -> bool:
-        """Whether it is QWen, of whatever release."""
-        return self in (Kind.QWEN_2023_08, Kind.QWEN_2023_12, Kind.QWEN)
-
-
-def detect_kind(config: Mapping[str, Any], names: Iterable[str] = ()) -> Kind:
-    """Format that a `config.json` announces.
-
-    Args:
-        names: of the stored tensors, where they are known, by which a disguised Qwen-VL is found out.
-
-    Raises:
-        CheckpointError: a model type that nothing here handles, Qwen-VL and Qwen-Audio included.
-    """
-    model_type = config.get("model_type")
-    refuse_relative(config, names)
-    if model_type == "qwen":
-        auto_map = config.get("auto_map")
-        if isinstance(auto_map, dict) and "AutoModel" in auto_map:
-            return Kind.QWEN
-        return Kind.QWEN_2023_08 if "n_embd" in config else Kind.QWEN_2023_12
-    if model_type in ("qwen2", "llama"):
-        return Kind.QWEN2 if model_type == "qwen2" else Kind.LLAMA
-    raise refuse_kind(config)
 
 
 @dataclass
@@ -209,18 +166,6 @@ _TIED = (
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("00/tok_embeddings.weight", "00/output.weight"),
 )
-
-
-def hidden_weights(kind: Kind | None, file: str, disguise: str) -> str:
-    """What is wrong with a pickle that is no bare state dict, and what mends it."""
-    if kind is None:
-        remedy = "save the bare state dict"
-    else:
-        remedy = f"{'upgrade' if kind.is_qwen else 'convert --to qwen'} sees through that and writes safetensors"
-    return (
-        f"{file} {disguise}, as training does, so transformers finds none: it fails, or fills the model at random. "
-        f"The folder does not load as it is; {remedy}."
-    )
 
 
 def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:

@@ -26,12 +26,13 @@ from .companions import (
     template_files,
     upgraded_tokenizer_config,
 )
-from .configurations import quantization_method
 from .errors import CheckpointError
 from .files.access import check_exists, read_value
 from .files.links import check_links, resolved
 from .files.weights import PICKLE, SAFETENSORS
-from .names import IGNORED, Recipe, keep
+from .formats.configurations import quantization_method
+from .formats.names import IGNORED
+from .formats.recipes import Recipe, keep
 from .sources import MOVES_FILE, WORK_FOLDER, Source, open_source
 from .writing import (
     CopiedFile,

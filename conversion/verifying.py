@@ -16,13 +16,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from ..modeling_qwen import QWenLMHeadModel
-from .configurations import refuse_sizes
 from .errors import CheckpointError
 from .files.access import read_value
 from .files.weights import ADAPTER_CONFIG
-from .inspecting import read_architecture, rope_scaling
-from .names import IGNORED, Architecture
-from .sources import Kind, Source, open_source
+from .formats.architecture import Architecture
+from .formats.configurations import refuse_sizes
+from .formats.kinds import Kind
+from .formats.lenient import read_architecture, rope_scaling
+from .formats.names import IGNORED
+from .sources import Source, open_source
 
 TOLERANCE = 1e-3
 """Largest difference of logits in float32 that a faithful conversion may have, absolute.

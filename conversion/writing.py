@@ -29,7 +29,7 @@ from .files.checksums import check_file, same_bytes
 from .files.links import resolved
 from .files.tensors import DTYPE_CODES, meta_tensors
 from .files.weights import SAFETENSORS, Weights
-from .names import Recipe
+from .formats.recipes import Recipe
 
 JOB_FILE, LOCK_FILE = ".qwen1.job.json", ".qwen1.lock"
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)

@@ -15,8 +15,8 @@ from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
 from ..conversion.files.access import read_json
 from ..conversion.files.weights import ADAPTER_CONFIG
+from ..conversion.formats.kinds import Kind, detect_kind
 from ..conversion.inspecting import inspect
-from ..conversion.sources import Kind, detect_kind
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line

@@ -10,19 +10,14 @@ from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import (
-    LLAMA_2_LENGTH,
-    RopeScaling,
-    check_qwen2,
-    qwen2_config,
-    qwen_config,
-    read_hf,
-    read_llama,
-    read_qwen,
-    refuse_kind,
-)
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.names import Architecture, as_qwen, hf_shapes, qwen_shapes
+from qwen1.conversion.formats.architecture import Architecture
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.kinds import unknown_kind
+from qwen1.conversion.formats.llama_original import LLAMA_2_LENGTH, read_llama
+from qwen1.conversion.formats.names import hf_shapes
+from qwen1.conversion.formats.qwen import as_qwen, qwen_config, qwen_shapes, read_qwen
+from qwen1.conversion.formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
 from qwen1.ntk_qwen import ntk_alpha
 
 SHAPE = {
@@ -280,7 +275,7 @@ def test_what_changes_nothing_is_no_reason_to_refuse(changes):
     ],
 )
 def test_other_model_types_are_refused_by_name(model_type, named):
-    message = str(refuse_kind({"model_type": model_type}))
+    message = str(unknown_kind({"model_type": model_type}))
     assert named in message and "only qwen, dense qwen2 and llama" in message
 
 

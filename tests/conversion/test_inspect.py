@@ -12,10 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qwen1 import QWenInt8Cache
-from qwen1.conversion import inspecting
-from qwen1.conversion.configurations import read_qwen
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.weights import Weights
+from qwen1.conversion.formats import lenient
+from qwen1.conversion.formats.qwen import read_qwen
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.reports import int8_cache_per_token, memory_needs, render, size_text
 
@@ -276,7 +276,7 @@ def test_what_no_reader_expects_is_a_problem_too(folder, monkeypatch):
     def read(config):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(inspecting, "read_qwen", read)
+    monkeypatch.setattr(lenient, "read_qwen", read)
     assert problem(folder) == "Something can't be read: by zero (ZeroDivisionError)."
 
 

@@ -16,10 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen1.conversion.configurations import read_qwen
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.names import qwen_shapes
+from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.sources import MOVES_FILE, WORK_FOLDER, open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
 from qwen1.conversion.writing import JOB_FILE, LOCK_FILE, Progress

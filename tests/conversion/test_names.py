@@ -12,27 +12,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import qwen_config, read_hf, read_llama, read_qwen
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.tensors import TensorInfo
 from qwen1.conversion.files.weights import open_weights
-from qwen1.conversion.names import (
-    IGNORED,
-    TABLE,
-    Architecture,
-    as_qwen,
-    check_names,
-    compose,
-    convert_tensors,
-    halves_from_pairs,
-    hf_shapes,
-    hf_to_qwen,
-    layer_rows,
-    llama_shapes,
-    llama_to_hf,
-    qwen_shapes,
-    qwen_to_hf,
-)
+from qwen1.conversion.formats.architecture import Architecture
+from qwen1.conversion.formats.expected import check_names
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.llama_original import llama_shapes, llama_to_hf, read_llama
+from qwen1.conversion.formats.names import IGNORED, TABLE, hf_shapes, layer_rows
+from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config, qwen_shapes, qwen_to_hf, read_qwen
+from qwen1.conversion.formats.recipes import compose, convert_tensors, halves_from_pairs
 
 QWEN = {
     "plain": {},

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen1.conversion.configurations import read_qwen
 from qwen1.conversion.errors import CheckpointError
+from qwen1.conversion.formats.quantised import expect_packed, read_packing
+from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.names import qwen_shapes
-from qwen1.conversion.quantised import expect_packed, read_packing
 from qwen1.conversion.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
 from qwen1.conversion.writing import Progress

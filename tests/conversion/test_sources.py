@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import qwen_config
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.names import as_qwen, compose, convert_tensors, hf_shapes, hf_to_qwen
-from qwen1.conversion.sources import Kind, detect_kind, open_source, read_source_config
+from qwen1.conversion.formats.kinds import Kind, detect_kind
+from qwen1.conversion.formats.names import hf_shapes
+from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config
+from qwen1.conversion.formats.recipes import compose, convert_tensors
+from qwen1.conversion.sources import open_source, read_source_config
 
 CHECKPOINTS = {
     "model/aug_plain": Kind.QWEN_2023_08,

@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from qwen1 import QWenLMHeadModel
 from qwen1.conversion import verifying
-from qwen1.conversion.configurations import qwen2_config
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.names import convert_tensors
+from qwen1.conversion.formats.qwen2 import qwen2_config
+from qwen1.conversion.formats.recipes import convert_tensors
 from qwen1.conversion.sources import open_source
 from qwen1.conversion.verifying import TOLERANCE, compare, compare_logits, load_model, parse_ids, random_ids, run
 

@@ -19,7 +19,7 @@ from qwen1 import QWenLMHeadModel
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.tensors import DTYPE_CODES
 from qwen1.conversion.files.weights import Weights
-from qwen1.conversion.names import Recipe, concatenate, keep, take_rows
+from qwen1.conversion.formats.recipes import Recipe, concatenate, keep, take_rows
 from qwen1.conversion.writing import (
     JOB_FILE,
     LOCK_FILE,

@@ -6,8 +6,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import qwen_config, read_hf
-from qwen1.conversion.names import as_qwen, convert_tensors, hf_to_qwen
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config
+from qwen1.conversion.formats.recipes import convert_tensors
 from qwen1.modeling_qwen import RotaryEmbedding
 from qwen1.positions_qwen import text_lengths
 

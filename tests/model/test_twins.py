@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
-from qwen1.conversion.configurations import read_hf
-from qwen1.conversion.names import convert_tensors, hf_to_qwen
+from qwen1.conversion.formats.hugging_face import read_hf
+from qwen1.conversion.formats.qwen import hf_to_qwen
+from qwen1.conversion.formats.recipes import convert_tensors
 
 SHAPE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 

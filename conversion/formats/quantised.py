@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .files.access import read_json
+from ..errors import CheckpointError
+from ..files.access import read_json
+from .expected import Expected
 
 METHODS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 """Method -> its layouts that are known here."""
@@ -27,31 +28,6 @@ _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _WORDS = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 _SIZES = {"bits": ("bits", "w_bit", "wbits"), "group": ("group_size", "q_group_size")}
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.\d+\.(.+)")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is to be stored.
-
-    Attributes:
-        required: name -> shape.
-        optional: the same for what may be left out.
-        words: names that hold packed whole numbers, or places of groups, and their dtype; all others are floating.
-    """
-
-    required: Mapping[str, tuple[int, ...]]
-    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    words: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all that may be stored."""
-        return {**self.required, **self.optional}
-
-    def has_dtype(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor may be of this dtype."""
-        word = self.words.get(name)
-        return dtype.is_floating_point if word is None else dtype == word
 
 
 @dataclass(frozen=True)
