@@ -22,10 +22,10 @@ from .formats.architecture import Architecture
 from .formats.expected import NOT_GATHERED, Expected, is_left_empty
 from .formats.kinds import Kind, detect_kind, hidden_weights
 from .formats.lenient import kind_name, read_architecture, read_leniently
-from .formats.llama_original import llama_shapes, read_llama
+from .formats.llama_original import own_shapes, read_llama
 from .formats.names import IGNORED, TABLE, hf_shapes
 from .formats.quantised import Packing, expect_packed, read_packing, settings_beside
-from .formats.qwen import qwen_shapes
+from .formats.registry import FORMATS
 from .reports import NAMED, Findings, Report, are, first_of, int8_cache_per_token, memory_needs, numel, plural, quoted
 from .sources import LLAMA_PARAMS
 from .stored import StoredWeights
@@ -124,9 +124,7 @@ class _Inspection:
         else:
             self.config = self.findings.attempt(read_json, self.params or self.folder / LLAMA_PARAMS) or {}
         if self.config and weights is not None:
-            shapes = {name: info.shape for name, info in weights.infos.items()}
-            if _share_memory(weights.infos, "tok_embeddings.weight", "output.weight"):
-                del shapes["output.weight"]
+            shapes = own_shapes(weights.infos)
             self._expect_files(shapes)
             read = partial(read_llama, shapes=shapes, files=len(self.stored.parts))
             plain = {name: self.config[name] for name in _PARAMS if name in self.config}
@@ -229,13 +227,7 @@ class _Inspection:
         """Name -> shape of every tensor that the configuration asks for."""
         if self.architecture is None or self.kind is None:
             return {}
-        if self.kind.is_qwen:
-            return qwen_shapes(self.architecture)
-        if self.kind is not Kind.LLAMA_ORIGINAL:
-            return hf_shapes(self.architecture)
-        embedding = next(info for name, info in self.stored.infos.items() if name.endswith("/tok_embeddings.weight"))
-        split = 0 if embedding.shape[1] == self.architecture.width else 1
-        return llama_shapes(self.architecture, len(self.stored.parts), split)
+        return FORMATS[self.kind].shapes(self.architecture, self.stored.infos, len(self.stored.parts))
 
     @cached_property
     def expected(self) -> Expected:

@@ -16,13 +16,11 @@ from .files.tensors import DTYPE_CODES
 from .files.weights import Weights, open_weights
 from .formats.architecture import Architecture
 from .formats.expected import Expected, check_names
-from .formats.hugging_face import read_hf
 from .formats.kinds import Kind, detect_kind, hidden_weights
-from .formats.llama_original import llama_shapes, llama_to_hf, read_llama
-from .formats.names import hf_shapes
 from .formats.quantised import expect_packed, read_packing, settings_beside
-from .formats.qwen import qwen_shapes, qwen_to_hf, read_qwen
-from .formats.recipes import Recipe, keep
+from .formats.qwen import qwen_shapes, read_qwen
+from .formats.recipes import Recipe
+from .formats.registry import FORMATS, Format
 from .formats.relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
@@ -51,6 +49,11 @@ class Source:
         """Where configuration and tokenizer are."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    @property
+    def format(self) -> Format:
+        """What it is read by."""
+        return FORMATS[self.kind]
+
     @cached_property
     def architecture(self) -> Architecture:
         """Shape of the model.
@@ -58,30 +61,12 @@ class Source:
         Raises:
             CheckpointError: impossible values, or something that can't be represented.
         """
-        if self.kind.is_qwen:
-            return read_qwen(self.config)
-        if self.kind is not Kind.LLAMA_ORIGINAL:
-            return read_hf(self.config)
-        first = {name[3:]: info for name, info in self.weights.infos.items() if name.startswith("00/")}
-        head, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
-        if head is not None and embedding is not None and head.memory == embedding.memory:
-            del first["output.weight"]
-        return read_llama(self.config, {name: info.shape for name, info in first.items()}, len(self.weights.files))
-
-    @cached_property
-    def embedding_split(self) -> int:
-        """The dimension along which LLaMA's model-parallel files hold slices of the embedding."""
-        width = self.architecture.width
-        return 0 if self.weights.infos["00/tok_embeddings.weight"].shape[1] == width else 1
+        return self.format.read(self.config, self.weights.infos, len(self.weights.files))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that the configuration asks for."""
-        if self.kind.is_qwen:
-            return qwen_shapes(self.architecture)
-        if self.kind is Kind.LLAMA_ORIGINAL:
-            return llama_shapes(self.architecture, len(self.weights.files), self.embedding_split)
-        return hf_shapes(self.architecture)
+        return self.format.shapes(self.architecture, self.weights.infos, len(self.weights.files))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,11 +86,7 @@ class Source:
 
     def to_hf(self) -> list[Recipe]:
         """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
-        if self.kind.is_qwen:
-            return qwen_to_hf(self.architecture)
-        if self.kind is Kind.LLAMA_ORIGINAL:
-            return llama_to_hf(self.architecture, len(self.weights.files), self.embedding_split)
-        return [Recipe(name, (name,), keep) for name in self.shapes]
+        return self.format.to_hf(self.architecture, self.weights.infos, len(self.weights.files))
 
     def check(self) -> None:
         """Compare names and shapes with the configuration; a tied head that is stored all the same must be equal.

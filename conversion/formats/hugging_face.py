@@ -1,4 +1,4 @@
-"""Configurations of dense Qwen2 (Qwen1.5, Qwen2, Qwen2.5) and LLaMA in Hugging Face's format, read."""
+"""Dense Qwen2 (Qwen1.5, Qwen2, Qwen2.5) and LLaMA in Hugging Face's format, read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from transformers import LlamaConfig, Qwen2Config
 from ..errors import CheckpointError
 from .architecture import Architecture
 from .configurations import parse, refuse_arithmetic, scaling_of, settings_of
+from .names import hf_shapes
+from .recipes import Recipe, keep
 
 _SCALINGS = ("linear", "dynamic", "yarn")
 """Kinds of rotary scaling that QWen computes as transformers' classes do."""
@@ -44,6 +46,11 @@ def read_hf(config: Mapping[str, Any]) -> Architecture:
         positions=None if scaling is None else values.max_position_embeddings,
         settings=settings_of(values),
     )
+
+
+def keep_all(architecture: Architecture) -> list[Recipe]:
+    """The way from these names to themselves."""
+    return [Recipe(name, (name,), keep) for name in hf_shapes(architecture)]
 
 
 def _is_yarn(scaling: Mapping[str, Any] | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..files.tensors import TensorInfo
 from .architecture import Architecture
 from .configurations import refuse_arithmetic
 from .names import EMBEDDING, Row, layer_rows
@@ -51,6 +52,27 @@ def _join_and_reorder(*tensors: torch.Tensor, join: Callable[..., torch.Tensor],
 
 LLAMA_2_LENGTH = 4096
 """Tokens that LLaMA 2 was trained on at once; its `params.json` doesn't say."""
+
+
+def embedding_split(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> int:
+    """The dimension along which model-parallel files hold slices of the embedding."""
+    embedding = next(info for name, info in infos.items() if name.endswith("/tok_embeddings.weight"))
+    return 0 if embedding.shape[1] == architecture.width else 1
+
+
+def read_stored(params: Mapping[str, Any], infos: Mapping[str, TensorInfo], files: int) -> Architecture:
+    """The same as `read_llama`, of the tensors of all files, whose names begin with the number of the file."""
+    first = {name[3:]: info for name, info in infos.items() if name.startswith("00/")}
+    return read_llama(params, own_shapes(first), files)
+
+
+def own_shapes(first: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the first file's tensors, without a head that is the embedding's memory."""
+    shapes = {name: info.shape for name, info in first.items()}
+    head, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
+    if head is not None and embedding is not None and head.memory == embedding.memory:
+        del shapes["output.weight"]
+    return shapes
 
 
 def read_llama(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], files: int) -> Architecture:

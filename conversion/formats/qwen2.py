@@ -109,18 +109,20 @@ def qwen2_config(architecture: Architecture, dtype: str, scaling: RopeScaling | 
     }
     if architecture.queries != architecture.width:
         config["head_dim"] = architecture.head_dim
-    if architecture.rope is not None:
-        kind = architecture.rope["rope_type"]
-        if scaling is not None:
-            raise CheckpointError(
-                f"--rope-scaling {scaling.kind}: the checkpoint has {kind} scaling of its own, which is carried over. "
-                "Leave the option out."
-            )
-        config["rope_scaling"] = {**architecture.rope, "type": kind}
-        config["max_position_embeddings"] = architecture.positions
-    elif scaling is not None:
-        config |= _scaled(architecture.length, scaling)
-    return config
+    return {**config, **_stretched(architecture, scaling)}
+
+
+def _stretched(architecture: Architecture, scaling: RopeScaling | None) -> dict[str, Any]:
+    """What stretches texts beyond the trained length: what the checkpoint has of its own, or what the user chose."""
+    if architecture.rope is None:
+        return {} if scaling is None else _scaled(architecture.length, scaling)
+    kind = architecture.rope["rope_type"]
+    if scaling is not None:
+        raise CheckpointError(
+            f"--rope-scaling {scaling.kind}: the checkpoint has {kind} scaling of its own, which is carried over. "
+            "Leave the option out."
+        )
+    return {"rope_scaling": {**architecture.rope, "type": kind}, "max_position_embeddings": architecture.positions}
 
 
 def _scaled(length: int, scaling: RopeScaling) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.kinds import Kind, detect_kind
+from qwen1.conversion.formats.llama_original import embedding_split
 from qwen1.conversion.formats.names import hf_shapes
 from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from qwen1.conversion.formats.recipes import compose, convert_tensors
@@ -191,7 +192,7 @@ def test_an_embedding_that_is_split_by_rows_gives_the_same_logits(tmp_path, gold
         state = torch.load(path, weights_only=True)
         torch.save({**state, "tok_embeddings.weight": rows.clone()}, path)
     source = open_source(tmp_path / "mp2")
-    assert source.embedding_split == 0
+    assert embedding_split(source.architecture, source.weights.infos) == 0
     source.check()
     golden_logits_agree(source, golden)
 
