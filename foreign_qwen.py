@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-RELATIVES = {"visual": "Qwen-VL", "audio": "Qwen-Audio"}
-"""Key of config.json -> the family that has it, beside `"model_type": "qwen"`."""
+RELATIVES = {
+    "visual": ("Qwen-VL", "reads images", "blind"),
+    "audio": ("Qwen-Audio", "listens to sound", "deaf"),
+}
+"""Key of config.json, and name of the part that it configures -> family, what it does, what it would become here.
+
+They have `"model_type": "qwen"` too.
+"""
 
 ARITHMETIC = (
     "attn_logit_softcapping",
@@ -65,7 +71,22 @@ Some of them would act halfway: transformers builds masks and caches by them.
 
 def relative(values: Mapping[str, Any]) -> str | None:
     """The family that a configuration belongs to, if it is one that sees or hears: "Qwen-VL", "Qwen-Audio", or None."""
-    return next((family for key, family in RELATIVES.items() if values.get(key)), None)
+    return next((family for key, (family, *_) in RELATIVES.items() if values.get(key)), None)
+
+
+def relative_refusal(key: str, sign: str) -> str:
+    """Why a model of a family is refused, and the remedy.
+
+    Args:
+        key: of `RELATIVES`.
+        sign: what gives it away, as a part of a sentence.
+    """
+    family, ability, loss = RELATIVES[key]
+    return (
+        f"This is {family} ({sign}), which {ability}: as a QWen model it would be {loss}, so it is refused. Load it "
+        "with its own code (trust_remote_code=True), in an environment with transformers 4.32 and without qwen1, or "
+        "take a text model, as Qwen-7B-Chat."
+    )
 
 
 def refuse_relatives(values: Mapping[str, Any]) -> None:
@@ -74,14 +95,8 @@ def refuse_relatives(values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the family and the remedy.
     """
-    if family := relative(values):
-        key = next(key for key, name in RELATIVES.items() if name == family)
-        raise ValueError(
-            f"This is a checkpoint of {family} (its configuration has {key!r}), not of QWen: without the part that "
-            f"reads {'pictures' if key == 'visual' else 'sound'} it would answer as if there were none. Load it with "
-            "its own code (trust_remote_code=True, in a release of transformers that this code is for, 4.31 to 4.37), "
-            "or take a text model of the family, such as Qwen-7B-Chat."
-        )
+    if key := next((key for key in RELATIVES if values.get(key)), None):
+        raise ValueError(relative_refusal(key, f"its configuration has {key!r}"))
 
 
 def refuse_foreign(values: Mapping[str, Any]) -> None:

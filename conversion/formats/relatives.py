@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...foreign_qwen import RELATIVES, relative_refusal
 from ..errors import CheckpointError
-
-_RELATIVES = {
-    "visual": ("Qwen-VL", "reads images", "blind"),
-    "audio": ("Qwen-Audio", "listens to sound", "deaf"),
-}
-"""Key of config.json, and name of the part that it configures -> model, what it does, what it would become here."""
 
 
 def relative_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> str | None:
@@ -25,9 +20,9 @@ def relative_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> str | N
     """
     if config.get("model_type") != "qwen":
         return None
-    if key := next((key for key in _RELATIVES if config.get(key)), None):
+    if key := next((key for key in RELATIVES if config.get(key)), None):
         return key
-    parts = {f"transformer.{key}.": key for key in _RELATIVES}
+    parts = {f"transformer.{key}.": key for key in RELATIVES}
     return next((key for name in names for part, key in parts.items() if name.startswith(part)), None)
 
 
@@ -40,10 +35,5 @@ def refuse_relative(config: Mapping[str, Any], names: Iterable[str] = ()) -> Non
     key = relative_of(config, names)
     if key is None:
         return
-    model, ability, loss = _RELATIVES[key]
     sign = f"config.json has {key!r}" if config.get(key) else f"it has weights called transformer.{key}.*"
-    raise CheckpointError(
-        f"This is {model} ({sign}), which {ability}: as a QWen model it would be {loss}, so it is refused. Load it "
-        "with its own code (trust_remote_code=True), in an environment with transformers 4.32 and without qwen1, or "
-        "take a text model, as Qwen-7B-Chat."
-    )
+    raise CheckpointError(relative_refusal(key, sign))
