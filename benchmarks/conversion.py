@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from qwen1 import QWenConfig
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 SHARD_SIZE = 10**9
 ALLOWED = SHARD_SIZE + 700 * 10**6

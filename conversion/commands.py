@@ -29,12 +29,12 @@ from .errors import CheckpointError
 from .formats.qwen2 import RopeScaling
 from .inspecting import inspect
 from .merging import merge_lora
+from .opening.sources import open_source
 from .pushing import files_to_push, model_card, push
 from .reports import render
-from .sources import open_source
 from .upgrading import plan_upgrade, upgrade, upgrade_in_place
 from .verifying import TOLERANCE, Comparison, compare, parse_ids
-from .writing import Progress
+from .writing.progress import Progress
 
 FAILED, WANTING, INTERRUPTED = 1, 3, 130
 

@@ -24,8 +24,8 @@ from .errors import CheckpointError
 from .files.access import is_pointer, is_present, read_json
 from .formats.architecture import Architecture
 from .formats.kinds import Kind
+from .opening.sources import MOVES_FILE, WORK_FOLDER
 from .reports import Findings, first_of
-from .sources import MOVES_FILE, WORK_FOLDER
 
 _OLD_KINDS = (Kind.QWEN_2023_08, Kind.QWEN_2023_12)
 _ID = re.compile(r"[0-9]{1,18}")

@@ -26,7 +26,7 @@ from ..tokenization_qwen import (
 from .errors import CheckpointError
 from .files.access import check_readable, is_present, read_json, read_text
 from .files.links import CODE_FOLDER
-from .writing import CopiedFile, PlannedFile, TextFile, json_file
+from .writing.files import CopiedFile, PlannedFile, TextFile, json_file
 
 CODE_FILES = tuple(sorted(path.name for path in CODE_FOLDER.glob("*qwen*.py")))
 """What a checkpoint with remote code carries."""

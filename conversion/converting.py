@@ -33,9 +33,12 @@ from .formats.kinds import Kind
 from .formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from .formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
 from .formats.recipes import Recipe, compose
-from .sources import Source
+from .opening.sources import Source
+from .planning.weights import plan_outputs, plan_shards
 from .upgrading import Plan, job_of, refuse_inside
-from .writing import CopiedFile, PlannedFile, Progress, json_file, plan_outputs, plan_shards, write_folder
+from .writing.files import CopiedFile, PlannedFile, json_file
+from .writing.folders import write_folder
+from .writing.progress import Progress
 
 TARGETS = ("qwen2", "qwen")
 

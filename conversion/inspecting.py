@@ -16,7 +16,7 @@ from typing import Any
 from .companion_checks import CompanionChecks, tokenizer_files
 from .files.access import check_exists, is_pointer, is_present, read_json
 from .files.links import stray_links
-from .files.tensors import TensorInfo
+from .files.tensors import TensorInfo, is_finite
 from .files.weights import ADAPTER_CONFIG, Weights
 from .formats.architecture import Architecture
 from .formats.expected import NOT_GATHERED, Expected, is_left_empty
@@ -26,10 +26,9 @@ from .formats.llama_original import own_shapes, read_llama
 from .formats.names import IGNORED, TABLE, hf_shapes
 from .formats.quantised import Packing, expect_packed, read_packing, settings_beside
 from .formats.registry import FORMATS
+from .opening.sources import LLAMA_PARAMS
 from .reports import NAMED, Findings, Report, are, first_of, int8_cache_per_token, memory_needs, numel, plural, quoted
-from .sources import LLAMA_PARAMS
 from .stored import StoredWeights
-from .writing import is_finite
 
 ADAPTER = "adapter"
 """What `Report.kind` says of a folder that holds no model but an adapter of one."""

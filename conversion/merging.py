@@ -47,24 +47,18 @@ from .companions import (
 from .errors import CheckpointError
 from .files.access import check_exists, check_readable, is_present, read_json
 from .files.links import check_links, resolved
-from .files.tensors import TensorInfo
+from .files.tensors import TensorInfo, is_finite
 from .files.weights import ADAPTER_CONFIG, ADAPTERS, SAFETENSORS, Weights
 from .formats.configurations import quantization_method
 from .formats.expected import NOT_GATHERED, is_left_empty
 from .formats.recipes import Recipe, keep
-from .sources import Source, open_source
+from .opening.sources import Source, open_source
+from .planning.weights import plan_shards
 from .upgrading import job_of, plan_upgrade, upgraded_config
-from .writing import (
-    CopiedFile,
-    Output,
-    PlannedFile,
-    Progress,
-    describe_files,
-    is_finite,
-    json_file,
-    plan_shards,
-    write_folder,
-)
+from .writing.files import CopiedFile, PlannedFile, json_file
+from .writing.folders import describe_files, write_folder
+from .writing.progress import Progress
+from .writing.tensors import Output
 
 MERGEABLE = (
     "LORA",

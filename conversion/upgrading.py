@@ -33,21 +33,12 @@ from .files.weights import PICKLE, SAFETENSORS
 from .formats.configurations import quantization_method
 from .formats.names import IGNORED
 from .formats.recipes import Recipe, keep
-from .sources import MOVES_FILE, WORK_FOLDER, Source, open_source
-from .writing import (
-    CopiedFile,
-    PlannedFile,
-    Progress,
-    describe_files,
-    json_file,
-    plan_outputs,
-    plan_shards,
-    remove_work_folder,
-    replace_text,
-    work_folder,
-    write_files,
-    write_folder,
-)
+from .opening.sources import MOVES_FILE, WORK_FOLDER, Source, open_source
+from .planning.weights import plan_outputs, plan_shards
+from .writing.files import CopiedFile, PlannedFile, json_file
+from .writing.folders import describe_files, write_folder
+from .writing.progress import Progress
+from .writing.work_folder import remove_work_folder, replace_text, work_folder, write_files
 
 _ALIASES = {
     "intermediate_size": "ffn_hidden_size",

@@ -24,7 +24,7 @@ from .formats.configurations import refuse_sizes
 from .formats.kinds import Kind
 from .formats.lenient import read_architecture, rope_scaling
 from .formats.names import IGNORED
-from .sources import Source, open_source
+from .opening.sources import Source, open_source
 
 TOLERANCE = 1e-3
 """Largest difference of logits in float32 that a faithful conversion may have, absolute.

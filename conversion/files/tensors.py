@@ -1,4 +1,4 @@
-"""What is known of a tensor before its values are read."""
+"""Tensors of files: what is known before their values are read, and whether those are finite."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ class TensorInfo:
 def meta_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> list[torch.Tensor]:
     """Tensors without values, of the shapes and dtypes that files announce."""
     return [torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; integers never are."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.half()  # torch finds no extremes of float8
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # which pass NaN on

@@ -15,9 +15,9 @@ from qwen1.conversion.companions import CODE_FILES
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen2 import RopeScaling
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 NATIVE = ["llama_gqa", "qwen2_gqa_tied", "qwen2_mha_untied"]
 TRAINED = {"aug_ntk_logn": (1, 7, 30, 32), "aug_plain": (1, 5), "aug_rotary_base": (3,), "dec_ntk_logn": (1, 7, 32)}

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from qwen1 import QWenLMHeadModel
 from qwen1.conversion import commands
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 DISGUISES = {
     "ddp": lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
-from qwen1.conversion.sources import MOVES_FILE, WORK_FOLDER, open_source
+from qwen1.conversion.opening.sources import MOVES_FILE, WORK_FOLDER, open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
-from qwen1.conversion.writing import JOB_FILE, LOCK_FILE, Progress
+from qwen1.conversion.writing.progress import Progress
+from qwen1.conversion.writing.work_folder import JOB_FILE, LOCK_FILE
 
 SHARD = "6KB"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from qwen1.conversion import commands
 from qwen1.conversion.files.links import check_links, resolved, stray_links
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 SECRET = "nobody else may read this"
 

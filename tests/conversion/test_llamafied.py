@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from qwen1 import QWenLMHeadModel, QWenTokenizer, QWenTokenizerFast
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.sources import open_source
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.opening.sources import open_source
+from qwen1.conversion.writing.progress import Progress
 
 TEXT = "<|im_start|>user\nHello 你好  12345 don't\n\n<|im_end|>\n<|im_start|>assistant\n"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -19,7 +19,7 @@ from qwen1.conversion.companions import CODE_FILES
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.merging import MERGEABLE, merge_lora
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 SIGNED = ["c_attn", "attn.c_proj"]  # square enough for methods that need it

@@ -12,9 +12,9 @@ from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.quantised import expect_packed, read_packing
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}

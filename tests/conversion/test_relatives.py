@@ -11,7 +11,7 @@ from qwen1.conversion import commands
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.relatives import refuse_relative, relative_of
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 
 VISUAL = {"heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "patch_size": 14, "width": 1664}
 AUDIO = {"add_audio_bos_eos_token": True, "audio_start_id": 155163, "n_layer": 32, "n_state": 1280}

@@ -16,7 +16,7 @@ from qwen1.conversion.formats.llama_original import embedding_split
 from qwen1.conversion.formats.names import hf_shapes
 from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from qwen1.conversion.formats.recipes import compose, convert_tensors
-from qwen1.conversion.sources import open_source, read_source_config
+from qwen1.conversion.opening.sources import open_source, read_source_config
 
 CHECKPOINTS = {
     "model/aug_plain": Kind.QWEN_2023_08,

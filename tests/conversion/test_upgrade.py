@@ -23,9 +23,9 @@ from qwen1.conversion import commands
 from qwen1.conversion.companions import CODE_FILES, plain_template, qwen_generation
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.names import IGNORED
-from qwen1.conversion.sources import WORK_FOLDER, open_source
+from qwen1.conversion.opening.sources import WORK_FOLDER, open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place, upgraded_config
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 from qwen1.tokenization_qwen import CHAT_TEMPLATE
 
 SHARD = "100KB"

@@ -15,7 +15,7 @@ from qwen1.conversion import verifying
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen2 import qwen2_config
 from qwen1.conversion.formats.recipes import convert_tensors
-from qwen1.conversion.sources import open_source
+from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.verifying import TOLERANCE, compare, compare_logits, load_model, parse_ids, random_ids, run
 
 EXACT = 2e-5  # of logits with a standard deviation of 1.5: what another order of summation makes

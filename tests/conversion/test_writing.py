@@ -17,24 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from qwen1 import QWenLMHeadModel
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.files.tensors import DTYPE_CODES
+from qwen1.conversion.files.tensors import DTYPE_CODES, is_finite
 from qwen1.conversion.files.weights import Weights
 from qwen1.conversion.formats.recipes import Recipe, concatenate, keep, take_rows
-from qwen1.conversion.writing import (
-    JOB_FILE,
-    LOCK_FILE,
-    CopiedFile,
-    Progress,
-    ShardFile,
-    TextFile,
-    describe_files,
-    is_finite,
-    json_file,
-    plan_outputs,
-    plan_shards,
-    write_folder,
-    write_safetensors,
-)
+from qwen1.conversion.planning.weights import plan_outputs, plan_shards
+from qwen1.conversion.writing.files import CopiedFile, ShardFile, TextFile, json_file
+from qwen1.conversion.writing.folders import describe_files, write_folder
+from qwen1.conversion.writing.progress import Progress
+from qwen1.conversion.writing.tensors import write_safetensors
+from qwen1.conversion.writing.work_folder import JOB_FILE, LOCK_FILE
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2]
 SHARD = "1KB"

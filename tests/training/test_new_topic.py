@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1.conversion.merging import merge_lora
-from qwen1.conversion.writing import Progress
+from qwen1.conversion.writing.progress import Progress
 from qwen1.training.finetuning import main
 
 SOUNDS = {

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .files.access import check_exists, is_present, read_json
-from .files.links import check_links
-from .files.tensors import DTYPE_CODES
-from .files.weights import Weights, open_weights
-from .formats.architecture import Architecture
-from .formats.expected import Expected, check_names
-from .formats.kinds import Kind, detect_kind, hidden_weights
-from .formats.quantised import expect_packed, read_packing, settings_beside
-from .formats.qwen import qwen_shapes, read_qwen
-from .formats.recipes import Recipe
-from .formats.registry import FORMATS, Format
-from .formats.relatives import refuse_relative
+from ..errors import CheckpointError
+from ..files.access import check_exists, is_present, read_json
+from ..files.links import check_links
+from ..files.tensors import DTYPE_CODES
+from ..files.weights import Weights, open_weights
+from ..formats.architecture import Architecture
+from ..formats.expected import Expected, check_names
+from ..formats.kinds import Kind, detect_kind, hidden_weights
+from ..formats.quantised import expect_packed, read_packing, settings_beside
+from ..formats.qwen import qwen_shapes, read_qwen
+from ..formats.recipes import Recipe
+from ..formats.registry import FORMATS, Format
+from ..formats.relatives import refuse_relative
 
 LLAMA_PARAMS = "params.json"
 WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"

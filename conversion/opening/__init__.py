@@ -1,0 +1,1 @@
+"""Opening a checkpoint: what it is, what it holds, and whether the two fit."""
