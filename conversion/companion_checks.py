@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..tokenization_qwen import IMEND
-from .companions import (
+from .errors import CheckpointError
+from .files.access import is_pointer, is_present, read_json
+from .formats.architecture import Architecture
+from .formats.companions import (
     EXTRA_VOCABULARY,
     GENERATION_CONFIG,
     TEMPLATE,
@@ -16,13 +19,8 @@ from .companions import (
     TOKENIZER_FILES,
     TOKENIZER_JSON,
     VOCABULARY,
-    as_list,
-    end_ids,
-    is_chat,
 )
-from .errors import CheckpointError
-from .files.access import is_pointer, is_present, read_json
-from .formats.architecture import Architecture
+from .formats.endings import as_list, end_ids, is_chat
 from .formats.kinds import Kind
 from .opening.sources import MOVES_FILE, WORK_FOLDER
 from .reports import Findings, first_of

@@ -10,30 +10,18 @@ from typing import Any
 import torch
 
 from ..tokenization_qwen import IMEND
-from .companions import (
-    GENERATION_CONFIG,
-    TOKENIZER_JSON,
-    VOCABULARY,
-    code_files,
-    companion_names,
-    copied_tokenizer,
-    end_ids,
-    is_chat,
-    legal_files,
-    optional_json,
-    qwen2_generation,
-    qwen2_tokenizer,
-    qwen2_tokenizer_of_json,
-    qwen_generation,
-    tokenizer_for_qwen,
-)
 from .errors import CheckpointError
 from .files.links import check_links
+from .formats.companions import GENERATION_CONFIG, TOKENIZER_JSON, VOCABULARY, companion_names, optional_json
+from .formats.endings import end_ids, is_chat, qwen2_generation, qwen_generation
 from .formats.kinds import Kind
 from .formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from .formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
 from .formats.recipes import Recipe, compose
 from .opening.sources import Source
+from .planning.companions import code_files, copied_tokenizer, legal_files
+from .planning.qwen2_tokenizer import qwen2_tokenizer, qwen2_tokenizer_of_json
+from .planning.qwen_tokenizer import tokenizer_for_qwen
 from .planning.weights import plan_outputs, plan_shards
 from .upgrading import Plan, job_of, refuse_inside
 from .writing.files import CopiedFile, PlannedFile, json_file

@@ -30,29 +30,27 @@ from ..configuration_qwen import QWenConfig
 from ..modeling_qwen import QWenLMHeadModel
 from ..peft_qwen import settings_of_adapter
 from ..tokenization_qwen import load_vocabulary
-from .companions import (
+from .errors import CheckpointError
+from .files.access import check_exists, check_readable, is_present, read_json
+from .files.links import check_links, resolved
+from .files.tensors import TensorInfo, is_finite
+from .files.weights import ADAPTER_CONFIG, ADAPTERS, SAFETENSORS, Weights
+from .formats.companions import (
     EXTRA_VOCABULARY,
     GENERATION_CONFIG,
     TEMPLATE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     VOCABULARY,
-    end_ids,
     optional_json,
-    qwen_generation,
-    qwen_tokenizer,
-    template_files,
-    upgraded_tokenizer_config,
 )
-from .errors import CheckpointError
-from .files.access import check_exists, check_readable, is_present, read_json
-from .files.links import check_links, resolved
-from .files.tensors import TensorInfo, is_finite
-from .files.weights import ADAPTER_CONFIG, ADAPTERS, SAFETENSORS, Weights
 from .formats.configurations import quantization_method
+from .formats.endings import end_ids, qwen_generation
 from .formats.expected import NOT_GATHERED, is_left_empty
 from .formats.recipes import Recipe, keep
 from .opening.sources import Source, open_source
+from .planning.companions import template_files
+from .planning.qwen_tokenizer import qwen_tokenizer, upgraded_tokenizer_config
 from .planning.weights import plan_shards
 from .upgrading import job_of, plan_upgrade, upgraded_config
 from .writing.files import CopiedFile, PlannedFile, json_file

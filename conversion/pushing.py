@@ -27,12 +27,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .companions import end_ids
 from .errors import CheckpointError
 from .files.access import check_readable, is_present, read_json
 from .files.links import check_links, resolved
 from .files.weights import SAFETENSORS, Weights, open_weights
 from .formats.configurations import quantization_method, refuse_sizes
+from .formats.endings import end_ids
 from .formats.kinds import Kind, detect_kind
 
 README = "README.md"

@@ -13,27 +13,18 @@ from typing import Any
 from .. import __version__
 from ..configuration_qwen import AUTO_MAP
 from ..tokenization_qwen import IMEND
-from .companions import (
-    GENERATION_CONFIG,
-    OLD_CODE,
-    TOKENIZER_CONFIG,
-    TOKENIZER_JSON,
-    VOCABULARY,
-    code_files,
-    end_ids,
-    optional_json,
-    qwen_generation,
-    template_files,
-    upgraded_tokenizer_config,
-)
 from .errors import CheckpointError
 from .files.access import check_exists, read_value
 from .files.links import check_links, resolved
 from .files.weights import PICKLE, SAFETENSORS
+from .formats.companions import GENERATION_CONFIG, OLD_CODE, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCABULARY, optional_json
 from .formats.configurations import quantization_method
+from .formats.endings import end_ids, qwen_generation
 from .formats.names import IGNORED
 from .formats.recipes import Recipe, keep
 from .opening.sources import MOVES_FILE, WORK_FOLDER, Source, open_source
+from .planning.companions import code_files, template_files
+from .planning.qwen_tokenizer import upgraded_tokenizer_config
 from .planning.weights import plan_outputs, plan_shards
 from .writing.files import CopiedFile, PlannedFile, json_file
 from .writing.folders import describe_files, write_folder

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 
 from qwen1 import QWenLMHeadModel, QWenTokenizerFast
 from qwen1.configuration_qwen import AUTO_MAP
-from qwen1.conversion.companions import CODE_FILES
 from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
+from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.formats.qwen2 import RopeScaling
 from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.upgrading import plan_upgrade, upgrade

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1 import QWenLMHeadModel, QWenTokenizer
-from qwen1.conversion.companions import CODE_FILES
 from qwen1.conversion.errors import CheckpointError
+from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.merging import MERGEABLE, merge_lora
 from qwen1.conversion.writing.progress import Progress

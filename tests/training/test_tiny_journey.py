@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
-from qwen1.conversion.companions import CODE_FILES
+from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.training import finetuning
 from qwen1.training.tiny import commands, examination, journey, report
 from qwen1.training.tiny.dialogues import Dialogue

@@ -1,0 +1,65 @@
+"""The tokenizer of a QWen folder for Qwen2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...tokenization_qwen import ENDOFTEXT, IMEND, build_backend
+from ..formats.companions import TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, optional_json
+from ..formats.endings import load_ranks
+from ..writing.files import PlannedFile, TextFile, json_file
+from .companions import copied_tokenizer, plain_template, template_files
+
+
+def qwen2_tokenizer(folder: Path, chat: bool, length: int) -> list[PlannedFile]:
+    """QWen's vocabulary as the `tokenizer.json` of a Qwen2 model, with identical ids.
+
+    Args:
+        folder: has `qwen.tiktoken`, and may have `qwen_extra.tiktoken`.
+        chat: whether a text ends at `<|im_end|>`.
+        length: longest text in tokens.
+
+    Raises:
+        CheckpointError: a damaged vocabulary.
+    """
+    ranks, special = load_ranks(folder)
+    templates = template_files(folder, plain_template())
+    own = (optional_json(folder / TOKENIZER_CONFIG) or {}).get("chat_template")
+    config = {
+        "added_tokens_decoder": {
+            str(token_id): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token, token_id in special.items()
+        },
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": IMEND if chat else ENDOFTEXT,
+        "errors": "replace",
+        "model_max_length": length,
+        "pad_token": ENDOFTEXT,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    if own is not None:
+        config["chat_template"] = own
+    text = build_backend(ranks, special).to_str(pretty=True)
+    return [TextFile(TOKENIZER_JSON, text), json_file(TOKENIZER_CONFIG, config), *templates]
+
+
+def qwen2_tokenizer_of_json(folder: Path) -> list[PlannedFile]:
+    """The tokenizer of a QWen folder that has `tokenizer.json` and no vocabulary, for Qwen2."""
+    config = {**(optional_json(folder / TOKENIZER_CONFIG) or {}), "tokenizer_class": "Qwen2Tokenizer"}
+    config.pop("auto_map", None)
+    own = (TOKENIZER_CONFIG, TEMPLATE)
+    return [
+        *copied_tokenizer(folder, own),
+        json_file(TOKENIZER_CONFIG, config),
+        *template_files(folder, plain_template()),
+    ]
