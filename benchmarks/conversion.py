@@ -26,10 +26,11 @@ import transformers
 from safetensors.torch import save_file
 
 from qwen1 import QWenConfig
-from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade
+from qwen1.conversion.planning.conversion import plan_conversion
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 SHARD_SIZE = 10**9
@@ -82,10 +83,9 @@ def work(task: str, source: Path, target: Path) -> float:
     origin = open_source(source)
     if task == "convert":
         plan = plan_conversion(origin, "qwen2", max_shard_size=f"{SHARD_SIZE // 10**6}MB")
-        convert(origin, target, plan, Progress())
     else:
         plan = plan_upgrade(origin, max_shard_size=f"{SHARD_SIZE // 10**6}MB")
-        upgrade(origin, target, plan, Progress())
+    write_plan(plan, target, Progress())
     return time.perf_counter() - start
 
 

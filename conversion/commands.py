@@ -24,16 +24,18 @@ from rich.progress import Progress as Bars
 from transformers.utils import logging
 
 from ..chat_command import TINY_CHAT
-from .converting import convert, plan_conversion
 from .errors import CheckpointError
 from .formats.qwen2 import RopeScaling
 from .inspecting import inspect
 from .merging import merge_lora
 from .opening.sources import open_source
+from .planning.conversion import plan_conversion
+from .planning.upgrade import plan_upgrade
 from .pushing import files_to_push, model_card, push
 from .reports import render
-from .upgrading import plan_upgrade, upgrade, upgrade_in_place
+from .upgrading import upgrade_in_place
 from .verifying import TOLERANCE, Comparison, compare, parse_ids
+from .writing.plans import write_plan
 from .writing.progress import Progress
 
 FAILED, WANTING, INTERRUPTED = 1, 3, 130
@@ -194,7 +196,7 @@ def upgrade_command(
         else:
             origin = open_source(source)
             plan = plan_upgrade(origin, max_shard_size, link=not copy)
-            changed = [file.name for file in plan.files] if upgrade(origin, target, plan, progress) else []
+            changed = [file.name for file in plan.files] if write_plan(plan, target, progress) else []
     _print_notes(plan.notes)
     where = target or source
     out.print(f"{where}: {len(changed)} files written or moved." if changed else f"{where} is up to date.")
@@ -224,7 +226,7 @@ def convert_command(
     with _progress() as progress:
         origin = open_source(source, params)
         plan = plan_conversion(origin, to.value, _torch_dtype(dtype), max_shard_size, scaling, seq_length)
-        written = convert(origin, target, plan, progress)
+        written = write_plan(plan, target, progress)
     _print_notes(plan.notes)
     out.print(f"{target}: {len(plan.files)} files written." if written else f"{target} is up to date.")
     if verify:

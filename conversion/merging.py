@@ -51,10 +51,11 @@ from .formats.recipes import Recipe, keep
 from .opening.sources import Source, open_source
 from .planning.companions import template_files
 from .planning.qwen_tokenizer import qwen_tokenizer, upgraded_tokenizer_config
+from .planning.upgrade import plan_upgrade, upgraded_config
 from .planning.weights import plan_shards
-from .upgrading import job_of, plan_upgrade, upgraded_config
 from .writing.files import CopiedFile, PlannedFile, json_file
-from .writing.folders import describe_files, write_folder
+from .writing.folders import describe_files
+from .writing.plans import Plan, write_plan
 from .writing.progress import Progress
 from .writing.tensors import Output
 
@@ -530,13 +531,10 @@ def merge_lora(
     given, source = open_adapter(adapter), _open_base(base)
     if resolved(target).is_relative_to(resolved(base)):
         raise CheckpointError(f"{target} is in the folder of the base: name a folder elsewhere.")
-    files = _plan_files(source, given, dtype, max_shard_size, progress)
-    job = {
-        **job_of("merge-lora", source, files),
-        "adapter": describe_files([adapter / ADAPTER_CONFIG, given.file]),
-        "dtype": str(dtype),
-    }
-    return write_folder(target, files, job, progress)
+    details = {"adapter": describe_files([adapter / ADAPTER_CONFIG, given.file]), "dtype": str(dtype)}
+    plan = Plan("merge-lora", source, details=details)
+    plan.files = _plan_files(source, given, dtype, max_shard_size, progress)
+    return write_plan(plan, target, progress)
 
 
 def _plan_files(

@@ -88,7 +88,7 @@ def test_operating_system_errors_end_with_1(run, golden, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(commands, "convert", full)
+    monkeypatch.setattr(commands, "write_plan", full)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 1 and "No space left on device" in result.stderr
 
@@ -97,7 +97,7 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "convert", interrupted)
+    monkeypatch.setattr(commands, "write_plan", interrupted)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 130 and "takes up what is unfinished" in result.stderr
 

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 
 from qwen1 import QWenLMHeadModel, QWenTokenizerFast
 from qwen1.configuration_qwen import AUTO_MAP
-from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.formats.qwen2 import RopeScaling
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade
+from qwen1.conversion.planning.conversion import plan_conversion
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 NATIVE = ["llama_gqa", "qwen2_gqa_tied", "qwen2_mha_untied"]
@@ -35,7 +36,7 @@ def converted(tmp_path):
         origin = open_source(source, params)
         plan = plan_conversion(origin, to, **options)
         target = tmp_path / f"converted-{next(counter)}"
-        assert convert(origin, target, plan, Progress())
+        assert write_plan(plan, target, Progress())
         return target, plan.notes
 
     return run
@@ -218,7 +219,7 @@ def test_a_target_inside_the_source_is_refused(editable):
     folder = editable("model/aug_plain")
     source = open_source(folder)
     with pytest.raises(CheckpointError, match="inside the source"):
-        convert(source, folder / "new", plan_conversion(source, "qwen2"), Progress())
+        write_plan(plan_conversion(source, "qwen2"), folder / "new", Progress())
 
 
 def test_a_foreign_tokenizer_goes_along_to_qwen2_too(golden, converted, tmp_path):
@@ -467,7 +468,7 @@ def test_other_control_tokens_of_qwen2_are_kept(tmp_path, converted, golden, pub
     assert AutoTokenizer.from_pretrained(back)(text).input_ids == theirs(text).input_ids
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == 151643
     again = tmp_path / "again"
-    upgrade(open_source(folder), again, plan_upgrade(open_source(folder)), Progress())
+    write_plan(plan_upgrade(open_source(folder)), again, Progress())
     assert (again / "tokenizer_config.json").read_text() == (folder / "tokenizer_config.json").read_text()
 
 

@@ -12,7 +12,8 @@ from qwen1 import QWenLMHeadModel
 from qwen1.conversion import commands
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 DISGUISES = {
@@ -76,7 +77,7 @@ def test_a_disguise_is_told_and_mended(folder, tmp_path, disguise):
     done = CliRunner().invoke(commands.app, ["verify", str(folder), str(folder)])
     assert done.exit_code == 1 and "does not load as it is" in " ".join(done.output.split())
     source = open_source(folder)
-    upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     assert loads(tmp_path / "new") and inspect(tmp_path / "new", scan=True).problems == []
     written = load_file(tmp_path / "new" / "model.safetensors")
     assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
@@ -95,7 +96,7 @@ def test_shards_with_an_index_of_either_names(folder, tmp_path, listed):
     (text,) = inspect(folder).problems
     assert "has 'module.' before its names" in text and not loads(folder)
     source = open_source(folder)
-    upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     assert loads(tmp_path / "new")
 
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.opening.sources import MOVES_FILE, WORK_FOLDER, open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
+from qwen1.conversion.planning.conversion import plan_conversion
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.upgrading import upgrade_in_place
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 from qwen1.conversion.writing.work_folder import JOB_FILE, LOCK_FILE
 
@@ -167,7 +169,7 @@ def safe(tmp_path_factory, byte_vocabulary):
 
 def run_upgrade(source, target, progress, **options):
     origin = open_source(source)
-    return upgrade(origin, target, plan_upgrade(origin, SHARD, **options), progress)
+    return write_plan(plan_upgrade(origin, SHARD, **options), target, progress)
 
 
 def run_copy(source, target, progress):
@@ -176,7 +178,7 @@ def run_copy(source, target, progress):
 
 def run_convert(source, target, progress, dtype=None):
     origin = open_source(source)
-    return convert(origin, target, plan_conversion(origin, "qwen2", dtype, SHARD), progress)
+    return write_plan(plan_conversion(origin, "qwen2", dtype, SHARD), target, progress)
 
 
 def contents(folder):
@@ -446,7 +448,7 @@ def test_shards_of_another_size_are_not_mixed_in(pickled, tmp_path, size):
     assert shards_in(partial_of(tmp_path / "target"))
     for target in ("target", "whole"):
         origin = open_source(pickled)
-        assert upgrade(origin, tmp_path / target, plan_upgrade(origin, size), Progress())
+        assert write_plan(plan_upgrade(origin, size), tmp_path / target, Progress())
     assert contents(tmp_path / "target") == contents(tmp_path / "whole")
 
 

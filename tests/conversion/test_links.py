@@ -14,7 +14,9 @@ from qwen1.conversion import commands
 from qwen1.conversion.files.links import check_links, resolved, stray_links
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.upgrading import upgrade_in_place
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 SECRET = "nobody else may read this"
@@ -161,7 +163,7 @@ def snapshot(folder, tmp_path):
 def test_every_file_of_a_snapshot_may_be_a_link_to_a_blob(snapshot, folder, tmp_path):
     check_links(snapshot)
     source = open_source(snapshot)
-    assert upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    assert write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     assert (tmp_path / "new" / "assets" / "logo.svg").read_text() == "<svg/>"
     assert not any(path.is_symlink() for path in (tmp_path / "new").rglob("*"))
     assert run("push", snapshot, "me/model", "--dry-run")[0] == 0
@@ -192,7 +194,7 @@ def test_links_inside_are_followed(folder, tmp_path):
     (folder / "NOTICE").symlink_to("LICENSE")
     (folder / "README.md").symlink_to(folder / "NOTICE")
     source = open_source(folder)
-    upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     assert (tmp_path / "new" / "README.md").read_text() == "Of the model"
 
 
@@ -208,7 +210,7 @@ def test_a_link_to_a_folder_inside_is_told_not_lost_silently(folder):
 def test_hidden_links_are_not_taken_along_and_so_may_lead_anywhere(folder, secret, tmp_path):
     (folder / ".cache").symlink_to(secret.parent)
     source = open_source(folder)
-    upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     assert not (tmp_path / "new" / ".cache").exists()
 
 

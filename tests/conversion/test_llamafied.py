@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from qwen1 import QWenLMHeadModel, QWenTokenizer, QWenTokenizerFast
-from qwen1.conversion.converting import convert, plan_conversion
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.opening.sources import open_source
+from qwen1.conversion.planning.conversion import plan_conversion
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 TEXT = "<|im_start|>user\nHello 你好  12345 don't\n\n<|im_end|>\n<|im_start|>assistant\n"
@@ -22,7 +23,7 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 def converted(source, target, to):
     origin = open_source(source)
     plan = plan_conversion(origin, to)
-    convert(origin, target, plan, Progress())
+    write_plan(plan, target, Progress())
     return target, plan.notes
 
 

@@ -13,7 +13,8 @@ from qwen1.conversion.formats.quantised import expect_packed, read_packing
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.inspecting import inspect
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.upgrading import plan_upgrade, upgrade
+from qwen1.conversion.planning.upgrade import plan_upgrade
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -152,7 +153,7 @@ def test_a_sound_folder_passes(quantised, tmp_path, settings):
     assert not any("not checked" in text for text in report.remarks)
     source = open_source(folder)
     plan = plan_upgrade(source)
-    assert upgrade(source, tmp_path / "new", plan, Progress())
+    assert write_plan(plan, tmp_path / "new", Progress())
     assert (tmp_path / "new" / "model.safetensors").samefile(folder / "model.safetensors")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"] == settings
 
@@ -173,7 +174,7 @@ def test_pickles_become_safetensors_as_they_are(quantised, tmp_path):
     (folder / "model.safetensors").unlink()
     assert inspect(folder, scan=True).problems == []
     source = open_source(folder)
-    upgrade(source, tmp_path / "new", plan_upgrade(source), Progress())
+    write_plan(plan_upgrade(source), tmp_path / "new", Progress())
     written = load_file(tmp_path / "new" / "model.safetensors")
     assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
     del tensors[f"{LAYER}.scales"]
@@ -323,7 +324,7 @@ def test_settings_in_a_file_of_their_own(quantised, tmp_path, file, settings, wr
     source = open_source(folder)
     plan = plan_upgrade(source)
     assert any(file in note for note in plan.notes)
-    upgrade(source, tmp_path / "new", plan, Progress())
+    write_plan(plan, tmp_path / "new", Progress())
     assert inspect(tmp_path / "new").problems == []
     taken = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
     assert {name: taken[name] for name in ("quant_method", "bits", "group_size")} == {

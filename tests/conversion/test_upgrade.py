@@ -26,7 +26,9 @@ from qwen1.conversion.formats.endings import qwen_generation
 from qwen1.conversion.formats.names import IGNORED
 from qwen1.conversion.opening.sources import WORK_FOLDER, open_source
 from qwen1.conversion.planning.companions import plain_template
-from qwen1.conversion.upgrading import plan_upgrade, upgrade, upgrade_in_place, upgraded_config
+from qwen1.conversion.planning.upgrade import plan_upgrade, upgraded_config
+from qwen1.conversion.upgrading import upgrade_in_place
+from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 from qwen1.tokenization_qwen import CHAT_TEMPLATE
 
@@ -125,7 +127,7 @@ def save(folder, tensors, suffix, count):
 
 def run_upgrade(source, target, max_shard_size=SHARD, **options):
     origin = open_source(source)
-    return upgrade(origin, target, plan_upgrade(origin, max_shard_size, **options), Progress())
+    return write_plan(plan_upgrade(origin, max_shard_size, **options), target, Progress())
 
 
 def in_place(folder):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from qwen1 import QWenConfig
-from qwen1.conversion.upgrading import upgraded_config
+from qwen1.conversion.planning.upgrade import upgraded_config
 
 LLAMA_CPP_QWEN = {
     ("num_hidden_layers", "n_layers", "n_layer"): "n_layer",

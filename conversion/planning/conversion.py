@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 
-from ..tokenization_qwen import IMEND
-from .errors import CheckpointError
-from .files.links import check_links
-from .formats.companions import GENERATION_CONFIG, TOKENIZER_JSON, VOCABULARY, companion_names, optional_json
-from .formats.endings import end_ids, is_chat, qwen2_generation, qwen_generation
-from .formats.kinds import Kind
-from .formats.qwen import as_qwen, hf_to_qwen, qwen_config
-from .formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
-from .formats.recipes import Recipe, compose
-from .opening.sources import Source
-from .planning.companions import code_files, copied_tokenizer, legal_files
-from .planning.qwen2_tokenizer import qwen2_tokenizer, qwen2_tokenizer_of_json
-from .planning.qwen_tokenizer import tokenizer_for_qwen
-from .planning.weights import plan_outputs, plan_shards
-from .upgrading import Plan, job_of, refuse_inside
-from .writing.files import CopiedFile, PlannedFile, json_file
-from .writing.folders import write_folder
-from .writing.progress import Progress
+from ...tokenization_qwen import IMEND
+from ..errors import CheckpointError
+from ..files.links import check_links
+from ..formats.companions import GENERATION_CONFIG, TOKENIZER_JSON, VOCABULARY, companion_names, optional_json
+from ..formats.endings import end_ids, is_chat, qwen2_generation, qwen_generation
+from ..formats.kinds import Kind
+from ..formats.qwen import as_qwen, hf_to_qwen, qwen_config
+from ..formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
+from ..formats.recipes import Recipe, compose
+from ..opening.sources import Source
+from ..writing.files import CopiedFile, PlannedFile, json_file
+from ..writing.plans import Plan
+from .companions import code_files, copied_tokenizer, legal_files
+from .qwen2_tokenizer import qwen2_tokenizer, qwen2_tokenizer_of_json
+from .qwen_tokenizer import tokenizer_for_qwen
+from .weights import plan_outputs, plan_shards
 
 TARGETS = ("qwen2", "qwen")
 
@@ -87,7 +85,7 @@ def _plan_qwen2(source: Source, dtype: torch.dtype | None, scaling: RopeScaling 
     if ends is not None:
         settings["eos_token_id"] = ends[1] if chat else ends[0]
     config = qwen2_config(replace(architecture, settings=settings), _dtype_name(dtype or source.dtype), scaling)
-    plan = Plan(notes=_length_notes(source, lost, config))
+    plan = Plan("convert", source, notes=_length_notes(source, lost, config))
     plan.files = [json_file("config.json", config), *_qwen2_tokenizer(plan, folder, ends, chat, config)]
     if ends is not None:
         plan.files.append(json_file(GENERATION_CONFIG, qwen2_generation(generation, *ends)))
@@ -151,7 +149,7 @@ def _plan_qwen(source: Source, dtype: torch.dtype | None, length: int | None) ->
         architecture = replace(architecture, length=length)
     config = {**qwen_config(as_qwen(architecture)), "dtype": _dtype_name(dtype or source.dtype)}
     recipes = compose(source.to_hf(), hf_to_qwen(architecture, source.dtype))
-    plan = Plan()
+    plan = Plan("convert", source)
     if source.kind is Kind.LLAMA_ORIGINAL and length is None and "max_seq_len" not in source.config:
         plan.notes.append(
             f"params.json doesn't tell the trained length: seq_length is {architecture.length}, as for LLaMA 2. "
@@ -177,16 +175,3 @@ def _generation(source: Source) -> list[PlannedFile]:
     if ends is not None:  # of QWen's tokenizer, whatever the architecture
         generation = qwen_generation(generation, *ends)
     return [json_file(GENERATION_CONFIG, generation)]
-
-
-def convert(source: Source, target: Path, plan: Plan, progress: Progress) -> bool:
-    """Write the converted folder.
-
-    Returns:
-        False if the target was there already, equal in every file.
-
-    Raises:
-        CheckpointError, OSError: see `write_folder`.
-    """
-    refuse_inside(source, target)
-    return write_folder(target, plan.files, job_of("convert", source, plan.files), progress)
