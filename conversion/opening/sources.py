@@ -15,6 +15,8 @@ from ..files.links import check_links
 from ..files.tensors import DTYPE_CODES
 from ..files.weights import Weights, open_weights
 from ..formats.architecture import Architecture
+from ..formats.companions import GENERATION_CONFIG, optional_json
+from ..formats.endings import end_ids
 from ..formats.expected import Expected, check_names
 from ..formats.kinds import Kind, detect_kind, hidden_weights
 from ..formats.quantised import expect_packed, read_packing, settings_beside
@@ -72,6 +74,24 @@ class Source:
     def dtype(self) -> torch.dtype:
         """Dtype of most weights."""
         return next(iter(self.weights.dtypes))
+
+    @cached_property
+    def generation(self) -> dict[str, Any] | None:
+        """`generation_config.json`; None where there is none.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        return optional_json(self.folder / GENERATION_CONFIG)
+
+    @cached_property
+    def ends(self) -> tuple[int, int] | None:
+        """Ids of `<|endoftext|>` and `<|im_end|>`; None where the tokenizer has no such tokens.
+
+        Raises:
+            CheckpointError: a damaged vocabulary or tokenizer.
+        """
+        return end_ids(self.config, self.folder)
 
     @property
     def hidden_from_transformers(self) -> str | None:

@@ -21,7 +21,7 @@ from ..formats.companions import (
     optional_json,
 )
 from ..formats.configurations import quantization_method
-from ..formats.endings import end_ids, qwen_generation
+from ..formats.endings import qwen_generation
 from ..formats.names import IGNORED
 from ..formats.recipes import Recipe, keep
 from ..opening.sources import Source
@@ -29,7 +29,7 @@ from ..writing.files import CopiedFile, json_file
 from ..writing.plans import Plan
 from .companions import code_files, template_files
 from .qwen_tokenizer import upgraded_tokenizer_config
-from .weights import plan_outputs, plan_shards
+from .weights import plan_weights
 
 _ALIASES = {
     "intermediate_size": "ffn_hidden_size",
@@ -91,15 +91,14 @@ def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -
         return
     surplus = ("lm_head.weight",) if source.config.get("tie_word_embeddings") else ()
     names = [name for name in weights.infos if not IGNORED.fullmatch(name) and name not in surplus]
-    outputs = plan_outputs([Recipe(name, (name,), keep) for name in names], weights, None)
-    plan.files += plan_shards(outputs, weights, max_shard_size)
+    plan.files += plan_weights([Recipe(name, (name,), keep) for name in names], weights, None, max_shard_size)
     index = f"{PICKLE}.index.json"
     plan.retired += [file.name for file in weights.files] + ([index] if (folder / index).is_file() else [])
 
 
 def _plan_settings(plan: Plan, source: Source) -> None:
     folder = source.folder
-    generation, ends = optional_json(folder / GENERATION_CONFIG), end_ids(source.config, folder)
+    generation, ends = source.generation, source.ends
     if ends is None:
         plan.notes.append(f"The tokenizer has no {IMEND}: its files and {GENERATION_CONFIG} stay as they are.")
         return

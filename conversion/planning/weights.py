@@ -18,6 +18,13 @@ from ..writing.tensors import Output
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)
 
 
+def plan_weights(
+    recipes: Sequence[Recipe], weights: Weights, dtype: torch.dtype | None, max_shard_size: str
+) -> list[PlannedFile]:
+    """The files of weights that follow recipes, see `plan_outputs` and `plan_shards`."""
+    return plan_shards(plan_outputs(recipes, weights, dtype), weights, max_shard_size)
+
+
 def plan_outputs(recipes: Sequence[Recipe], weights: Weights, dtype: torch.dtype | None) -> list[Output]:
     """Shapes and dtypes of what recipes will give, found by following them without values."""
     outputs = []
