@@ -13,7 +13,10 @@ from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qwen1.conversion import commands
+from qwen1.conversion import commands, inspecting
+from qwen1.conversion.commands import terminal
+from qwen1.conversion.publishing import upload
+from qwen1.conversion.writing import plans
 
 COMMANDS = ["inspect", "upgrade", "convert", "verify", "merge-lora", "push", "doctor"]
 
@@ -88,7 +91,7 @@ def test_operating_system_errors_end_with_1(run, golden, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(commands, "write_plan", full)
+    monkeypatch.setattr(plans, "write_plan", full)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 1 and "No space left on device" in result.stderr
 
@@ -97,7 +100,7 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "write_plan", interrupted)
+    monkeypatch.setattr(plans, "write_plan", interrupted)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 130 and "takes up what is unfinished" in result.stderr
 
@@ -106,7 +109,7 @@ def test_errors_in_the_program_are_not_dressed_up(run, golden, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(commands, "inspect", broken)
+    monkeypatch.setattr(inspecting, "inspect", broken)
     with pytest.raises(ZeroDivisionError):
         run("inspect", golden / "native" / "llama_gqa")
 
@@ -214,7 +217,7 @@ def test_push_lists_files_and_card_without_a_network(run, checkpoint_folder):
 
 def test_push_passes_its_options_on(run, checkpoint_folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(commands, "push", lambda *arguments, **options: calls.append((arguments, options)) or "url")
+    monkeypatch.setattr(upload, "push", lambda *arguments, **options: calls.append((arguments, options)) or "url")
     options = ["--private", "--revision", "test", "--token", "secret", "--message", "First"]
     result = run("push", checkpoint_folder, "somebody/tiny", *options)
     expected = dict(private=True, revision="test", token="secret", message="First")
@@ -224,7 +227,7 @@ def test_push_passes_its_options_on(run, checkpoint_folder, monkeypatch):
 
 def test_progress_is_counted_per_tensor_and_per_byte(golden, tmp_path, monkeypatch, capsys):
     """On a terminal the bars are drawn; they end at all tensors and all bytes."""
-    monkeypatch.setattr(commands, "err", Console(file=sys.stdout, force_terminal=True, width=120))
+    monkeypatch.setattr(terminal, "err", Console(file=sys.stdout, force_terminal=True, width=120))
     result = CliRunner().invoke(
         commands.app, ["convert", str(golden / "native" / "llama_gqa"), str(tmp_path / "new"), "--to", "qwen"]
     )

@@ -17,7 +17,7 @@ from qwen1.conversion.files.access import check_readable, read_json, read_text
 from qwen1.conversion.files.weights import Weights
 from qwen1.conversion.formats.architecture import MOST_LAYERS
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.merging import open_adapter
+from qwen1.conversion.opening.adapters import open_adapter
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
 COMMANDS = ["inspect {0}", "upgrade {0} {1}", "convert {0} {1} --to qwen2", "verify {0} {0}", "push {0} me/model"]

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen1.conversion.commands.upgrade import upgrade_in_place
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.opening.sources import MOVES_FILE, WORK_FOLDER, open_source
 from qwen1.conversion.planning.conversion import plan_conversion
 from qwen1.conversion.planning.upgrade import plan_upgrade
-from qwen1.conversion.upgrading import upgrade_in_place
 from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 from qwen1.conversion.writing.work_folder import JOB_FILE, LOCK_FILE

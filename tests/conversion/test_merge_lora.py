@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1 import QWenLMHeadModel, QWenTokenizer
+from qwen1.conversion.commands.merge_lora import merge_lora
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.merging import MERGEABLE, merge_lora
+from qwen1.conversion.opening.adapters import MERGEABLE
 from qwen1.conversion.writing.progress import Progress
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
@@ -627,7 +628,7 @@ def test_a_base_that_peft_changes_unexpectedly_is_noticed(base, adapter, refused
     """LoRAs are merged without showing peft the base: that must never go unnoticed where it matters."""
     source = base()
     trained = adapter(source, lora(init_lora_weights=start))
-    monkeypatch.setattr("qwen1.conversion.merging._PLAIN_STARTS", (start,))
+    monkeypatch.setattr("qwen1.conversion.opening.adapters._PLAIN_STARTS", (start,))
     refused(source, trained)
 
 
@@ -690,6 +691,6 @@ def test_what_this_version_of_peft_does_not_know_is_told(base, adapter, merged, 
     progress = Notes()
     merged(source, trained, progress)
     assert any("invented_option" in note for note in progress.notes)
-    monkeypatch.setattr("qwen1.conversion.merging.MERGEABLE", ("INVENTED",))
+    monkeypatch.setattr("qwen1.conversion.opening.adapters.MERGEABLE", ("INVENTED",))
     edit_json(trained / "adapter_config.json", peft_type="INVENTED")
     assert "pip install -U peft" in refused(source, trained)

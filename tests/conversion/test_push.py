@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from qwen1 import QWenLMHeadModel
 from qwen1.conversion.errors import CheckpointError
-from qwen1.conversion.pushing import PushFile, files_to_push, model_card, push
+from qwen1.conversion.publishing.card import model_card
+from qwen1.conversion.publishing.upload import PushFile, files_to_push, push
 
 REPO = "tester/tiny"
 
 PUBLISH = """
 import sys
 from pathlib import Path
-from qwen1.conversion.pushing import push
+from qwen1.conversion.publishing.upload import push
 
 print(push(Path(sys.argv[1]), sys.argv[2]))
 """

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizerFast
 from qwen1.configuration_qwen import AUTO_MAP
 from qwen1.conversion import commands
+from qwen1.conversion.commands.upgrade import upgrade_in_place
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.formats.endings import qwen_generation
@@ -27,7 +28,6 @@ from qwen1.conversion.formats.names import IGNORED
 from qwen1.conversion.opening.sources import WORK_FOLDER, open_source
 from qwen1.conversion.planning.companions import plain_template
 from qwen1.conversion.planning.upgrade import plan_upgrade, upgraded_config
-from qwen1.conversion.upgrading import upgrade_in_place
 from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 from qwen1.tokenization_qwen import CHAT_TEMPLATE

@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from qwen1 import QWenLMHeadModel
-from qwen1.conversion import verifying
+from qwen1.conversion.checking import logits
+from qwen1.conversion.checking.comparison import TOLERANCE
+from qwen1.conversion.checking.logits import compare, compare_logits, run
+from qwen1.conversion.checking.models import load_model
+from qwen1.conversion.checking.token_ids import parse_ids, random_ids
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen2 import qwen2_config
 from qwen1.conversion.formats.recipes import convert_tensors
 from qwen1.conversion.opening.sources import open_source
-from qwen1.conversion.verifying import TOLERANCE, compare, compare_logits, load_model, parse_ids, random_ids, run
 
 EXACT = 2e-5  # of logits with a standard deviation of 1.5: what another order of summation makes
 
@@ -385,7 +388,7 @@ def test_only_one_model_is_in_memory(golden, monkeypatch):
         if step.startswith("Loading"):
             loaded.append([model() for model in models])
 
-    monkeypatch.setattr(verifying, "run", run_and_remember)
+    monkeypatch.setattr(logits, "run", run_and_remember)
     compare(golden / "model" / "aug_plain", golden / "native" / "llama_gqa", progress=progress)
     assert loaded == [[], [None]]
 

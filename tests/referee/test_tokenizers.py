@@ -11,7 +11,7 @@ import unittest
 import pytest
 from transformers import Qwen2Tokenizer
 
-from qwen1.conversion.planning.qwen2_tokenizer import qwen2_tokenizer
+from qwen1.conversion.planning.qwen2_companions import qwen2_tokenizer
 from qwen1.tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 
 pytest.importorskip("parameterized")  # their tests use it

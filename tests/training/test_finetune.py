@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from qwen1 import QWenLMHeadModel
 from qwen1 import finetune as program
-from qwen1.conversion.merging import merge_lora
+from qwen1.conversion.commands.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.training import finetuning
 from qwen1.training.checkpoints import last_checkpoint

@@ -1,0 +1,48 @@
+"""The command line of `convert_checkpoint.py`: a file for each command, and here the list of them.
+
+Results go to standard output; progress, notes and errors to standard error. Exit codes: 0 done, 1 refused or failed
+(also `doctor`, where something is wrong), 2 wrong usage, 3 checked and found wanting (`inspect`, `verify`,
+`convert --verify`), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .convert import convert_command
+from .doctor import doctor_command
+from .inspect import inspect_command
+from .merge_lora import merge_lora_command
+from .push import push_command
+from .terminal import reported
+from .upgrade import upgrade_command
+from .verify import verify_command
+
+app = typer.Typer(
+    name="qwen1-checkpoint",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them; look for "
+    "faults of the environment.",
+    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
+)
+for name, command, example in (
+    ("inspect", inspect_command, "./Qwen-7B-Chat"),
+    ("upgrade", upgrade_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-upgraded"),
+    ("convert", convert_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-qwen2 --to qwen2 --verify"),
+    ("verify", verify_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-qwen2"),
+    ("merge-lora", merge_lora_command, "./Qwen-7B-Chat ./adapter ./Qwen-7B-Chat-merged"),
+    ("push", push_command, "./Qwen-7B-Chat-upgraded my-name/Qwen-7B-Chat --private"),
+    ("doctor", doctor_command, "./Qwen-7B-Chat-today --json"),
+):
+    app.command(name, epilog=f"Example:  qwen1-checkpoint {name} {example}")(reported(command))
+
+
+def main() -> None:
+    """Run the program."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    app()

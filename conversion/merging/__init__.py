@@ -1,0 +1,1 @@
+"""Adapters of peft joined to their base, a layer at a time."""

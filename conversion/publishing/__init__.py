@@ -1,0 +1,1 @@
+"""A checkpoint on the Hub: what belongs to it, its card, the upload."""
