@@ -16,7 +16,7 @@ from ..conversion.errors import CheckpointError
 from ..conversion.files.access import read_json
 from ..conversion.files.weights import ADAPTER_CONFIG
 from ..conversion.formats.kinds import Kind, detect_kind
-from ..conversion.inspecting import inspect
+from ..conversion.inspecting.inspection import inspect
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line

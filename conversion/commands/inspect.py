@@ -16,8 +16,8 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a checkpoint is, what it needs, and what is missing or odd. Ends with 3 if it can't be used."""
-    from ..inspecting import inspect
-    from ..reports import render
+    from ..inspecting.inspection import inspect
+    from ..inspecting.rendering import render
 
     report = inspect(source, params)
     if scan:

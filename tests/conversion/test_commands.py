@@ -13,8 +13,9 @@ from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qwen1.conversion import commands, inspecting
+from qwen1.conversion import commands
 from qwen1.conversion.commands import terminal
+from qwen1.conversion.inspecting import inspection
 from qwen1.conversion.publishing import upload
 from qwen1.conversion.writing import plans
 
@@ -109,7 +110,7 @@ def test_errors_in_the_program_are_not_dressed_up(run, golden, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(inspecting, "inspect", broken)
+    monkeypatch.setattr(inspection, "inspect", broken)
     with pytest.raises(ZeroDivisionError):
         run("inspect", golden / "native" / "llama_gqa")
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qwen1 import QWenLMHeadModel
 from qwen1.conversion import commands
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.planning.upgrade import plan_upgrade
 from qwen1.conversion.writing.plans import write_plan

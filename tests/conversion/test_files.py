@@ -16,7 +16,7 @@ from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.access import check_readable, read_json, read_text
 from qwen1.conversion.files.weights import Weights
 from qwen1.conversion.formats.architecture import MOST_LAYERS
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.adapters import open_adapter
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"

@@ -16,8 +16,10 @@ from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.weights import Weights
 from qwen1.conversion.formats import lenient
 from qwen1.conversion.formats.qwen import read_qwen
-from qwen1.conversion.inspecting import inspect
-from qwen1.conversion.reports import int8_cache_per_token, memory_needs, render, size_text
+from qwen1.conversion.inspecting.inspection import inspect
+from qwen1.conversion.inspecting.memory import int8_cache_per_token, memory_needs
+from qwen1.conversion.inspecting.rendering import render
+from qwen1.conversion.inspecting.words import size_text
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BLOCK = "transformer.h.1.attn.c_attn.weight"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qwen1.conversion import commands
 from qwen1.conversion.commands.upgrade import upgrade_in_place
 from qwen1.conversion.files.links import check_links, resolved, stray_links
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.planning.upgrade import plan_upgrade
 from qwen1.conversion.writing.plans import write_plan

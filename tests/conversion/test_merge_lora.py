@@ -18,7 +18,7 @@ from qwen1 import QWenLMHeadModel, QWenTokenizer
 from qwen1.conversion.commands.merge_lora import merge_lora
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.adapters import MERGEABLE
 from qwen1.conversion.writing.progress import Progress
 

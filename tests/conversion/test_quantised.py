@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.quantised import expect_packed, read_packing
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.planning.upgrade import plan_upgrade
 from qwen1.conversion.writing.plans import write_plan

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from qwen1.conversion import commands
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.relatives import refuse_relative, relative_of
-from qwen1.conversion.inspecting import inspect
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
 
 VISUAL = {"heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "patch_size": 14, "width": 1664}

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from .files.access import is_pointer, is_present
-from .files.tensors import TensorInfo
-from .files.weights import ADAPTER_CONFIG, ADAPTERS, MODEL_PARALLEL, PICKLE, SAFETENSORS, Weights, read_index
-from .reports import FileReport, Findings, are, first_of, plural
+from ..files.access import is_pointer, is_present
+from ..files.tensors import TensorInfo
+from ..files.weights import ADAPTER_CONFIG, ADAPTERS, MODEL_PARALLEL, PICKLE, SAFETENSORS, Weights, read_index
+from .report import FileReport, Findings
+from .words import are, first_of, plural
 
 _CONTAINERS = (SAFETENSORS, PICKLE)
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tokenization_qwen import IMEND
-from .errors import CheckpointError
-from .files.access import is_pointer, is_present, read_json
-from .formats.architecture import Architecture
-from .formats.companions import (
+from ...tokenization_qwen import IMEND
+from ..errors import CheckpointError
+from ..files.access import is_pointer, is_present, read_json
+from ..formats.architecture import Architecture
+from ..formats.companions import (
     EXTRA_VOCABULARY,
     GENERATION_CONFIG,
     TEMPLATE,
@@ -20,10 +20,11 @@ from .formats.companions import (
     TOKENIZER_JSON,
     VOCABULARY,
 )
-from .formats.endings import as_list, end_ids, is_chat
-from .formats.kinds import Kind
-from .opening.sources import MOVES_FILE, WORK_FOLDER
-from .reports import Findings, first_of
+from ..formats.endings import as_list, end_ids, is_chat
+from ..formats.kinds import Kind
+from ..opening.sources import MOVES_FILE, WORK_FOLDER
+from .report import Findings
+from .words import first_of
 
 _OLD_KINDS = (Kind.QWEN_2023_08, Kind.QWEN_2023_12)
 _ID = re.compile(r"[0-9]{1,18}")

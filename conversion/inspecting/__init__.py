@@ -1,0 +1,1 @@
+"""Looking at a checkpoint without stopping at the first fault: the command `inspect`."""
