@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..files.tensors import DTYPE_CODES, TensorInfo
 from .names import IGNORED
 
 
@@ -49,6 +50,21 @@ NOT_GATHERED = (
 def is_left_empty(shape: Sequence[int]) -> bool:
     """Whether a tensor is what ZeRO-3 leaves in the place of one whose values are in other processes."""
     return tuple(shape) == (0,)
+
+
+def check_stored(infos: Mapping[str, TensorInfo], expected: Expected) -> None:
+    """Compare names, shapes and dtypes of stored tensors with what is expected.
+
+    Raises:
+        CheckpointError: the first difference.
+    """
+    check_names(infos, expected.required, expected.optional)
+    for name in expected.shapes:
+        dtype = infos[name].dtype if name in infos else None
+        if dtype is not None and not (expected.has_dtype(name, dtype) and dtype in DTYPE_CODES):
+            word = expected.words.get(name)
+            reason = "which no weight of this architecture can be" if word is None else f"not of {word}"
+            raise CheckpointError(f"{infos[name]} is of {dtype}, {reason}.")
 
 
 def check_names(

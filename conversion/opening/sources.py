@@ -12,12 +12,11 @@ import torch
 from ..errors import CheckpointError
 from ..files.access import check_exists, is_present, read_json
 from ..files.links import check_links
-from ..files.tensors import DTYPE_CODES
 from ..files.weights import Weights, open_weights
 from ..formats.architecture import Architecture
 from ..formats.companions import GENERATION_CONFIG, optional_json
 from ..formats.endings import end_ids
-from ..formats.expected import Expected, check_names
+from ..formats.expected import Expected, check_stored
 from ..formats.kinds import Kind, detect_kind, hidden_weights
 from ..formats.quantised import expect_packed, read_packing, settings_beside
 from ..formats.qwen import qwen_shapes, read_qwen
@@ -28,6 +27,24 @@ from ..formats.relatives import refuse_relative
 LLAMA_PARAMS = "params.json"
 WORK_FOLDER, MOVES_FILE = ".upgrade.partial", "moves.json"
 """Where an upgrade in place keeps what is not yet in its place, and the list of what is to be moved."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a conversion starts from.
+
+    Attributes:
+        way: from the stored tensors to the names of transformers' Qwen2 and LLaMA classes.
+        dtype: of most weights.
+        generation: `generation_config.json`; None where there is none.
+        ends: ids of `<|endoftext|>` and `<|im_end|>` of QWen's tokenizer; None where there are none.
+    """
+
+    architecture: Architecture
+    way: list[Recipe]
+    dtype: torch.dtype
+    generation: dict[str, Any] | None
+    ends: tuple[int, int] | None
 
 
 @dataclass
@@ -108,6 +125,16 @@ class Source:
         """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
         return self.format.to_hf(self.architecture, self.weights.infos, len(self.weights.files))
 
+    def contents(self) -> Contents:
+        """All that becomes of a conversion's source, checked.
+
+        Raises:
+            CheckpointError: see `check`; damaged settings or, in QWen, a damaged vocabulary.
+        """
+        self.check()
+        ends = self.ends if self.kind.is_qwen else None
+        return Contents(self.architecture, self.to_hf(), self.dtype, self.generation, ends)
+
     def check(self) -> None:
         """Compare names and shapes with the configuration; a tied head that is stored all the same must be equal.
 
@@ -142,13 +169,7 @@ class Source:
         infos = dict(self.weights.infos)
         if tied:
             self._check_tied(infos)
-        check_names(infos, expected.required, expected.optional)
-        for name in expected.shapes:
-            dtype = infos[name].dtype if name in infos else None
-            if dtype is not None and not (expected.has_dtype(name, dtype) and dtype in DTYPE_CODES):
-                word = expected.words.get(name)
-                reason = "which no weight of this architecture can be" if word is None else f"not of {word}"
-                raise CheckpointError(f"{infos[name]} is of {dtype}, {reason}.")
+        check_stored(infos, expected)
 
     def _check_tied(self, infos: dict[str, Any]) -> None:
         for embedding, head in _TIED:

@@ -1,15 +1,23 @@
-"""Code, licences, chat template and tokenizers that stay as they are, beside the weights of a result."""
+"""The small files beside the weights of a result: settings, code, licences, chat template, tokenizers as they are."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...tokenization_qwen import CHAT_TEMPLATE
 from ..files.access import read_text
 from ..files.links import CODE_FOLDER
 from ..formats.companions import CODE_FILES, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, is_legal, optional_json
 from ..writing.files import CopiedFile, PlannedFile, TextFile
+
+
+def json_file(name: str, value: Mapping[str, Any]) -> TextFile:
+    """A JSON object as a file, written as transformers writes them."""
+    return TextFile(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def code_files() -> list[PlannedFile]:

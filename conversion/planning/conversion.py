@@ -46,8 +46,11 @@ def plan_conversion(
         raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
     if not source.path.is_dir():  # whose folder may hold much else
         check_links(source.folder, companion_names(source.folder))
-    source.check()
-    plan, recipes = plan_qwen2(source, dtype, scaling) if to == "qwen2" else plan_qwen(source, dtype, length)
+    contents, plan = source.contents(), Plan("convert", source)
+    if to == "qwen2":
+        recipes = plan_qwen2(plan, contents, dtype or contents.dtype, scaling)
+    else:
+        recipes = plan_qwen(plan, contents, dtype or contents.dtype, length)
     plan.files += legal_files(source.folder)
     plan.files[:0] = plan_weights(recipes, source.weights, dtype, max_shard_size)
     return plan

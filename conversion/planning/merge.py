@@ -31,12 +31,12 @@ from ..merging.layers import put_on
 from ..merging.weights import MergedWeights
 from ..opening.adapters import Adapter
 from ..opening.sources import Source, open_source
-from ..writing.files import CopiedFile, PlannedFile, json_file
+from ..writing.files import CopiedFile, PlannedFile
 from ..writing.folders import describe_files
 from ..writing.plans import Plan
 from ..writing.progress import Progress
 from ..writing.tensors import Output
-from .companions import template_files
+from .companions import json_file, template_files
 from .qwen_tokenizer import qwen_tokenizer, upgraded_tokenizer_config
 from .upgrade import plan_upgrade, upgraded_config
 from .weights import plan_shards

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...tokenization_qwen import ENDOFTEXT, IMEND, build_backend
 from ..formats.companions import (
@@ -14,41 +16,43 @@ from ..formats.companions import (
     optional_json,
 )
 from ..formats.endings import load_ranks, qwen2_generation
-from ..opening.sources import Source
-from ..writing.files import CopiedFile, PlannedFile, TextFile, json_file
-from .companions import copied_tokenizer, plain_template, template_files
+from ..writing.files import CopiedFile, PlannedFile, TextFile
+from .companions import copied_tokenizer, json_file, plain_template, template_files
 
 
-def tokenizer_for_qwen2(source: Source, chat: bool, length: int) -> tuple[list[PlannedFile], str | None]:
+def tokenizer_for_qwen2(
+    folder: Path, ends: tuple[int, int] | None, chat: bool, length: int
+) -> tuple[list[PlannedFile], str | None]:
     """The tokenizer of a QWen checkpoint for Qwen2, and a note where it isn't QWen's.
 
     Args:
+        ends: ids of `<|endoftext|>` and `<|im_end|>`; None where the tokenizer has no such tokens.
         chat: whether a text ends at `<|im_end|>`.
         length: longest text in tokens.
 
     Raises:
         CheckpointError: a damaged tokenizer.
     """
-    folder = source.folder
     if (folder / VOCABULARY).is_file():
         return qwen2_tokenizer(folder, chat, length), None
-    if (folder / TOKENIZER_JSON).is_file() and source.ends is not None:
+    if (folder / TOKENIZER_JSON).is_file() and ends is not None:
         return qwen2_tokenizer_of_json(folder), None
     files = copied_tokenizer(folder)
-    if files and source.ends is None:
+    if files and ends is None:
         return files, f"The tokenizer has no {IMEND}: it is kept as it is."
     return [], f"There is no {VOCABULARY}, so no tokenizer is written."
 
 
-def generation_for_qwen2(source: Source) -> tuple[list[PlannedFile], str | None]:
+def generation_for_qwen2(
+    folder: Path, generation: Mapping[str, Any] | None, ends: tuple[int, int] | None
+) -> tuple[list[PlannedFile], str | None]:
     """Its generation settings for Qwen2, and a note where there were none."""
-    if source.ends is None:
-        there = source.generation is not None
-        return [CopiedFile(GENERATION_CONFIG, source.folder / GENERATION_CONFIG)] if there else [], None
+    if ends is None:
+        return [CopiedFile(GENERATION_CONFIG, folder / GENERATION_CONFIG)] if generation is not None else [], None
     note = None
-    if source.generation is None:
-        note = f"There is no {GENERATION_CONFIG}: texts end at {source.ends[0]}, as those of a base model."
-    return [json_file(GENERATION_CONFIG, qwen2_generation(source.generation, *source.ends))], note
+    if generation is None:
+        note = f"There is no {GENERATION_CONFIG}: texts end at {ends[0]}, as those of a base model."
+    return [json_file(GENERATION_CONFIG, qwen2_generation(generation, *ends))], note
 
 
 def qwen2_tokenizer(folder: Path, chat: bool, length: int) -> list[PlannedFile]:

@@ -24,8 +24,8 @@ from ..formats.companions import (
     optional_json,
 )
 from ..formats.endings import load_ranks
-from ..writing.files import CopiedFile, PlannedFile, TextFile, json_file
-from .companions import copied_tokenizer, template_files
+from ..writing.files import CopiedFile, PlannedFile, TextFile
+from .companions import copied_tokenizer, json_file, template_files
 
 
 def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any]:

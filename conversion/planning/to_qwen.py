@@ -11,25 +11,24 @@ from ..formats.endings import qwen_generation
 from ..formats.kinds import Kind
 from ..formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from ..formats.recipes import Recipe, compose
-from ..opening.sources import Source
-from ..writing.files import PlannedFile, json_file
+from ..opening.sources import Contents, Source
+from ..writing.files import PlannedFile
 from ..writing.plans import Plan
-from .companions import code_files
+from .companions import code_files, json_file
 from .qwen_tokenizer import tokenizer_for_qwen
 
 
-def plan_qwen(source: Source, dtype: torch.dtype | None, length: int | None) -> tuple[Plan, list[Recipe]]:
-    """Plan configuration and companions of a QWen model, and the recipes of its weights.
+def plan_qwen(plan: Plan, contents: Contents, dtype: torch.dtype, length: int | None) -> list[Recipe]:
+    """Plan configuration and companions of a QWen model; gives the recipes of its weights.
 
     Raises:
         CheckpointError: something that QWen can't represent.
     """
-    architecture = source.architecture
+    source, architecture = plan.source, contents.architecture
     if length is not None:
         architecture = replace(architecture, length=length)
-    config = {**qwen_config(as_qwen(architecture)), "dtype": str(dtype or source.dtype).removeprefix("torch.")}
-    recipes = compose(source.to_hf(), hf_to_qwen(architecture, source.dtype))
-    plan = Plan("convert", source)
+    config = {**qwen_config(as_qwen(architecture)), "dtype": str(dtype).removeprefix("torch.")}
+    recipes = compose(contents.way, hf_to_qwen(architecture, contents.dtype))
     if source.kind is Kind.LLAMA_ORIGINAL and length is None and "max_seq_len" not in source.config:
         plan.notes.append(
             f"params.json doesn't tell the trained length: seq_length is {architecture.length}, as for LLaMA 2. "
@@ -38,7 +37,7 @@ def plan_qwen(source: Source, dtype: torch.dtype | None, length: int | None) -> 
     tokenizer, note = tokenizer_for_qwen(source.folder)
     plan.notes += [note] if note else []
     plan.files = [json_file("config.json", config), *code_files(), *tokenizer, *_generation(source)]
-    return plan, recipes
+    return recipes
 
 
 def _generation(source: Source) -> list[PlannedFile]:

@@ -12,34 +12,36 @@ from ..errors import CheckpointError
 from ..formats.endings import is_chat
 from ..formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
 from ..formats.recipes import Recipe
-from ..opening.sources import Source
-from ..writing.files import json_file
+from ..opening.sources import Contents, Source
 from ..writing.plans import Plan
+from .companions import json_file
 from .qwen2_companions import generation_for_qwen2, tokenizer_for_qwen2
 
 
-def plan_qwen2(source: Source, dtype: torch.dtype | None, scaling: RopeScaling | None) -> tuple[Plan, list[Recipe]]:
-    """Plan configuration and companions of a Qwen2 model, and the recipes of its weights.
+def plan_qwen2(plan: Plan, contents: Contents, dtype: torch.dtype, scaling: RopeScaling | None) -> list[Recipe]:
+    """Plan configuration and companions of a Qwen2 model; gives the recipes of its weights.
 
     Raises:
         CheckpointError: something that Qwen2 can't represent.
     """
+    source, ends = plan.source, contents.ends
     lost = check_qwen2(source.config)
-    recipes = _without_zero_biases(source, source.to_hf())
-    chat = source.ends is not None and is_chat(source.generation, source.ends[1])
-    settings = dict(source.architecture.settings or {})
-    if source.ends is not None:
-        settings["eos_token_id"] = source.ends[1] if chat else source.ends[0]
-    name = str(dtype or source.dtype).removeprefix("torch.")
-    config = qwen2_config(replace(source.architecture, settings=settings), name, scaling)
-    plan = Plan("convert", source, [json_file("config.json", config)], notes=_length_notes(source, lost, config))
+    recipes = _without_zero_biases(source, contents.way)
+    chat = ends is not None and is_chat(contents.generation, ends[1])
+    settings = dict(contents.architecture.settings or {})
+    if ends is not None:
+        settings["eos_token_id"] = ends[1] if chat else ends[0]
+    architecture = replace(contents.architecture, settings=settings)
+    config = qwen2_config(architecture, str(dtype).removeprefix("torch."), scaling)
+    plan.notes = _length_notes(source, lost, config)
+    plan.files = [json_file("config.json", config)]
     for files, note in (
-        tokenizer_for_qwen2(source, chat, config["max_position_embeddings"]),
-        generation_for_qwen2(source),
+        tokenizer_for_qwen2(source.folder, ends, chat, config["max_position_embeddings"]),
+        generation_for_qwen2(source.folder, contents.generation, ends),
     ):
         plan.files += files
         plan.notes += [note] if note else []
-    return plan, recipes
+    return recipes
 
 
 def _length_notes(source: Source, lost: Sequence[str], config: Mapping[str, Any]) -> list[str]:

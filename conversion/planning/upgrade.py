@@ -25,9 +25,9 @@ from ..formats.endings import qwen_generation
 from ..formats.names import IGNORED
 from ..formats.recipes import Recipe, keep
 from ..opening.sources import Source
-from ..writing.files import CopiedFile, json_file
+from ..writing.files import CopiedFile
 from ..writing.plans import Plan
-from .companions import code_files, template_files
+from .companions import code_files, json_file, template_files
 from .qwen_tokenizer import upgraded_tokenizer_config
 from .weights import plan_weights
 

@@ -12,8 +12,9 @@ from ..errors import CheckpointError
 from ..files.tensors import meta_tensors
 from ..files.weights import SAFETENSORS, Weights
 from ..formats.recipes import Recipe
-from ..writing.files import PlannedFile, ShardFile, json_file
+from ..writing.files import PlannedFile, ShardFile
 from ..writing.tensors import Output
+from .companions import json_file
 
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? *[KMGT]B", re.IGNORECASE)
 

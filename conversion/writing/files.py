@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,11 +90,6 @@ class TextFile(PlannedFile):
     def equals(self, path: Path) -> bool:
         """Whether a file holds this text."""
         return path.read_bytes() == self.text.encode()
-
-
-def json_file(name: str, value: Mapping[str, Any]) -> TextFile:
-    """A JSON object as a file, written as transformers writes them."""
-    return TextFile(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

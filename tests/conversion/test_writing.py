@@ -20,8 +20,9 @@ from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.tensors import DTYPE_CODES, is_finite
 from qwen1.conversion.files.weights import Weights
 from qwen1.conversion.formats.recipes import Recipe, concatenate, keep, take_rows
+from qwen1.conversion.planning.companions import json_file
 from qwen1.conversion.planning.weights import plan_outputs, plan_shards
-from qwen1.conversion.writing.files import CopiedFile, ShardFile, TextFile, json_file
+from qwen1.conversion.writing.files import CopiedFile, ShardFile, TextFile
 from qwen1.conversion.writing.folders import describe_files, write_folder
 from qwen1.conversion.writing.progress import Progress
 from qwen1.conversion.writing.tensors import write_safetensors
