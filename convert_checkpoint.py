@@ -2,7 +2,7 @@
 
     python convert_checkpoint.py COMMAND ...
 
-Installed, the same program is called `qwen1-checkpoint`. The commands are in `conversion/commands.py`.
+Installed, the same program is called `qwen1-checkpoint`. The commands are in `conversion/commands/`.
 """
 
 from __future__ import annotations

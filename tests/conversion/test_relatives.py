@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from qwen1 import QWenConfig
 from qwen1.conversion import commands
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.relatives import refuse_relative, relative_of
@@ -56,6 +57,16 @@ def test_every_command_refuses_it_with_the_remedy(folder, tmp_path, name, comman
     text = " ".join(done.output.split())
     assert f"This is {name}" in text and "transformers 4.32" in text and "without qwen1" in text
     assert sorted(source.rglob("*")) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key", ["visual", "audio"])
+def test_the_model_refuses_it_in_the_same_words(key):
+    config = {"model_type": "qwen", key: {"layers": 2}}
+    with pytest.raises(CheckpointError) as here:
+        refuse_relative(config)
+    with pytest.raises(ValueError) as there:
+        QWenConfig.from_dict(config)
+    assert str(there.value).replace("its configuration has", "config.json has") == str(here.value)
 
 
 def test_it_is_no_base_of_an_adapter(folder, tmp_path):

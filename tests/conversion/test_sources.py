@@ -16,6 +16,7 @@ from qwen1.conversion.formats.llama_original import embedding_split
 from qwen1.conversion.formats.names import hf_shapes
 from qwen1.conversion.formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from qwen1.conversion.formats.recipes import compose, convert_tensors
+from qwen1.conversion.formats.registry import FORMATS
 from qwen1.conversion.opening.sources import open_source, read_source_config
 
 CHECKPOINTS = {
@@ -418,3 +419,7 @@ def test_a_file_of_a_folder_with_a_configuration_is_no_checkpoint_by_itself(gold
     folder = golden / "native" / "llama_gqa"
     with pytest.raises(CheckpointError, match=f"name its folder, {folder}"):
         open_source(folder / "model.safetensors")
+
+
+def test_every_kind_has_its_line_in_the_table_of_formats():
+    assert set(FORMATS) == set(Kind)
