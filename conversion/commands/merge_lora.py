@@ -60,8 +60,8 @@ def merge_lora(
         CheckpointError, OSError: see `write_folder`.
     """
     from ..files.links import resolved
-    from ..opening.adapters import open_adapter
-    from ..planning.merge import open_base, plan_merge
+    from ..opening.adapters import open_adapter, open_base
+    from ..planning.merge import plan_merge
     from ..writing.plans import write_plan
 
     given, source = open_adapter(adapter), open_base(base)

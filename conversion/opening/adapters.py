@@ -1,4 +1,4 @@
-"""Opening an adapter of peft: which can become part of a language model."""
+"""Opening an adapter of peft, as far as it can become part of a language model, and its base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ..errors import CheckpointError
 from ..files.access import check_exists, is_present, read_json
 from ..files.links import check_links
 from ..files.weights import ADAPTER_CONFIG, ADAPTERS, Weights
+from ..formats.configurations import quantization_method
 from ..formats.expected import NOT_GATHERED, is_left_empty
+from .sources import Source, open_source
 
 MERGEABLE = (
     "LORA",
@@ -38,7 +40,6 @@ MERGEABLE = (
     "WAVEFT",
 )
 """Methods of peft that change weights and nothing else; the tests compare each with peft's own merge."""
-
 
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to start a LoRA that leave the base alone; PiSSA and its like subtract from it what the adapter starts with."""
@@ -137,3 +138,20 @@ def _check_method(folder: Path, config: Mapping[str, Any]) -> None:
     for name in ("layer_replication", "megatron_config"):
         if config.get(name):
             raise CheckpointError(f"{folder} has {name}, which can't be merged here: merge it with peft itself.")
+
+
+def open_base(folder: Path) -> Source:
+    """Open the base of an adapter.
+
+    Raises:
+        CheckpointError: see `open_source`; another format, or quantised weights.
+    """
+    source = open_source(folder)
+    if not source.kind.is_qwen:
+        raise CheckpointError(f"{folder} is {source.kind.value}: only adapters of QWen can be merged here.")
+    if method := quantization_method(source.config):
+        raise CheckpointError(
+            f"The weights of {folder} are quantised ({method}): merge into the full weights "
+            "that they were made from, then quantise."
+        )
+    return source

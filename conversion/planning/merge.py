@@ -23,14 +23,13 @@ from ..formats.companions import (
     VOCABULARY,
     optional_json,
 )
-from ..formats.configurations import quantization_method
-from ..formats.endings import end_ids, qwen_generation
+from ..formats.endings import qwen_generation
 from ..formats.recipes import Recipe, keep
 from ..merging.base import EMBEDDING_WEIGHT, Base
 from ..merging.layers import put_on
 from ..merging.weights import MergedWeights
 from ..opening.adapters import Adapter
-from ..opening.sources import Source, open_source
+from ..opening.sources import Source
 from ..writing.files import CopiedFile, PlannedFile
 from ..writing.folders import describe_files
 from ..writing.plans import Plan
@@ -78,23 +77,6 @@ def plan_merge(
     return plan
 
 
-def open_base(folder: Path) -> Source:
-    """Open the base of an adapter.
-
-    Raises:
-        CheckpointError: see `open_source`; another format, or quantised weights.
-    """
-    source = open_source(folder)
-    if not source.kind.is_qwen:
-        raise CheckpointError(f"{folder} is {source.kind.value}: only adapters of QWen can be merged here.")
-    if method := quantization_method(source.config):
-        raise CheckpointError(
-            f"The weights of {folder} are quantised ({method}): merge into the full weights "
-            "that they were made from, then quantise."
-        )
-    return source
-
-
 def _outputs(weights: Weights, dtype: torch.dtype | None) -> Iterator[Output]:
     for name, info in weights.infos.items():
         yield Output(Recipe(name, (name,), keep), dtype or info.dtype, info.shape)
@@ -120,9 +102,9 @@ def _take_settings(files: dict[str, PlannedFile], source: Source, adapter: Adapt
     settings = optional_json(adapter.folder / GENERATION_CONFIG)
     if settings is None:
         settings = settings_of_adapter(adapter.config.get("auto_mapping"))
-    ends = end_ids(source.config, source.folder)
+    ends = source.ends
     if settings and ends is not None:
-        whole = {**(optional_json(source.folder / GENERATION_CONFIG) or {}), **settings}
+        whole = {**(source.generation or {}), **settings}
         whole.pop("_from_model_config", None)  # else transformers may make them anew when the model is loaded
         files[GENERATION_CONFIG] = json_file(GENERATION_CONFIG, qwen_generation(whole, *ends))
 
