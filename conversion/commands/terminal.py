@@ -1,6 +1,6 @@
 """What the commands share: the terminal, exit codes, progress, options that several have.
 
-Nothing here or beside it loads torch before a command runs, so that help is there at once.
+A command loads what it needs when it runs, so that help needs none of it.
 """
 
 from __future__ import annotations

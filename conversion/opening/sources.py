@@ -19,7 +19,6 @@ from ..formats.endings import end_ids
 from ..formats.expected import Expected, check_stored
 from ..formats.kinds import Kind, detect_kind, hidden_weights
 from ..formats.quantised import expect_packed, read_packing, settings_beside
-from ..formats.qwen import qwen_shapes, read_qwen
 from ..formats.recipes import Recipe
 from ..formats.registry import FORMATS, Format
 from ..formats.relatives import refuse_relative
@@ -150,7 +149,7 @@ class Source:
         self._check(Expected(self.shapes), self.architecture.tied)
 
     def check_packed(self) -> bool:
-        """The same for a QWen checkpoint with quantised weights.
+        """The same for a checkpoint with quantised weights.
 
         Returns:
             False where nothing here knows how they are laid out, so that nothing was compared.
@@ -161,8 +160,10 @@ class Source:
         packing = read_packing(self.config["quantization_config"])
         if packing is None:
             return False
-        architecture = read_qwen({name: value for name, value in self.config.items() if name != "quantization_config"})
-        self._check(expect_packed(qwen_shapes(architecture), packing), architecture.tied)
+        infos, files = self.weights.infos, len(self.weights.files)
+        config = {name: value for name, value in self.config.items() if name != "quantization_config"}
+        architecture = self.format.read(config, infos, files)
+        self._check(expect_packed(self.format.shapes(architecture, infos, files), packing), architecture.tied)
         return True
 
     def _check(self, expected: Expected, tied: bool) -> None:
