@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..chat_command import INTERRUPTED
-from .commands import Commands, Leave, is_command
+from .colon_commands import Commands, Leave, is_command
 from .conversation import Conversation, open_conversation
 from .errors import CommandError
 from .interrupts import on_ctrl_c

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qwen1.terminal.commands import Commands
+from qwen1.terminal.colon_commands import Commands
 from qwen1.terminal.plain import PlainDisplay
 from qwen1.terminal.session import converse, talk
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen1.terminal.commands import COMMANDS, NAMES, Commands, Leave, is_command
+from qwen1.terminal.colon_commands import COMMANDS, NAMES, Commands, Leave, is_command
 from qwen1.terminal.errors import CommandError
 
 PUBLISHED = ("help h exit quit q clear cl clear-history clh history his seed conf reset-conf").split()
