@@ -9,11 +9,9 @@ import gradio as gr
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..programs.shipped import TINY_CHAT
 from .conversation import Chat
 from .page import ChatPage, look
-
-TINY_CHAT = Path(__file__).parents[1] / "qwen-tiny-chat"
-"""The model that ships with the repository."""
 
 app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
 

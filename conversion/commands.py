@@ -23,7 +23,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from transformers.utils import logging
 
-from ..chat_command import TINY_CHAT
+from ..programs.shipped import TINY_CHAT
 from .configurations import RopeScaling
 from .converting import convert, plan_conversion
 from .errors import CheckpointError

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..chat_command import printable
+from ..programs.printing import printable
 from .errors import CheckpointError
 from .names import TABLE, Architecture, hf_shapes, qwen_shapes
 

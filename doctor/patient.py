@@ -11,13 +11,13 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
 from ..conversion.files import read_json
 from ..conversion.inspecting import inspect
 from ..conversion.sources import Kind, detect_kind
 from ..conversion.stored import ADAPTER_CONFIG
 from ..modeling_qwen import QWenLMHeadModel
+from ..programs.shipped import TINY_CHAT
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line
 from .measuring import Ruler, ruler_of

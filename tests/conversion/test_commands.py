@@ -240,7 +240,8 @@ def test_the_program_runs_by_its_path(repository, golden, tmp_path):
     folder.mkdir()
     for path in (*repository.glob("*.py"), *repository.glob("*.json"), *repository.glob("*.jinja")):
         shutil.copy(path, folder)
-    shutil.copytree(repository / "conversion", folder / "conversion", ignore=shutil.ignore_patterns("__pycache__"))
+    for room in ("conversion", "programs"):
+        shutil.copytree(repository / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     without_package = (
         "import sys, runpy; sys.modules['qwen1'] = None; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"

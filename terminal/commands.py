@@ -1,22 +1,17 @@
-"""The `qwen1-chat` command: one question, or a conversation in the terminal. The latter's parts are in `terminal/`."""
+"""The command `qwen1-chat`: one question, or a conversation in the terminal."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
-from transformers.utils import logging
+from ..programs.printing import printable
+from ..programs.shipped import TINY_CHAT
+from .interrupts import INTERRUPTED
 
-from .qwen_generation_utils import DEFAULT_SYSTEM
-
-TINY_CHAT = Path(__file__).with_name("qwen-tiny-chat")
-"""The model that ships with the repository."""
-INTERRUPTED = 130
-_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+SYSTEM = "You are a helpful assistant."
+"""`DEFAULT_SYSTEM` of the chats, which lies beside what imports torch."""
 EXAMPLES = """examples:
   qwen1-chat "你好"                                  one answer from qwen-tiny-chat, which ships with it
   qwen1-chat --checkpoint ./Qwen-7B-Chat             a conversation; :help lists its commands, Ctrl-D ends it
@@ -37,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", default=TINY_CHAT, help="folder or Hub id (default: the qwen-tiny-chat that ships)"
     )
-    parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system message (default: %(default)s)")
+    parser.add_argument("--system", default=SYSTEM, help="system message (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="longest reply in tokens (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, help="make sampled replies repeatable")
     parser.add_argument("--stats", action="store_true", help="tokens per second, time and memory after each reply")
@@ -46,27 +41,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def printable(text: str) -> str:
-    """The text without what could drive the terminal: control characters and changes of the writing direction."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if _drives_terminal(c) else c for c in text)
-
-
-def _drives_terminal(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _OVERRIDES
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse_arguments(arguments)
-    logging.disable_progress_bar()
     try:
-        status: int = importlib.import_module(f"{__package__}.terminal.session").run(options)
+        from transformers.utils import logging  # here, for --help needs neither it nor the session's torch
+
+        from .session import run
+
+        logging.disable_progress_bar()
+        return run(options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except (ImportError, OSError, ValueError) as error:
         print(f"qwen1-chat: {printable(str(error))}", file=sys.stderr)
         return 1
-    return status

@@ -1,4 +1,4 @@
-"""The command qwen1-chat without a terminal: its options, single questions, pipes. The rest is in tests/terminal."""
+"""The command qwen1-chat without a terminal: its options, single questions, pipes."""
 
 import importlib.util
 import io
@@ -11,7 +11,9 @@ import sys
 import pytest
 
 from qwen1 import QWenLMHeadModel
-from qwen1.chat_command import main, printable
+from qwen1.programs.printing import printable
+from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
+from qwen1.terminal.commands import SYSTEM, main
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_one_question_to_the_shipped_model(capsys):
 def test_one_question_loads_nothing_for_conversations():
     code = """
 import sys
-from qwen1.chat_command import main
+from qwen1.terminal.commands import main
 assert main(["12+34=?"]) == 0
 print(sorted({"prompt_toolkit", "rich.live", "rich.markdown", "markdown_it"} & set(sys.modules)))
 """
@@ -136,6 +138,10 @@ def test_help_shows_examples(capsys):
     assert end.value.code == 0
     output = capsys.readouterr().out
     assert "--checkpoint" in output and 'qwen1-chat "你好"' in output
+
+
+def test_the_system_message_is_that_of_the_chats():
+    assert SYSTEM == DEFAULT_SYSTEM
 
 
 def test_control_characters_do_not_reach_the_terminal():
