@@ -1,8 +1,10 @@
-"""The command line of `convert_checkpoint.py`.
+"""The command `qwen1-checkpoint`, which is also that of `convert_checkpoint.py`.
 
 Results go to standard output; progress, notes and errors to standard error. Exit codes: 0 done, 1 refused or failed
 (also `doctor`, where something is wrong), 2 wrong usage, 3 checked and found wanting (`inspect`, `verify`,
 `convert --verify`), 130 interrupted.
+
+Each command imports what it needs when it runs: `--help` takes neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -13,29 +15,29 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from transformers.utils import logging
 
+from ..programs.options import version_option
 from ..programs.shipped import TINY_CHAT
-from .configurations import RopeScaling
-from .converting import convert, plan_conversion
 from .errors import CheckpointError
-from .inspecting import inspect, render
-from .merging import merge_lora
-from .pushing import files_to_push, model_card, push
-from .sources import open_source
-from .upgrading import plan_upgrade, upgrade, upgrade_in_place
-from .verifying import TOLERANCE, Comparison, compare, parse_ids
-from .writing import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from .verifying import Comparison
+    from .writing import Progress
+else:
+    Progress = object  # its file imports torch
 
 FAILED, WANTING, INTERRUPTED = 1, 3, 130
+TOLERANCE = 1e-3
+"""That of `verifying`, which imports torch."""
 
 app = typer.Typer(
     name="qwen1-checkpoint",
@@ -46,6 +48,13 @@ app = typer.Typer(
     "faults of the environment.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
+
+
+@app.callback()
+def options(version: Annotated[bool, version_option("qwen1-checkpoint")] = False) -> None:
+    """What stands before the command."""
+
+
 # Texts and paths of users are printed as they are, on one line each, for other programs to read.
 out = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, emoji=False, highlight=False, markup=False, soft_wrap=True)
@@ -60,6 +69,8 @@ class Dtype(str, Enum):
 
 
 def _torch_dtype(name: Dtype | None) -> torch.dtype | None:
+    import torch
+
     return None if name is None else getattr(torch, name.value)
 
 
@@ -106,13 +117,30 @@ def _progress() -> Iterator[TerminalProgress]:
         yield TerminalProgress(bars)
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the lines and bars of transformers itself off the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the errors that users cause into a line on standard error and an exit code."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _silence():
+                command(*args, **kwargs)
         except (CheckpointError, OSError) as error:
             err.print(f"qwen1-checkpoint: {error}", style="red")
             raise typer.Exit(FAILED) from error
@@ -156,6 +184,8 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a checkpoint is, what it needs, and what is missing or odd. Ends with 3 if it can't be used."""
+    from .inspecting import inspect, render
+
     report = inspect(source, params)
     if scan:
         with _progress() as progress:
@@ -187,6 +217,9 @@ def upgrade_command(
     """Bring a QWen folder of 2023 up to date: our code and settings, safetensors for pickles, the same weights."""
     if in_place == (target is not None):
         raise typer.BadParameter("Name DST, or use --in-place.")
+    from .sources import open_source
+    from .upgrading import plan_upgrade, upgrade, upgrade_in_place
+
     with _progress() as progress:
         if target is None:
             plan, changed = upgrade_in_place(source, max_shard_size, progress)
@@ -217,6 +250,11 @@ def convert_command(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits afterwards; 3 if they differ.")] = False,
 ) -> None:
     """Convert QWen to Qwen2, or Qwen2 and LLaMA to QWen, with tokenizer and settings."""
+    from .configurations import RopeScaling
+    from .converting import convert, plan_conversion
+    from .sources import open_source
+    from .verifying import compare
+
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     if verify and scaling is not None and scaling.kind == "yarn":
         raise typer.BadParameter("YaRN changes the logits of every text, so --verify could only fail: leave it out.")
@@ -248,6 +286,10 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the logits of two checkpoints, each loaded by its own class. Ends with 3 if they differ."""
+    import torch
+
+    from .verifying import compare, parse_ids
+
     _check_device(device)
     comparison = compare(
         first,
@@ -266,6 +308,8 @@ def verify_command(
 
 
 def _check_device(name: str) -> None:
+    import torch
+
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # unknown, or torch is built without it
@@ -292,6 +336,8 @@ def merge_lora_command(
     max_shard_size: ShardOption = "5GB",
 ) -> None:
     """Add a LoRA adapter to the weights of its base; tokenizer and code go along."""
+    from .merging import merge_lora
+
     with _progress() as progress:
         written = merge_lora(
             base, adapter, target, dtype=_torch_dtype(dtype), max_shard_size=max_shard_size, progress=progress
@@ -313,6 +359,8 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and show the model card.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hub: model card, code, tokenizer and weights. Run it again to resume."""
+    from .pushing import files_to_push, model_card, push
+
     if dry_run:
         files = files_to_push(folder, repo_id)
         for file in files:
@@ -336,7 +384,7 @@ def doctor_command(
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether the models run right here: versions, replies, logits, tokenizers, back ends. Ends with 1 if not."""
-    from ..doctor.examination import examine  # here, as no other command needs it
+    from ..doctor.examination import examine
     from ..doctor.report import render as render_diagnosis
 
     if device is not None:
@@ -354,7 +402,5 @@ def doctor_command(
 
 
 def main() -> None:
-    """Run the program."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Run the program; ends the process with its exit status."""
     app()

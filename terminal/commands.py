@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..programs.printing import printable
 from ..programs.shipped import TINY_CHAT
+from ..programs.version import add_version
 from .interrupts import INTERRUPTED
 
 SYSTEM = "You are a helpful assistant."
@@ -38,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stats", action="store_true", help="tokens per second, time and memory after each reply")
     parser.add_argument("--plain", action="store_true", help="show replies as they are written, not as Markdown")
     parser.add_argument("--no-history", action="store_true", help="keep what is typed out of the history file")
+    add_version(parser)
     return parser.parse_args(arguments)
 
 

@@ -16,6 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..programs.version import add_version
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line of `qwen1-extend-vocabulary`, sys.argv where None."""
@@ -27,6 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("vocab_file", help="the base vocabulary, qwen.tiktoken")
     parser.add_argument("words_file", help="lines of word<TAB>frequency")
     parser.add_argument("output", help="where to write the new tokens, for example qwen_extra.tiktoken")
+    add_version(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit codes, and the program run by its path."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -88,7 +89,7 @@ def test_operating_system_errors_end_with_1(run, golden, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(commands, "convert", full)
+    monkeypatch.setattr("qwen1.conversion.converting.convert", full)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 1 and "No space left on device" in result.stderr
 
@@ -97,7 +98,7 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "convert", interrupted)
+    monkeypatch.setattr("qwen1.conversion.converting.convert", interrupted)
     result = run("convert", golden / "native" / "llama_gqa", tmp_path / "new", "--to", "qwen")
     assert result.exit_code == 130 and "takes up what is unfinished" in result.stderr
 
@@ -106,7 +107,7 @@ def test_errors_in_the_program_are_not_dressed_up(run, golden, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(commands, "inspect", broken)
+    monkeypatch.setattr("qwen1.conversion.inspecting.inspect", broken)
     with pytest.raises(ZeroDivisionError):
         run("inspect", golden / "native" / "llama_gqa")
 
@@ -214,7 +215,9 @@ def test_push_lists_files_and_card_without_a_network(run, checkpoint_folder):
 
 def test_push_passes_its_options_on(run, checkpoint_folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(commands, "push", lambda *arguments, **options: calls.append((arguments, options)) or "url")
+    monkeypatch.setattr(
+        "qwen1.conversion.pushing.push", lambda *arguments, **options: calls.append((arguments, options)) or "url"
+    )
     options = ["--private", "--revision", "test", "--token", "secret", "--message", "First"]
     result = run("push", checkpoint_folder, "somebody/tiny", *options)
     expected = dict(private=True, revision="test", token="secret", message="First")
@@ -235,25 +238,18 @@ def test_progress_is_counted_per_tensor_and_per_byte(golden, tmp_path, monkeypat
 
 
 def test_the_program_runs_by_its_path(repository, golden, tmp_path):
-    """In a folder that has another name than the package, by an interpreter that finds no installed one."""
+    """In a folder that has another name than the package, whatever other package of that name is installed."""
     folder = tmp_path / "somewhere"
     folder.mkdir()
     for path in (*repository.glob("*.py"), *repository.glob("*.json"), *repository.glob("*.jinja")):
         shutil.copy(path, folder)
-    for room in ("conversion", "programs"):
+    for room in ("conversion", "programs", "qwen1_commands"):
         shutil.copytree(repository / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    without_package = (
-        "import sys, runpy; sys.modules['qwen1'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        without_package,
-        folder / "convert_checkpoint.py",
-        "inspect",
-        golden / "model" / "aug_plain",
-    ]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, cwd=tmp_path)
+    other = tmp_path / "installed" / "qwen1.py"
+    other.parent.mkdir()
+    other.write_text("raise ImportError('the installed one')")
+    command = [sys.executable, folder / "convert_checkpoint.py", "inspect", golden / "model" / "aug_plain", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "qwen-2023-08"
