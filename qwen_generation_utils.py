@@ -476,8 +476,10 @@ class _TokenQueue(BaseStreamer):
         """Nothing to do: the reader waits for the thread."""
 
 
-_exiting = threading.Event()
-"""The interpreter is about to end."""
+class _Interpreter:
+    """Whether it is about to end: a plain switch, for an event has a lock, which pickling by value would copy."""
+
+    ends = False
 
 
 class _StreamThread(threading.Thread):
@@ -500,9 +502,9 @@ class _StreamThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            if not _exiting.is_set():
+            if not _Interpreter.ends:
                 self._generate(streamer=self.tokens, stopping_criteria=[_Stopped(self.stop)])
-            if _exiting.is_set():
+            if _Interpreter.ends:
                 raise SystemExit("The interpreter ends, and this stream with it: read or close it before.")
         except BaseException as error:  # handed to the reader, who raises it
             self.tokens.items.put(error)
@@ -515,7 +517,7 @@ class _StreamThread(threading.Thread):
 @atexit.register
 def _end_streams() -> None:
     """Stop every stream that is open, and wait for the steps under way."""
-    _exiting.set()
+    _Interpreter.ends = True
     threads = [thread for thread in threading.enumerate() if isinstance(thread, _StreamThread)]
     for thread in threads:
         thread.stop.set()

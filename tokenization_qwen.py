@@ -2,7 +2,7 @@
 
 Both are built from one file, `qwen.tiktoken`, whose lines are `base64(token bytes) rank`. The special tokens follow the
 last rank: `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, `<|extra_0|>` ... `<|extra_204|>`. An optional second file,
-`qwen_extra.tiktoken` (see `extend_vocabulary.py`), adds tokens after the special ones.
+`qwen_extra.tiktoken` (see `qwen1-extend-vocabulary`), adds tokens after the special ones.
 
 How text becomes ids, in both classes:
 1. lone surrogates become U+FFFD and surrogate pairs one character (as tiktoken does);
@@ -852,7 +852,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             raise ValueError(
                 f"Token {token if isinstance(token, bytes) else str(token)!r} cannot be added: it is not in the "
                 f"vocabulary. Use a token that is, or one of the {len(EXTRAS)} spare control tokens ({EXTRAS[0]} ... "
-                f"{EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result with "
+                f"{EXTRAS[-1]}), or learn new words with qwen1-extend-vocabulary and load the result with "
                 "`extra_vocab_file`."
             )
         return token if isinstance(token, AddedToken) and name in self.special_tokens else name
@@ -1389,7 +1389,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     Args:
         vocab_file: path of `qwen.tiktoken`.
         errors: what `decode` does with bytes that are not UTF-8: "replace", "ignore" or "strict".
-        extra_vocab_file: path of a file of additional tokens, made by `extend_vocabulary.py`.
+        extra_vocab_file: path of a file of additional tokens, made by `qwen1-extend-vocabulary`.
         **kwargs: as for transformers' tokenizers.
 
     Raises:

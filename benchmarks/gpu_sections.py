@@ -30,10 +30,10 @@ from transformers.utils import is_flash_attn_2_available, logging
 from qwen1 import FlashSelfAttention, QWenLMHeadModel
 from qwen1.arguments_qwen import CACHE_NAME
 from qwen1.attention_qwen import FLASH_IMPLEMENTATION
-from qwen1.chat_command import TINY_CHAT
 from qwen1.doctor.examination import examine
 from qwen1.doctor.findings import State
 from qwen1.doctor.model_checks import KNOWN_REPLIES
+from qwen1.programs.shipped import TINY_CHAT
 
 ROOT = Path(__file__).parent.parent
 QWEN2 = "Qwen2"

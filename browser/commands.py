@@ -1,19 +1,14 @@
-"""The command line of `app.py`, installed as `qwen1-browser`."""
+"""The command `qwen1-browser`, which is also that of `app.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import gradio as gr
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .conversation import Chat
-from .page import ChatPage, look
-
-TINY_CHAT = Path(__file__).parents[1] / "qwen-tiny-chat"
-"""The model that ships with the repository."""
+from ..programs.options import version_option
+from ..programs.shipped import TINY_CHAT
 
 app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,9 +39,15 @@ def serve(
     carried: Annotated[
         int, typer.Option(min=0, help="Conversations whose keys and values stay in memory for the next turn.")
     ] = 4,
+    version: Annotated[bool, version_option("qwen1-browser")] = False,
 ) -> None:
     """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
     try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # here, for --help needs none of these
+
+        from .conversation import Chat
+        from .page import ChatPage, launch
+
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
@@ -54,17 +55,6 @@ def serve(
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"qwen1-browser: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-def launch(page: gr.Blocks, **options: Any) -> None:
-    """Serve a page until Ctrl-C, with options of Gradio's `launch`."""
-    page.launch(
-        **look(),
-        ssr_mode=False,  # the same with and without Node
-        max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone
-        footer_links=[],
-        **options,
-    )
 
 
 def main() -> None:

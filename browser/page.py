@@ -189,3 +189,14 @@ def _sampling_controls(chosen: Sampling) -> list[Any]:
 def look() -> dict[str, Any]:
     """Theme and style, as arguments of `launch`."""
     return {"theme": gr.themes.Default(font=FONTS, font_mono=MONOSPACED), "css": CSS}
+
+
+def launch(page: gr.Blocks, **options: Any) -> None:
+    """Serve a page until Ctrl-C, with options of Gradio's `launch`."""
+    page.launch(
+        **look(),
+        ssr_mode=False,  # the same with and without Node
+        max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone
+        footer_links=[],
+        **options,
+    )

@@ -16,8 +16,8 @@ from transformers.utils import is_flash_attn_2_available
 from ..arguments_qwen import CACHE_NAME
 from ..attention_qwen import FLASH_IMPLEMENTATION
 from ..cache_qwen import QWenCache
-from ..chat_command import TINY_CHAT
 from ..modeling_qwen import QWenLMHeadModel
+from ..programs.shipped import TINY_CHAT
 from .environment import version_of
 from .findings import Check, Outcome, State
 from .model_checks import SHORT, bounded

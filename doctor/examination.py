@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from huggingface_hub import constants
 
-from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
+from ..programs.shipped import TINY_CHAT
 from .backend_checks import backend_checks
 from .environment import Environment, environment_checks, survey
 from .findings import Check, Finding, perform

@@ -11,13 +11,13 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_command import TINY_CHAT
 from ..conversion.errors import CheckpointError
 from ..conversion.files.access import read_json
 from ..conversion.files.weights import ADAPTER_CONFIG
 from ..conversion.formats.kinds import Kind, detect_kind
 from ..conversion.inspecting.inspection import inspect
 from ..modeling_qwen import QWenLMHeadModel
+from ..programs.shipped import TINY_CHAT
 from ..tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 from .findings import one_line
 from .measuring import Ruler, ruler_of

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..chat_command import printable
+from ..programs.printing import printable
 from .examination import Diagnosis
 from .findings import Finding, State
 

@@ -14,7 +14,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from .commands import NAMES
+from .colon_commands import NAMES
 from .files import is_readable
 from .interrupts import on_ctrl_c
 

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from ..chat_command import printable
+from ..programs.printing import printable
 
 FRAMES = 12
 """How often a second what is under way is drawn at most."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from ..chat_command import printable
+from ..programs.printing import printable
 
 
 class PlainDisplay:

@@ -10,11 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from ..chat_command import INTERRUPTED
-from .commands import Commands, Leave, is_command
+from .colon_commands import Commands, Leave, is_command
 from .conversation import Conversation, open_conversation
 from .errors import CommandError
-from .interrupts import on_ctrl_c
+from .interrupts import INTERRUPTED, on_ctrl_c
 from .plain import PlainDisplay
 
 try:

@@ -123,8 +123,8 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture
-def count_read(monkeypatch):
-    """Count what a model is given from now on: model -> a function that tells how many tokens since its last call."""
+def each_read(monkeypatch):
+    """Watch what a model is given from now on: model -> list of the number of tokens of each call, which grows."""
 
     def watch(model):
         counted = []
@@ -136,6 +136,17 @@ def count_read(monkeypatch):
             return embedding(ids, weight, *args, **kwargs)
 
         monkeypatch.setattr(torch.nn.functional, "embedding", count)  # a hook would end what is kept of conversations
+        return counted
+
+    return watch
+
+
+@pytest.fixture
+def count_read(each_read):
+    """Count what a model is given from now on: model -> a function that tells how many tokens since its last call."""
+
+    def watch(model):
+        counted = each_read(model)
 
         def since():
             total = sum(counted)

@@ -1,1 +1,1 @@
-"""Training on conversations and texts: data files, token ids with a loss mask, packing, and the finetuning program."""
+"""Training on conversations and texts: data files, token ids with a loss mask, packing, and `qwen1-finetune`."""

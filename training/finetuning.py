@@ -1,12 +1,7 @@
-"""The program `qwen1-finetune`, and the training loop behind it.
-
-Options keep the names of the published `finetune.py`; all of transformers' `TrainingArguments` are options too. Exit
-codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 interrupted.
-"""
+"""What `qwen1-finetune` does: options, data, model, training. `commands.py` starts it."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import random
 import sys
@@ -31,29 +26,19 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
 from ..peft_qwen import SETTINGS
+from ..programs.version import add_version
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
 from .data import read_conversations, read_texts
 from .errors import DataError, SavingError, TrainingError
 from .examples import Encoded, Example, encode_all
 from .loop import QWenTrainer
+from .options import LOOKS
 from .packing import Collator, ExampleDataset, PackedDataset, pack
 
 FAILED, INTERRUPTED = 1, 130
 
 _RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
-
-# In place of a list of more than a hundred options.
-_USAGE = "%(prog)s --model_name_or_path FOLDER --data_path FILE --output_dir FOLDER [options]; --help lists them"
-
-_EXAMPLES = """Fine-tune a QWen model on your own conversations or texts.
-
-All weights:  qwen1-finetune --model_name_or_path Qwen-1_8B-Chat --data_path data.json --output_dir out --bf16
-LoRA:         ... --use_lora          then: qwen1-checkpoint merge-lora Qwen-1_8B-Chat out merged
-QLoRA:        ... --use_lora --q_lora
-Many devices: accelerate launch finetune.py ...
-Taken up:     ... --resume_from_checkpoint True
-"""
 
 
 # --- options ---
@@ -132,20 +117,23 @@ class FinetuningArguments(TrainingArguments):
 Arguments = tuple[ModelArguments, DataArguments, LoraArguments, FinetuningArguments]
 
 
+def make_parser() -> HfArgumentParser:
+    """The parser of all options."""
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, FinetuningArguments],  # type: ignore[list-item]
+        **LOOKS,
+    )
+    add_version(parser)
+    return parser
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; options that transformers has renamed since 2023 are understood.
 
     Raises:
         SystemExit: wrong usage, with status 2.
     """
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, FinetuningArguments],  # type: ignore[list-item]
-        prog="qwen1-finetune",
-        usage=_USAGE,
-        description=_EXAMPLES,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser()
     pairs = [(name, equals, value) for name, equals, value in (item.partition("=") for item in argv)]
     words = [_RENAMED.get(name, name) + equals + value for name, equals, value in pairs]
     try:
@@ -157,10 +145,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if problem := _find_problem(model, data, lora, training):
         parser.error(problem)
     return model, data, lora, training
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each option, and the examples as they are."""
 
 
 def _find_problem(

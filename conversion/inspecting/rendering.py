@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...chat_command import printable
+from ...programs.printing import printable
 from .memory import Memory
 from .report import FileReport, Report
 from .words import plural, short_count, size_text

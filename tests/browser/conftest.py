@@ -9,9 +9,11 @@ from transformers import GenerationConfig
 
 pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
 
-from qwen1.browser.commands import launch  # noqa: E402
 from qwen1.browser.conversation import Chat  # noqa: E402
-from qwen1.browser.page import ChatPage  # noqa: E402
+from qwen1.browser.page import (
+    ChatPage,  # noqa: E402
+    launch,  # noqa: E402
+)
 
 DESKTOP = {"width": 1280, "height": 800}
 FLAGS = (

@@ -1,26 +1,24 @@
 """The command qwen1-browser, app.py as a program, and the Space that is made of it."""
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-import qwen1.app
 from qwen1.browser import commands
+from qwen1.browser import page as layout
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """What would have been served: page and options of each launch."""
     pages = []
-    monkeypatch.setattr(commands.gr.Blocks, "launch", lambda page, **options: pages.append((page, options)))
+    monkeypatch.setattr(layout.gr.Blocks, "launch", lambda page, **options: pages.append((page, options)))
     return pages
 
 
@@ -58,24 +56,6 @@ def test_a_space_names_its_checkpoint_by_a_variable(run, launched, checkpoint_fo
 def test_a_missing_checkpoint_is_an_error(run, tmp_path):
     failed = run("--checkpoint", str(tmp_path / "none"))
     assert failed.exit_code == 1 and failed.stderr.startswith("qwen1-browser: ") and "none" in failed.stderr
-
-
-def test_main_ends_the_process(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["qwen1-browser", "--help"])
-    with pytest.raises(SystemExit) as end:
-        qwen1.app.main()
-    assert end.value.code == 0
-    assert "--concurrency-limit" in capsys.readouterr().out
-
-
-def test_the_file_makes_its_own_package(repository, monkeypatch):
-    monkeypatch.setitem(sys.modules, "qwen1", None)
-    monkeypatch.setattr("_frozen_importlib_external.SourceFileLoader.exec_module", lambda loader, module: None)
-    assert qwen1.app._make_package() == "qwen1"
-    assert Path(sys.modules["qwen1"].__file__).samefile(repository / "__init__.py")
-    monkeypatch.setattr(importlib.util, "spec_from_file_location", lambda *a: None)
-    with pytest.raises(ImportError, match="run this program in its own repository"):
-        qwen1.app._make_package()
 
 
 def test_the_space_has_what_the_package_needs(repository, pyproject):

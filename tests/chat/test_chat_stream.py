@@ -288,7 +288,7 @@ def test_the_callers_autocast_holds_in_a_stream(chat_model, byte_tokenizer, enab
 
 def test_the_exit_of_the_interpreter_ends_streams(endless, stream_threads, monkeypatch):
     """Before it can't stop them; whoever reads one doesn't take it for a whole reply."""
-    monkeypatch.setattr(qwen_generation_utils, "_exiting", threading.Event())
+    monkeypatch.setattr(qwen_generation_utils._Interpreter, "ends", False)  # and afterwards
     streams = [endless() for _ in range(2)]
     for stream, _ in streams:
         next(stream)

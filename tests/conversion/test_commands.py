@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit codes, and the program run by its path."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qwen1.conversion import commands
-from qwen1.conversion.commands import terminal
+from qwen1.conversion.command_line import terminal
 from qwen1.conversion.inspecting import inspection
 from qwen1.conversion.publishing import upload
 from qwen1.conversion.writing import plans
@@ -239,24 +240,18 @@ def test_progress_is_counted_per_tensor_and_per_byte(golden, tmp_path, monkeypat
 
 
 def test_the_program_runs_by_its_path(repository, golden, tmp_path):
-    """In a folder that has another name than the package, by an interpreter that finds no installed one."""
+    """In a folder that has another name than the package, whatever other package of that name is installed."""
     folder = tmp_path / "somewhere"
     folder.mkdir()
     for path in (*repository.glob("*.py"), *repository.glob("*.json"), *repository.glob("*.jinja")):
         shutil.copy(path, folder)
-    shutil.copytree(repository / "conversion", folder / "conversion", ignore=shutil.ignore_patterns("__pycache__"))
-    without_package = (
-        "import sys, runpy; sys.modules['qwen1'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        without_package,
-        folder / "convert_checkpoint.py",
-        "inspect",
-        golden / "model" / "aug_plain",
-    ]
-    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, cwd=tmp_path)
+    for room in ("conversion", "programs", "qwen1_commands"):
+        shutil.copytree(repository / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    other = tmp_path / "installed" / "qwen1.py"
+    other.parent.mkdir()
+    other.write_text("raise ImportError('the installed one')")
+    command = [sys.executable, folder / "convert_checkpoint.py", "inspect", golden / "model" / "aug_plain", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "qwen-2023-08"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen1.conversion.commands.upgrade import upgrade_in_place
+from qwen1.conversion.command_line.upgrade import upgrade_in_place
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.qwen import qwen_shapes, read_qwen
 from qwen1.conversion.opening.sources import MOVES_FILE, WORK_FOLDER, open_source

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qwen1.conversion import commands
-from qwen1.conversion.commands.upgrade import upgrade_in_place
+from qwen1.conversion.command_line.upgrade import upgrade_in_place
 from qwen1.conversion.files.links import check_links, resolved, stray_links
 from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1 import QWenLMHeadModel, QWenTokenizer
-from qwen1.conversion.commands.merge_lora import merge_lora
+from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.inspecting.inspection import inspect

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizerFast
 from qwen1.configuration_qwen import AUTO_MAP
 from qwen1.conversion import commands
-from qwen1.conversion.commands.upgrade import upgrade_in_place
+from qwen1.conversion.command_line.upgrade import upgrade_in_place
 from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.formats.endings import qwen_generation

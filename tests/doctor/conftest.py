@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from qwen1.chat_command import TINY_CHAT
 from qwen1.doctor.patient import open_patient
+from qwen1.programs.shipped import TINY_CHAT
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ import qwen1.modeling_qwen as modeling
 import qwen1.ntk_qwen as ntk_qwen
 from qwen1 import QWenInt8Cache, QWenLMHeadModel, QWenModel
 from qwen1.cache_qwen import QWenGrowingLayer
-from qwen1.chat_command import TINY_CHAT
 from qwen1.doctor import backend_checks, model_checks, tokenizer_checks
 from qwen1.doctor.findings import Check, State, perform
 from qwen1.doctor.patient import open_patient
 from qwen1.doctor.plain_model import plain_alpha, plain_logits
 from qwen1.ntk_qwen import ntk_alpha
+from qwen1.programs.shipped import TINY_CHAT
 
 MODEL = {check.name for check in model_checks.model_checks(None)}
 TOKENIZERS = {check.name for check in tokenizer_checks.tokenizer_checks(None)}

@@ -25,7 +25,7 @@ WAYS_IN = {
     "model": "from transformers.dynamic_module_utils import get_class_from_dynamic_module\n"
     "get_class_from_dynamic_module('modeling_qwen.QWenLMHeadModel', folder)",
     "package": "import qwen1",
-    "command": "import qwen1.chat_command",
+    "command": "import qwen1.terminal.commands",
     "tokenizer of the package": "import qwen1.tokenization_qwen",
 }
 

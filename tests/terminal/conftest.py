@@ -13,7 +13,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen1.chat_command import TINY_CHAT
+from qwen1.programs.shipped import TINY_CHAT
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 from qwen1.terminal.conversation import Conversation
 from qwen1.terminal.settings import Settings
@@ -22,7 +22,7 @@ PROGRAM = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
 {preparation}
-from qwen1.chat_command import main
+from qwen1.terminal.commands import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,158 +1,151 @@
-"""The commands of a conversation."""
+"""The command qwen1-chat without a terminal: its options, single questions, pipes."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from qwen1.terminal.commands import COMMANDS, NAMES, Commands, Leave, is_command
-from qwen1.terminal.errors import CommandError
-
-PUBLISHED = ("help h exit quit q clear cl clear-history clh history his seed conf reset-conf").split()
-
-
-@pytest.fixture
-def cleared():
-    return []
+from qwen1 import QWenLMHeadModel
+from qwen1.programs.printing import printable
+from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
+from qwen1.terminal.commands import SYSTEM, main
 
 
 @pytest.fixture
-def commands(conversation, cleared):
-    conversation.history.append(("你好", "Hello!"))
-    return Commands(conversation, clear_screen=lambda: cleared.append(True))
+def piped(monkeypatch):
+    """Let standard input be these lines."""
+    return lambda *lines: monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
-def test_the_commands_of_the_published_demo_are_there():
-    assert set(PUBLISHED) <= set(NAMES)
-    assert {"config", "config-reset", "reset", "save", "load", "stats"} <= set(NAMES)
+@pytest.fixture
+def streams(monkeypatch):
+    """Let the model stream what a function yields: function(model, tokenizer, query, history, system, **settings)."""
+    return lambda stream: monkeypatch.setattr(QWenLMHeadModel, "chat_stream", stream)
 
 
-@pytest.mark.parametrize("name", ["help", "h"])
-def test_help_lists_every_name(commands, name):
-    text = commands.run(f":{name}")
-    words = text.replace(",", " ").split()
-    assert all(f":{name}" in words for name in NAMES)
-    assert len(text.splitlines()) == sum(len(command.uses) for command in COMMANDS)
-    assert max(map(len, text.splitlines())) <= 100
+def test_one_question_to_the_shipped_model(capsys):
+    assert main(["12+34=?"]) == 0
+    assert capsys.readouterr() == ("2+4=6, 1+3=4. 12+34=46\n", "")
 
 
-@pytest.mark.parametrize("name", ["exit", "quit", "q", "EXIT", " q "])
-def test_leaving(commands, name):
-    with pytest.raises(Leave):
-        commands.run(f":{name}")
+def test_one_question_loads_nothing_for_conversations():
+    code = """
+import sys
+from qwen1.terminal.commands import main
+assert main(["12+34=?"]) == 0
+print(sorted({"prompt_toolkit", "rich.live", "rich.markdown", "markdown_it"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.splitlines() == ["2+4=6, 1+3=4. 12+34=46", "[]"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["clear", "cl"])
-def test_clear_empties_the_screen_alone(commands, cleared, name):
-    assert commands.run(f":{name}") == ""
-    assert cleared == [True] and len(commands.conversation.history) == 1
+def test_a_question_may_look_like_a_command(capsys, streams):
+    streams(lambda model, tokenizer, query, *arguments, **settings: (text for text in [query]))
+    assert main([":help"]) == 0
+    assert capsys.readouterr().out == ":help\n"
 
 
-@pytest.mark.parametrize("name", ["history", "his"])
-def test_history_shows_the_turns(commands, name):
-    assert commands.run(f":{name}") == "[1] User: 你好\n[1] Assistant: Hello!"
-    commands.conversation.restart()
-    assert commands.run(f":{name}") == "Nothing was said yet."
+def test_statistics_stay_out_of_the_reply(capsys):
+    assert main(["--stats", "12+34=?"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "2+4=6, 1+3=4. 12+34=46\n" and "tokens/s" in output.err
 
 
-@pytest.mark.parametrize("name", ["clear-history", "clear-his", "clh"])
-def test_clear_history_begins_anew(commands, name):
-    commands.conversation.history.kept = object()
-    assert commands.run(f":{name}") == "Forgot 1 turn."
-    assert commands.run(f":{name}") == "Forgot 0 turns."
-    assert commands.conversation.history == [] and commands.conversation.history.kept is None
+def test_a_conversation_from_a_pipe(capsys, piped):
+    piped("My name is Tavolin.", "你叫什么名字？", "", "What is my name?")
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "Tavolin" in lines[0] and "qwen-tiny-chat" in lines[1] and "Tavolin" in lines[2]
 
 
-def test_seed_is_shown_and_set(commands):
-    assert "No seed" in commands.run(":seed")
-    assert commands.run(":seed 42") == commands.run(":seed") == "The seed is 42."
-    assert commands.conversation.seed == 42
-    with pytest.raises(CommandError, match="whole number.*'x'"):
-        commands.run(":seed x")
-    assert commands.conversation.seed == 42
-    commands.run(":seed none")
-    assert commands.conversation.seed is None
+def test_a_conversation_with_a_checkpoint(checkpoint_folder, capsys, piped, streams):
+    asked = []
+    stream = QWenLMHeadModel.chat_stream
+
+    def record(model, tokenizer, query, history, system, stopping_criteria, **settings):
+        asked.append((query, len(history), system, settings))
+        return stream(model, tokenizer, query, history, system, stopping_criteria=stopping_criteria, **settings)
+
+    streams(record)
+    piped("hello", ":seed 5", "again", ":q", "never asked")
+    assert main(["--checkpoint", str(checkpoint_folder), "--system", "Be brief.", "--max-new-tokens", "4"]) == 0
+    assert asked == [
+        ("hello", 0, "Be brief.", {"max_new_tokens": 4}),
+        ("again", 1, "Be brief.", {"max_new_tokens": 4, "seed": 5}),
+    ]
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("show", ["config", "conf"])
-@pytest.mark.parametrize("reset", ["config-reset", "reset-conf", "reset"])
-def test_config_shows_changes_and_undoes(commands, show, reset):
-    def shown(text):
-        return {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()}
-
-    before = shown(commands.run(f":{show}"))
-    assert before["do_sample"] == "false" and before["max_new_tokens"] == "64" and before["max_time"] == "none"
-    after = shown(commands.run(f":{show} do_sample=true  top_p=0.5 max_new_tokens=7"))
-    assert after["do_sample"] == "true  (set here)" and after["top_p"] == "0.5  (set here)"
-    assert commands.conversation.settings.changed == {"do_sample": True, "top_p": 0.5, "max_new_tokens": 7}
-    commands.run(f":{reset}")
-    assert shown(commands.run(f":{show}")) == before
+def test_a_command_that_fails_ends_a_pipe(capsys, piped):
+    piped("12+34=?", ":load missing.json", "never asked")
+    assert main([]) == 1
+    output = capsys.readouterr()
+    assert output.out == "2+4=6, 1+3=4. 12+34=46\n"
+    assert output.err.startswith("qwen1-chat: missing.json can't be read")
 
 
-@pytest.mark.parametrize("argument", ["top_p", "top_p 0.5", "top_p = 0.5", "=3", "do_sample=true top_p"])
-def test_config_wants_key_and_value(commands, argument):
-    with pytest.raises(CommandError, match="key=value"):
-        commands.run(f":config {argument}")
-    assert commands.conversation.settings.changed == {}
+def test_the_reply_is_printed_as_it_grows(checkpoint_folder, capsys, streams):
+    streams(lambda *arguments, **settings: (text for text in ["He", "Hello", "Hello \x1b[2J you"]))
+    assert main(["--checkpoint", str(checkpoint_folder), "hi"]) == 0
+    assert capsys.readouterr().out == "Hello \N{REPLACEMENT CHARACTER}[2J you\n"
 
 
-def test_stats(commands):
-    assert commands.run(":stats") == "There was no reply yet."
-    assert commands.show_statistics is False
-    commands.run(":stats on")
-    assert commands.show_statistics is True
-    commands.run(":stats off")
-    assert commands.show_statistics is False
-    with pytest.raises(CommandError, match="'often'"):
-        commands.run(":stats often")
+@pytest.mark.parametrize("question", [["first"], []])
+def test_ctrl_c_ends_with_what_was_written(checkpoint_folder, capsys, piped, streams, question):
+    def stream(*arguments, **settings):
+        yield "some"
+        os.kill(os.getpid(), signal.SIGINT)
+        yield "some text"
+
+    streams(stream)
+    piped("first", "never asked")
+    assert main(["--checkpoint", str(checkpoint_folder), *question]) == 130
+    assert capsys.readouterr().out == "some\n"
 
 
-def test_save_and_load(commands, tmp_path):
-    conversation = commands.conversation
-    conversation.system = "Be brief."
-    path = tmp_path / "my file.json"
-    assert str(path) in commands.run(f":save {path}")
-    conversation.restart([], "other")
-    assert "Loaded 1 turn from" in commands.run(f":load {path}") and "Be brief." in commands.run(f":load {path}")
-    assert conversation.history == [("你好", "Hello!")] and conversation.system == "Be brief."
+def test_a_missing_checkpoint_is_an_error(capsys, tmp_path):
+    assert main(["--checkpoint", str(tmp_path / "none"), "hi"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qwen1-chat: ") and "none" in error
 
 
-def test_a_refused_file_loses_nothing(commands, tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("{")
-    kept = commands.conversation.history
-    for line in (f":save {path}", f":load {path}", f":load {tmp_path}/none.json"):
-        with pytest.raises(CommandError):
-            commands.run(line)
-    assert path.read_text() == "{"
-    assert commands.conversation.history is kept and len(kept) == 1
-    commands.run(f":save! {path}")
-    assert path.read_text() != "{"
+def test_packages_that_few_bits_need_are_named(capsys, checkpoint_folder, monkeypatch):
+    """As a published Int4 folder asks for."""
+    config = json.loads((checkpoint_folder / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (checkpoint_folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    find = importlib.util.find_spec
+    absent = ("gptqmodel", "optimum")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    assert main(["--checkpoint", str(checkpoint_folder), "hello"]) == 1
+    assert "pip install gptqmodel optimum" in capsys.readouterr().err
 
 
-def test_files_need_a_name(commands):
-    for name in ("save", "save!", "load"):
-        with pytest.raises(CommandError, match="Name a file"):
-            commands.run(f":{name}")
+def test_a_limit_that_cannot_be_is_an_error(capsys):
+    assert main(["--max-new-tokens", "0", "hi"]) == 1
+    assert "max_new_tokens=0" in capsys.readouterr().err
 
 
-def test_home_is_resolved(commands, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    commands.run(":save ~/a.json")
-    assert (tmp_path / "a.json").is_file()
-    with pytest.raises(CommandError, match="no_such_user"):
-        commands.run(":save ~no_such_user/a.json")
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert "--checkpoint" in output and 'qwen1-chat "你好"' in output
 
 
-@pytest.mark.parametrize("line, remedy", [(":hlep", "`:help`"), (":xyzzy", "lists the commands"), (":D", "a blank")])
-def test_unknown_commands_name_themselves_and_the_remedy(commands, line, remedy):
-    with pytest.raises(CommandError, match=f"(?s)`{line}` is unknown.*{remedy}"):
-        commands.run(line)
+def test_the_system_message_is_that_of_the_chats():
+    assert SYSTEM == DEFAULT_SYSTEM
 
 
-def test_arguments_that_mean_nothing_are_refused(commands):
-    for line in (":exit now", ":clear all", ":clh 3", ":reset top_p"):
-        with pytest.raises(CommandError, match="no argument"):
-            commands.run(line)
-
-
-def test_what_is_a_command():
-    assert all(is_command(text) for text in (":help", ":seed 3", ":x\n"))
-    assert not any(is_command(text) for text in ("help", " :help", ":)", ":", "::", ":3", ":help\nme", "你好"))
+def test_control_characters_do_not_reach_the_terminal():
+    for text in ("a\tb\nc 你好 👍", "第一段\u3000你好\u00a0x 👨\u200d👩\u200d👧"):
+        assert printable(text) == text
+    assert printable("a\u202eb\u2066c") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
+    assert printable("\x1b]0;title\x07\r") == "\N{REPLACEMENT CHARACTER}]0;title" + "\N{REPLACEMENT CHARACTER}" * 2

@@ -74,13 +74,16 @@ def test_a_closed_reply_is_kept(conversation, stop):
     assert conversation.history == [("你好", text)]
 
 
-def test_a_failed_reply_leaves_no_turn(conversation, stop):
+def test_a_failed_reply_leaves_no_turn(conversation, stop, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no room")
+
     say(conversation, "你好")
-    conversation.settings.change({"max_window_size": "10"})
-    with pytest.raises(ValueError, match="max_window_size=10"):
-        list(conversation.reply("hello", stop))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(conversation.model), "chat_stream", refuse)
+        with pytest.raises(ValueError, match="no room"):
+            list(conversation.reply("hello", stop))
     assert len(conversation.history) == 1
-    conversation.settings.reset()
     say(conversation, "hello")
     assert len(conversation.history) == 2
 

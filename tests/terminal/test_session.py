@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qwen1.terminal.commands import Commands
+from qwen1.terminal.colon_commands import Commands
 from qwen1.terminal.plain import PlainDisplay
 from qwen1.terminal.session import converse, talk
 
@@ -58,9 +58,17 @@ def test_replies_and_commands(speak, conversation):
     assert err == ""
 
 
-def test_errors_do_not_end_the_conversation(speak, conversation):
-    out, err = speak(":nonsense", ":config max_window_size=3", "too long", ":reset", "12+34=?")
-    assert "`:nonsense` is unknown" in err and "max_window_size=3" in err
+def test_errors_do_not_end_the_conversation(speak, conversation, monkeypatch):
+    answer = type(conversation.model).chat_stream
+
+    def refuse_some(model, tokenizer, query, *args, **kwargs):
+        if query == "too long":
+            raise ValueError("no room")
+        return answer(model, tokenizer, query, *args, **kwargs)
+
+    monkeypatch.setattr(type(conversation.model), "chat_stream", refuse_some)
+    out, err = speak(":nonsense", "too long", "12+34=?")
+    assert "`:nonsense` is unknown" in err and "no room" in err
     assert out.splitlines()[-1] == "2+4=6, 1+3=4. 12+34=46"
     assert len(conversation.history) == 1
 

@@ -5,8 +5,9 @@ import random
 import pytest
 import tiktoken
 
-from qwen1.extend_vocabulary import bpe, extend_vocabulary, learn_merges, learnable_words, main, read_words
 from qwen1.tokenization_qwen import PAT_STR, QWenTokenizer, QWenTokenizerFast, load_base_ranks
+from qwen1.vocabulary.commands import main
+from qwen1.vocabulary.learning import bpe, extend_vocabulary, learn_merges, learnable_words, read_words
 
 
 @pytest.fixture(scope="module")

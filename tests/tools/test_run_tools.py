@@ -107,9 +107,8 @@ def test_settings_and_history_reach_the_model(model, byte_tokenizer, script, mul
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_round_reads_only_what_is_new(model, byte_tokenizer, script, multiply, stream):
-    counted = []
-    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+def test_each_round_reads_only_what_is_new(model, byte_tokenizer, script, multiply, stream, each_read):
+    counted = each_read(model)
     lines = script(call("multiply", '{"a": 6, "b": 7}'), ANSWER)
     history = model.new_history()
     done = run_tools(model, byte_tokenizer, "q", [multiply], history, stream=stream, logits_processor=lines)
@@ -119,11 +118,10 @@ def test_each_round_reads_only_what_is_new(model, byte_tokenizer, script, multip
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_it_goes_on_from_what_a_history_carries(model, byte_tokenizer, script, multiply, stream):
+def test_it_goes_on_from_what_a_history_carries(model, byte_tokenizer, script, multiply, stream, each_read):
     lines = script(call("multiply", '{"a": 6, "b": 7}'), ANSWER)
     _, history = model.chat(byte_tokenizer, "q", tools=[multiply], logits_processor=lines)
-    counted = []
-    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counted.append(inputs[0].numel()))
+    counted = each_read(model)
     result = {"role": "tool", "content": "42"}
     done = run_tools(model, byte_tokenizer, result, [multiply], history, stream=stream, logits_processor=lines)
     done = list(done)[-1] if stream else done

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from qwen1 import QWenLMHeadModel
-from qwen1 import finetune as program
-from qwen1.conversion.commands.merge_lora import merge_lora
+from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.training import finetuning
 from qwen1.training.checkpoints import last_checkpoint
@@ -416,25 +415,6 @@ def test_tensorboard_is_missing(options, failed, without):
 
 
 # --- the script ---
-
-
-def test_entry_point(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["qwen1-finetune", "--q_lora"])
-    with pytest.raises(SystemExit) as end:
-        program.main()
-    assert end.value.code == 2
-
-
-def test_the_file_makes_its_own_package(repository, monkeypatch):
-    name, made = "qwen1", sys.modules["qwen1"]
-    loaded = []
-    monkeypatch.setattr(importlib.util, "module_from_spec", lambda spec: loaded.append(spec) or made)
-    monkeypatch.setattr(type(importlib.util.find_spec(name).loader), "exec_module", lambda self, module: None)
-    assert program._make_package() == name and sys.modules[name] is made
-    assert loaded[0].origin == str(repository / "__init__.py")
-    monkeypatch.setattr(importlib.util, "spec_from_file_location", lambda *a: None)
-    with pytest.raises(ImportError, match="run this program in its own repository"):
-        program._make_package()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen1.conversion.commands.merge_lora import merge_lora
+from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.training.finetuning import main
 

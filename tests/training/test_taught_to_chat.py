@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwen1.conversion.commands.merge_lora import merge_lora
+from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.peft_qwen import settings_of_adapter
 from qwen1.training.finetuning import main

@@ -138,7 +138,7 @@ def test_the_second_training_is_drawn_behind_the_first():
 
 
 def test_an_interruption_has_its_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(journey, "run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     done = runner.invoke(commands.app, ["make", str(tmp_path / "model")])
     assert done.exit_code == 130
     shutil.rmtree(tmp_path)

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from safetensors import safe_open
 
+from ...programs.options import version_option
 from ..errors import DataError, TrainingError
-from .dialogues import training_dialogues
-from .examination import PER_KIND, Result, examine_folder
-from .journey import QUICK, Size, run
-from .report import write_report
+from .dialogues import PER_KIND, training_dialogues
+
+if TYPE_CHECKING:
+    from .examination import Result
 
 app = typer.Typer(
     name="qwen1-tiny-chat",
@@ -27,6 +27,11 @@ app = typer.Typer(
     help="Make qwen-tiny-chat from nothing, examine it, look at its data.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
 )
+
+
+@app.callback()
+def options(version: Annotated[bool, version_option("qwen1-tiny-chat")] = False) -> None:
+    """What stands before the command."""
 
 
 @contextmanager
@@ -54,6 +59,10 @@ def make(
 
     Example: qwen1-tiny-chat make my-tiny-chat --seed 0
     """
+    from .examination import examine_folder  # here and below, for --help needs neither torch nor transformers
+    from .journey import QUICK, Size, run
+    from .report import write_report
+
     with _failures():
         if output.exists():
             raise FileExistsError(f"{output} exists: name another folder, or move it away.")
@@ -81,6 +90,8 @@ def examine(
 
     Example: qwen1-tiny-chat examine qwen-tiny-chat --per-kind 50
     """
+    from .examination import examine_folder
+
     with _failures():
         result = examine_folder(folder, per_kind, seed)
     if as_json:
@@ -113,6 +124,8 @@ def _print(result: Result, show: int) -> None:
 
 def _parameters(folder: Path) -> int:
     """Weights in the model's file."""
+    from safetensors import safe_open
+
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  # no mapping
     total = 0

@@ -467,6 +467,8 @@ class Generator:
         return self.random.choice((0, 0, 0, 0, 1, 1, 2)) if self.random.random() < 0.95 else self.random.randrange(12)
 
 
+PER_KIND = 100
+"""Prompts of each kind in an examination, unless told otherwise."""
 KINDS = ("small talk", "arithmetic", "three digits", "facts", "unknown", "memory", "system")
 """What is examined, in the order of the model card."""
 

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..errors import DataError
 from ..examples import IGNORED, encode_all
 from ..packing import Collator, ExampleDataset
-from .dialogues import KINDS, Dialogue, examination_dialogues, training_dialogues
+from .dialogues import KINDS, PER_KIND, Dialogue, examination_dialogues, training_dialogues
 
-PER_KIND = 100
 BATCH = 16
 
 

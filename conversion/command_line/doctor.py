@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...chat_command import TINY_CHAT
+from ...programs.shipped import TINY_CHAT
 from ..errors import CheckpointError
 from .terminal import FAILED, JsonOption, check_device, err, out, print_json
 

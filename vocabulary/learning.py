@@ -1,19 +1,15 @@
-"""Learn tokens for new words, to be loaded with `extra_vocab_file`.
+"""Tokens for new words, learned by byte-pair encoding, to be loaded with `extra_vocab_file`.
 
-    qwen1-extend-vocabulary qwen.tiktoken words.txt qwen_extra.tiktoken
-
-`words.txt` (UTF-8) has one word per line, with its frequency after a tab. New tokens are pairs of tokens that follow
-one another in the words, learned by byte-pair encoding: the most frequent pair first, until each word is one token.
-Their ids begin after the special tokens, at 151851 for the published vocabulary. A word is skipped, with a warning, if
-it is one token already, or if the tokenizer's pattern would split it ("new words", "don't"), for no token ever reaches
-across such a split. Put the result beside qwen.tiktoken as qwen_extra.tiktoken, or pass its path as `extra_vocab_file`,
-then resize the embeddings of the model (`model.resize_token_embeddings(len(tokenizer))`) and train them.
+New tokens are pairs of tokens that follow one another in the words: the most frequent pair first, until each word is
+one token. Their ids begin after the special tokens, at 151851 for the published vocabulary. A word is skipped, with a
+warning, if it is one token already, or if the tokenizer's pattern would split it, for no token ever reaches across such
+a split.
 """
 
-import argparse
+from __future__ import annotations
+
 import base64
 import os
-import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -22,7 +18,7 @@ from itertools import pairwise
 from tokenizers import Regex, pre_tokenizers
 from transformers.utils import logging
 
-from .tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
+from ..tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -151,25 +147,3 @@ def extend_vocabulary(vocab_file: str | os.PathLike, words_file: str | os.PathLi
     with open(output, "wb") as file:
         file.writelines(base64.b64encode(token) + b" %d\n" % i for token, i in learned.items())
     return len(learned)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: `qwen1-extend-vocabulary VOCAB WORDS OUTPUT`."""
-    parser = argparse.ArgumentParser(
-        prog="qwen1-extend-vocabulary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("vocab_file", help="the base vocabulary, qwen.tiktoken")
-    parser.add_argument("words_file", help="lines of word<TAB>frequency")
-    parser.add_argument("output", help="where to write the new tokens, for example qwen_extra.tiktoken")
-    options = parser.parse_args(arguments)
-    try:
-        count = extend_vocabulary(options.vocab_file, options.words_file, options.output)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"qwen1-extend-vocabulary: {error}\n")
-    print(f"{count} new tokens in {options.output}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

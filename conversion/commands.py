@@ -1,22 +1,28 @@
-"""The command line of `convert_checkpoint.py`: a file for each command, and here the list of them.
+"""The command `qwen1-checkpoint`, which is also that of `convert_checkpoint.py`: the list of its commands.
 
 Results go to standard output; progress, notes and errors to standard error. Exit codes: 0 done, 1 refused or failed
 (also `doctor`, where something is wrong), 2 wrong usage, 3 checked and found wanting (`inspect`, `verify`,
 `convert --verify`), 130 interrupted.
+
+Each command is a file in `command_line/` and imports what it needs when it runs: `--help` takes neither torch nor
+transformers.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from .convert import convert_command
-from .doctor import doctor_command
-from .inspect import inspect_command
-from .merge_lora import merge_lora_command
-from .push import push_command
-from .terminal import reported
-from .upgrade import upgrade_command
-from .verify import verify_command
+from ..programs.options import version_option
+from .command_line.convert import convert_command
+from .command_line.doctor import doctor_command
+from .command_line.inspect import inspect_command
+from .command_line.merge_lora import merge_lora_command
+from .command_line.push import push_command
+from .command_line.terminal import reported
+from .command_line.upgrade import upgrade_command
+from .command_line.verify import verify_command
 
 app = typer.Typer(
     name="qwen1-checkpoint",
@@ -27,6 +33,13 @@ app = typer.Typer(
     "faults of the environment.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
+
+
+@app.callback()
+def options(version: Annotated[bool, version_option("qwen1-checkpoint")] = False) -> None:
+    """What stands before the command."""
+
+
 for name, command, example in (
     ("inspect", inspect_command, "./Qwen-7B-Chat"),
     ("upgrade", upgrade_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-upgraded"),
@@ -41,8 +54,4 @@ for name, command, example in (
 
 def main() -> None:
     """Run the program."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     app()

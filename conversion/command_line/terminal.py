@@ -95,13 +95,30 @@ def progress_bars() -> Iterator[TerminalProgress]:
         yield TerminalProgress(bars)
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the lines and bars of transformers itself off the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def reported(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the errors that users cause into a line on standard error and an exit code."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _silence():
+                command(*args, **kwargs)
         except (CheckpointError, OSError) as error:
             err.print(f"qwen1-checkpoint: {error}", style="red")
             raise typer.Exit(FAILED) from error

@@ -1,0 +1,1 @@
+"""The commands of `qwen1-checkpoint`, one a file, and what they share (`terminal.py`)."""

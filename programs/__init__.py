@@ -1,0 +1,1 @@
+"""What the programs share: the model that ships, their version, text that is safe in a terminal."""

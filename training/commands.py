@@ -1,0 +1,31 @@
+"""The command `qwen1-finetune`, which is also that of `finetune.py`.
+
+Its options keep the names of the published `finetune.py`; all of transformers' `TrainingArguments` are options too.
+Exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..programs.version import version
+from .options import help_at_once
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; ends the process with its exit status where it isn't 0.
+
+    Args:
+        argv: words of the command line; None for those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in words:
+        print(f"qwen1-finetune {version()}")
+        return
+    if {"-h", "--help"} & set(words) and (text := help_at_once()) is not None:
+        print(text, end="")
+        return
+    from . import finetuning  # here, for it imports torch and transformers, which take seconds
+
+    finetuning.main(words)
