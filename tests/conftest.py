@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def pytest_collection_modifyitems(items):
 def repository() -> Path:
     """The top level, which is what is pushed to the Hub."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def code_of():
+    """What transformers takes out of a folder along with a module: name -> its file and those that it names itself."""
+
+    def files(module: str) -> list[Path]:
+        named = re.findall(r"^from \.(\w+) import", (ROOT / f"{module}.py").read_text(), flags=re.MULTILINE)
+        return [ROOT / f"{name}.py" for name in dict.fromkeys([module, *named])]
+
+    return files
 
 
 @pytest.fixture(scope="session")

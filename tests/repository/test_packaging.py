@@ -216,11 +216,8 @@ def test_no_machine_paths_or_index_addresses():
     assert found == []
 
 
-def test_the_model_names_every_file_it_needs():
+@pytest.mark.parametrize("module", ["configuration_qwen", "modeling_qwen", "tokenization_qwen"])
+def test_what_an_auto_map_names_names_every_file_it_needs(code_of, module):
     """transformers 5.4 copies those that it imports itself from a local folder, not what they import in turn."""
-
-    def siblings(name):
-        return set(re.findall(r"^from \.(\w+) import", (ROOT / f"{name}.py").read_text(), flags=re.MULTILINE))
-
-    named = siblings("modeling_qwen")
-    assert named and set().union(*map(siblings, named)) <= named
+    files = code_of(module)
+    assert len(files) > 1 and {path for file in files for path in code_of(file.stem)} == set(files)

@@ -110,9 +110,9 @@ def test_every_auto_class_saves_and_loads_remote_code(run, checkpoint_folder, tm
         assert json.loads((tmp_path / saved / "config.json").read_text())["auto_map"] == ours
 
 
-def test_helpers_can_be_imported_from_a_folder_that_is_no_package(run, repository, byte_vocabulary, tmp_path):
-    for name in ("qwen_generation_utils.py", "tokenization_qwen.py"):
-        shutil.copy(repository / name, tmp_path)
+def test_helpers_can_be_imported_from_a_folder_that_is_no_package(run, repository, code_of, byte_vocabulary, tmp_path):
+    for file in (repository / "qwen_generation_utils.py", *code_of("tokenization_qwen")):
+        shutil.copy(file, tmp_path)
     run(HELPERS_ALONE, tmp_path, byte_vocabulary)
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from qwen1 import tokenization_qwen
+from qwen1 import vocabulary_qwen
 from qwen1.tokenization_qwen import QWenTokenizer, QWenTokenizerFast
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 2561218\n"
@@ -83,7 +83,7 @@ def test_a_file_without_the_right_to_read_it(folder, cls, name, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(tokenization_qwen, "open", denied, raising=False)  # root may read everything
+    monkeypatch.setattr(vocabulary_qwen, "open", denied, raising=False)  # root may read everything
     with pytest.raises(PermissionError, match=rf"{name}' can't be read \(Permission denied\): allow it, or put"):
         cls.from_pretrained(folder)
 

@@ -34,13 +34,13 @@ def state(tokenizer):
 
 
 @pytest.fixture
-def hub_folder(tmp_path, repository, small_vocabulary):
+def hub_folder(tmp_path, code_of, small_vocabulary):
     """Make a folder as on the Hub, with a given tokenizer_config.json and other files beside our code."""
 
     def make(config, *files):
         folder = tmp_path / "hub"
         folder.mkdir()
-        for file in (small_vocabulary, repository / "tokenization_qwen.py", *files):
+        for file in (small_vocabulary, *code_of("tokenization_qwen"), *files):
             shutil.copy(file, folder)
         shutil.copy(config, folder / "tokenizer_config.json")
         return folder
@@ -160,7 +160,7 @@ def test_loading_from_the_path_of_a_vocabulary_file(small_vocabulary, cls):
     assert state(cls.from_pretrained(small_vocabulary)) == state(cls(small_vocabulary))
 
 
-def test_auto_class_gives_the_fast_one(our_folder, load_remote_code, tmp_path):
+def test_auto_class_gives_the_fast_one(our_folder, load_remote_code, code_of, tmp_path):
     saved = [tmp_path / "saved0", tmp_path / "saved1", tmp_path / "saved2"]
     assert load_remote_code(our_folder, *saved) == ["QWenTokenizerFast"] * 4
     for folder in saved[:2]:
@@ -171,8 +171,9 @@ def test_auto_class_gives_the_fast_one(our_folder, load_remote_code, tmp_path):
             "tokenization_qwen.QWenTokenizerFast",
         ]
     assert _files(saved[0]) == _files(saved[1])
-    code = (our_folder / "tokenization_qwen.py").read_bytes()
-    assert _files(saved[1])["tokenization_qwen.py"] == code
+    for folder in saved:
+        code = {name: content for name, content in _files(folder).items() if name.endswith(".py")}
+        assert code == {path.name: path.read_bytes() for path in code_of("tokenization_qwen")}
 
 
 def test_auto_class_gives_the_slow_one_on_demand(our_folder, load_remote_code, tmp_path):
