@@ -30,30 +30,48 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import tiktoken
 from tokenizers import (
     Encoding,
     PreTokenizedString,
-    Regex,
     Token,
     Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-    processors,
 )
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .backends_qwen import (
+    GROUPED_PAT_STR,
+    BackendOfCall,
+    TiktokenBackend,
+    build_backend,
+    byte_level_name,
+    bytes_of_name,
+    copy_backend,
+    learn_ranks,
+    ranks_of_backend,
+    read_backend,
+    special_added_token,
+)
+
+# Published here too.
+from .backends_qwen import PAT_STR as PAT_STR
+from .pieces_qwen import CHUNK as CHUNK
+from .pieces_qwen import CUT as CUT
+from .pieces_qwen import LONG_BLANK as LONG_BLANK
+from .pieces_qwen import NFC, repair_surrogates, split_pattern
+from .pieces_qwen import UNSTABLE as UNSTABLE
+from .pieces_qwen import cut_text as cut_text
+from .pieces_qwen import has_long_blank as has_long_blank
+from .pieces_qwen import normalise as normalise
+from .pieces_qwen import split_long_blanks as split_long_blanks
+from .properties_qwen import kept
 from .vocabulary_qwen import (
     ENDOFTEXT,
     EXTRA_VOCAB_FILES_NAMES,
@@ -67,8 +85,6 @@ from .vocabulary_qwen import (
     require_files,
     write_vocabulary,
 )
-
-# Published here too.
 from .vocabulary_qwen import IMEND as IMEND
 from .vocabulary_qwen import IMSTART as IMSTART
 from .vocabulary_qwen import POINTER as POINTER
@@ -78,17 +94,6 @@ from .vocabulary_qwen import load_extra_ranks as load_extra_ranks
 from .vocabulary_qwen import load_ranks as load_ranks
 
 logger = logging.get_logger(__name__)
-
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-)
-_BLANKS = r"\s+(?!\S)|\s+"
-PAT_STR = f"{_WORDS}|{_BLANKS}"
-# The same for tiktoken, whose engine tries the alternatives of a pattern that looks ahead one after another, but gives
-# a group without look-ahead to an automaton as a whole.
-GROUPED_PAT_STR = f"(?:{_WORDS})|{_BLANKS}"
-
 
 # The text of chat_template.jinja. It is repeated here because folders in the 2023 layout have no such file, and because
 # transformers copies nothing but .py files along with remote code.
@@ -238,214 +243,11 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 {%- endif %}
 """
 
-# White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n. tiktoken's regex engine
-# keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
-# and 1,000,000 entries.
-LONG_BLANK = re.compile("[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
-
-# Where long text may be cut without a change of ids, also before it is normalised: `PAT_STR` lets no piece go on from a
-# letter or digit into what is none, and the character behind the cut composes with none before it. Special tokens hold
-# no such place.
-CUT = re.compile("(?<=[0-9A-Za-z\u4e00-\u9fa5])(?=[ \n,.\uff0c\u3002\u3001])")
-CHUNK = 32_768  # characters that a thread encodes at a time
-
-# Characters that may change under NFC, or change or join a character before them. Left out are those that most text is
-# made of, in blocks or parts of blocks that have no such characters: text without a match is NFC already.
-UNSTABLE = re.compile(
-    "[^\x00-\u02ff\u0391-\u0482\u048a-\u052f\u1e00-\u1eff\u2002-\u205f\u20a0-\u20c0\u2190-\u2328\u232b-\u2426\u2460-\u2adb"
-    "\u3000-\u3029\u3041-\u3096\u30a0-\u30ff\u3400-\u9fff\uac00-\ud7a3\ufe0e\ufe0f\uff01-\uffee\U0001f000-\U0001faff]"
-)
-
 # What a special token could be built from in callers' text, by itself or together with what a template writes around it
 # or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
 UNSAFE_TEXT = re.compile(r"\||<(?=\s*\Z)|\A\s*(?=>)|im_start|im_end|endoftext|extra_(?=[0-9])")
 
 ID_SUFFIX = re.compile(r"_ids?\Z")  # `pad_token_id` is the id of `pad_token`
-
-NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
-
-
-# --- the `tokenizers` backend ---
-
-
-@functools.lru_cache(maxsize=1)
-def _byte_alphabet() -> tuple[dict[int, int], dict[int, int]]:
-    """The byte-level alphabet of GPT-2 as tables for `str.translate`: byte -> code point, and back.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: byte for byte in printable} | {byte: 0x100 + i for i, byte in enumerate(others)}
-    return table, {code: byte for byte, code in table.items()}
-
-
-def byte_level_name(token: bytes) -> str:
-    """The name of a token in the fast class's vocabulary, "Ġhello" for b" hello"."""
-    return token.decode("latin-1").translate(_byte_alphabet()[0])
-
-
-def bytes_of_name(name: str) -> bytes | None:
-    """The bytes of which `byte_level_name` makes this name; None if there are none."""
-    codes = [_byte_alphabet()[1].get(ord(character)) for character in name]
-    return None if None in codes else bytes(code for code in codes if code is not None)
-
-
-def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Tokenizer:
-    """Build the `tokenizers.Tokenizer` that gives the ids of tiktoken with these tokens.
-
-    The special tokens are part of the BPE vocabulary as well, otherwise `tokenizers` would number them from the size of
-    that vocabulary and collide with extra tokens. No piece of text is ever one of them: `PAT_STR` cuts them in three.
-    """
-    names = {token: byte_level_name(token) for token in ranks}
-    vocab = {name: ranks[token] for token, name in names.items()} | dict(special_tokens)
-    merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        # tiktoken joins any two neighbours that make a token, so every way to cut the token is a merge.
-        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-        known = sorted(
-            (ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks
-        )
-        merges.extend((names[left], names[right]) for _, _, left, right in known)
-    backend = Tokenizer(BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
-    backend.normalizer = NFC
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PAT_STR), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens([_special_added_token(token) for token in special_tokens])
-    return backend
-
-
-def copy_backend(backend: Tokenizer) -> Tokenizer:
-    """A backend with settings of its own and the same model, which isn't copied."""
-    copy = Tokenizer(backend.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        setattr(copy, part, getattr(backend, part))
-    tokens = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    for special, group in itertools.groupby(tokens, lambda token: token.special):
-        (copy.add_special_tokens if special else copy.add_tokens)(list(group))
-    return copy
-
-
-def _read_backend(path: str | os.PathLike) -> Tokenizer:
-    """Read a `tokenizer.json`.
-
-    Raises:
-        OSError, ValueError: it can't be read, or is damaged.
-    """
-    require_file(path, "tokenizer.json")
-    try:
-        return Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # the library has no kind of its own
-        raise ValueError(
-            f"{os.fspath(path)!r} is damaged, no tokenizer that can be read ({error}): download it again, or remove "
-            f"it, and {VOCAB_FILES_NAMES['vocab_file']} is read in its place."
-        ) from error
-
-
-def _special_added_token(token: str) -> AddedToken:
-    return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
-
-
-# --- pieces of text ---
-
-
-def repair_surrogates(text: str) -> str:
-    """Join surrogate pairs and replace lone surrogates by U+FFFD; neither can be written as UTF-8."""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-@functools.lru_cache(maxsize=64)
-def _split_pattern(literals: frozenset[str]) -> re.Pattern[str]:
-    """A pattern whose `split` gives text, literal, text, ..., text; it matches nothing if there are no literals."""
-    return re.compile("(" + ("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)") + ")")
-
-
-def has_long_blank(text: str) -> bool:
-    """Whether there is a match of `LONG_BLANK`; mostly found out without a look at each character.
-
-    A run of 10,000 characters or more covers 16 of them from a multiple of 5000 on.
-    """
-    maybe = any(text[start : start + 16].isspace() for start in range(0, len(text), 5000))
-    return maybe and LONG_BLANK.search(text) is not None
-
-
-def split_long_blanks(text: str) -> Iterator[tuple[str, bool]]:
-    r"""Cut long runs of white space out of NFC text, at places where `PAT_STR` cuts too.
-
-    Yields (part, is_run). A part that is a run is one piece of the pattern; the others are to be split by the pattern,
-    and together the pieces are those of the whole text. A run B without line breaks is looked at only if none follows
-    it (else `\s*[\r\n]+` takes it, which needs no stack). What comes before B ends at a piece boundary, as no
-    alternative goes on from a non-space or line break into B. Of B, `\s+(?!\S)` takes everything at the end of the
-    text, and all but the last character before a non-space: that character may belong to the next word.
-    """
-    start = 0
-    for run in LONG_BLANK.finditer(text):
-        if text[run.end() : run.end() + 1] in ("\r", "\n"):
-            continue
-        end = run.end() if run.end() == len(text) else run.end() - 1
-        yield text[start : run.start()], False
-        yield text[run.start() : end], True
-        start = end
-    yield text[start:], False
-
-
-def cut_text(text: str) -> list[str]:
-    """Cut text into chunks of `CHUNK` characters or little more, which have the ids of the whole one after another.
-
-    Where nothing can be cut the rest is one chunk.
-    """
-    chunks, start = [], 0
-    while len(text) - start > CHUNK and (place := CUT.search(text, start + CHUNK)):
-        chunks.append(text[start : place.start()])
-        start = place.start()
-    return [*chunks, text[start:]]
-
-
-def normalise(text: str, specials: re.Pattern[str]) -> str:
-    """Repair surrogates, and bring what is between special tokens to NFC; `specials` is a `_split_pattern`."""
-    if text.isascii() or not UNSTABLE.search(text):
-        return text
-    parts = specials.split(repair_surrogates(text))  # text, special, text, ..., text
-    parts[::2] = [NFC.normalize_str(part) if UNSTABLE.search(part) else part for part in parts[::2]]
-    return "".join(parts)
-
-
-def _jobs(chunks: list[str]) -> list[list[str]]:
-    """Put neighbours together that have `CHUNK` characters in all; a longer one stays alone."""
-    jobs, start, characters = [], 0, 0
-    for n, chunk in enumerate(chunks):
-        if n > start and characters + len(chunk) > CHUNK:
-            jobs.append(chunks[start:n])
-            start, characters = n, 0
-        characters += len(chunk)
-    return [*jobs, chunks[start:]] if chunks else []
-
-
-def _split_list(ids: list[int], separator: int) -> list[list[int]]:
-    """What `str.split` does, for a list."""
-    parts, start = [], 0
-    for _ in range(ids.count(separator)):
-        end = ids.index(separator, start)
-        parts.append(ids[start:end])
-        start = end + 1
-    return [*parts, ids[start:] if start else ids]
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 # --- text for chat templates ---
 
@@ -517,21 +319,6 @@ def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
 
 
 # --- the tokenizers ---
-
-Value = TypeVar("Value")
-
-
-class _kept(Generic[Value]):
-    """`functools.cached_property` without its lock (up to Python 3.11), which outlives neither dill nor a fork."""
-
-    def __init__(self, function: Callable[[Any], Value]):
-        self.function = function
-        self.__doc__ = function.__doc__
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Value:
-        value = self.function(instance)
-        vars(instance)[self.function.__name__] = value
-        return value
 
 
 class QWenTokenizerMixin(PreTrainedTokenizerBase):
@@ -634,7 +421,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """Id of `<|im_end|>`."""
         return self.special_tokens[IMEND]
 
-    @_kept
+    @kept
     def _n_vocab(self) -> int:
         return max(*self.mergeable_ranks.values(), *self.special_tokens.values()) + 1
 
@@ -651,11 +438,11 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         """`eos_token` and the like, then all special tokens of this model by id."""
         return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
 
-    @_kept
+    @kept
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
 
-    @_kept
+    @kept
     def _token_bytes(self) -> dict[int, bytes]:
         """Id -> bytes that the token stands for; special tokens stand for their text."""
         ordinary = {i: token for token, i in self.mergeable_ranks.items()}
@@ -772,7 +559,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             disallowed_special = frozenset(self.special_tokens) - allowed
         if not disallowed_special:
             return
-        pattern = _split_pattern(frozenset(disallowed_special))
+        pattern = split_pattern(frozenset(disallowed_special))
         for text in texts:
             if match := pattern.search(text):
                 raise ValueError(
@@ -1037,7 +824,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
 
     def _cut_rendered(self, rendered: list[str], edge: str) -> list[list[str]]:
         """Cut rendered chats at special tokens and at `edge`: text, mark, text, ..., text."""
-        split = _split_pattern(frozenset(self.special_tokens) | {edge}).split
+        split = split_pattern(frozenset(self.special_tokens) | {edge}).split
         return [split(text) for text in rendered]
 
     def _encode_rendered(
@@ -1219,7 +1006,8 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_tokens,
         )
-        self._added_tokens_decoder = {i: _special_added_token(token) for token, i in self.special_tokens.items()}
+        self._tiktoken = TiktokenBackend(self._bpe, self.mergeable_ranks, self.special_tokens)
+        self._added_tokens_decoder = {i: special_added_token(token) for token, i in self.special_tokens.items()}
         self._add_tokens(kwargs.pop("added_tokens_decoder", {}).values())
         kwargs.pop("tokenizer_file", None)  # read by the fast class only
         super().__init__(
@@ -1253,60 +1041,8 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _token_of(self, index: int) -> str | bytes | None:
         return self.decoder.get(index)
 
-    @_kept
-    def _whole_piece_bpe(self) -> tiktoken.Encoding:
-        """Encodes any text as one piece. Needed for very long runs of white space only, so built when first used."""
-        return tiktoken.Encoding(
-            "qwen_piece", pat_str=r"[\s\S]+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
-        )
-
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        if any(len(text) > CHUNK for text in texts):
-            chunks = [cut_text(text) for text in texts]
-            encoded = iter(self._encode_chunks(list(itertools.chain.from_iterable(chunks)), allowed))
-            return [functools.reduce(operator.iadd, itertools.islice(encoded, len(line))) for line in chunks]
-        return self._encode_chunks(texts, allowed)
-
-    def _encode_chunks(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        """Encode texts, long ones already cut, with as many threads as are of use."""
-        jobs = _jobs(chunks)
-        encode = functools.partial(self._encode_job, allowed=allowed)
-        if len(jobs) < 2:
-            return [ids for job in jobs for ids in encode(job)]
-        with ThreadPoolExecutor(min(8, _cores(), len(jobs))) as pool:  # more would wait for the interpreter's lock
-            return list(itertools.chain.from_iterable(pool.map(encode, jobs)))
-
-    def _encode_job(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        """Encode chunks by one call of tiktoken, as every call makes its thread wait for the interpreter's lock.
-
-        For that they are joined by a special token that none of them holds.
-        """
-        mark, known = "", allowed
-        if len(chunks) > 1:
-            whole = "".join(chunks)
-            mark = next((token for token in reversed(self.special_tokens) if token not in whole), "")
-            if not mark:
-                return [self._encode_job([chunk], allowed)[0] for chunk in chunks]
-            known = allowed | {mark}
-        text = normalise(mark.join(chunks), _split_pattern(known))
-        if has_long_blank(text):
-            chunks = text.split(mark) if mark else [text]
-            return [self._encode_with_long_blanks(chunk, allowed) for chunk in chunks]
-        if not known or "<|" not in text:
-            return [self._bpe.encode_ordinary(text)]
-        ids = self._bpe.encode(text, allowed_special=known, disallowed_special=())
-        return _split_list(ids, self.special_tokens[mark]) if mark else [ids]
-
-    def _encode_with_long_blanks(self, text: str, allowed: frozenset[str]) -> list[int]:
-        """Encode normalised text that may hold runs of white space which are too long for tiktoken's pattern."""
-        ids: list[int] = []
-        for n, part in enumerate(_split_pattern(allowed).split(text)):
-            if n % 2:
-                ids.append(self.special_tokens[part])
-                continue
-            for stretch, is_run in split_long_blanks(part):
-                ids += (self._whole_piece_bpe if is_run else self._bpe).encode_ordinary(stretch)
-        return ids
+        return self._tiktoken.encode(texts, allowed)
 
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
@@ -1353,46 +1089,6 @@ def _is_plain_batch(text: Any) -> bool:
     return isinstance(text, str) or isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)
 
 
-class _BackendOfCall:
-    """The truncation and padding of one call, around a backend that has neither and adds no tokens.
-
-    It does for texts without pairs what `copy_backend` with these settings would do, without the time of the copy.
-    """
-
-    encode_special_tokens = False
-    truncation: dict[str, Any] | None = None
-    padding: dict[str, Any] | None = None
-
-    def __init__(self, backend: Tokenizer):
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def enable_truncation(self, **settings: Any) -> None:
-        """What transformers calls with its settings."""
-        self.truncation = settings
-
-    def enable_padding(self, **settings: Any) -> None:
-        """What transformers calls with its settings."""
-        self.padding = settings
-
-    def encode_batch(self, texts: list[str], **options: Any) -> list[Encoding]:
-        """The encodings of texts, cut and padded."""
-        encodings = self._backend.encode_batch(texts, **options)
-        if self.truncation:
-            limit, side = self.truncation["max_length"], self.truncation["direction"]
-            for encoding in encodings:
-                encoding.truncate(limit, direction=side)
-        if self.padding and encodings:
-            settings = dict(self.padding)
-            length, multiple = settings.pop("length"), settings.pop("pad_to_multiple_of") or 1
-            longest = max(map(len, encodings)) if length is None else length
-            for encoding in encodings:
-                encoding.pad(-(-longest // multiple) * multiple, **settings)
-        return encodings
-
-
 class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
     """The tokenizer on top of the `tokenizers` library, built from the same file, with the same ids.
 
@@ -1426,7 +1122,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         tokenizer_file = kwargs.pop("tokenizer_file", None)
         if kwargs.get("tokenizer_object") is None:
             if tokenizer_file is not None and extra_vocab_file is None:
-                self._tokenizer = _read_backend(tokenizer_file)
+                self._tokenizer = read_backend(tokenizer_file)
             else:
                 self._tokenizer = build_backend(*load_vocabulary(vocab_file, extra_vocab_file))
         else:
@@ -1458,20 +1154,13 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
     def _token_of(self, index: int) -> str | bytes | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
 
-    @_kept
+    @kept
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Token bytes -> id, read back from the backend; extra vocabulary included."""
-        _, table = _byte_alphabet()
-        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        ranks = {
-            token.translate(table).encode("latin-1"): i
-            for token, i in vocab.items()
-            if token not in self.special_tokens
-        }
-        return dict(sorted(ranks.items(), key=lambda item: item[1]))
+        return ranks_of_backend(self._tokenizer, self.special_tokens)
 
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        split = _split_pattern(allowed).split
+        split = split_pattern(allowed).split
         parts = [split(repair_surrogates(text)) for text in texts]  # text, special, text, ..., text
         # The backend's switch for special tokens is shared by all threads, so its model is used in one without any.
         backend = Tokenizer(self._tokenizer.model)
@@ -1518,7 +1207,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         is_plain = is_plain and wanted[0] in _CUTS_ONE and not options.get("stride") and not has_settings
         settled = is_plain and not backend.num_special_tokens_to_add(False)
         own = object.__new__(type(self))
-        vars(own).update(vars(self), _tokenizer=_BackendOfCall(backend) if settled else copy_backend(backend))
+        vars(own).update(vars(self), _tokenizer=BackendOfCall(backend) if settled else copy_backend(backend))
         return own
 
     def _chat_encoding(
@@ -1607,24 +1296,8 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
                 f"{unknown[0]!r} cannot be a special token: those of QWen have fixed names. Use one of the "
                 f"{len(EXTRAS)} spare ones ({EXTRAS[0]} ... {EXTRAS[-1]}) in its place."
             )
-        fixed = (
-            "continuing_subword_prefix",
-            "end_of_word_suffix",
-            "initial_alphabet",
-            "limit_alphabet",
-            "special_tokens",
-        )
-        if given := [option for option in fixed if kwargs.get(option) is not None]:
-            raise ValueError(
-                f"`{given[0]}` can't be chosen, as every text must have tokens, made of bytes; leave it out"
-            )
-        learner = Tokenizer(BPE())
-        learner.normalizer, learner.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
-        kwargs["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-        trainer = BpeTrainer(vocab_size=max(vocab_size - len(self.special_tokens), 256), **kwargs)
-        learner.train_from_iterator(text_iterator, trainer=trainer, length=length)
-        learnt = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-        ranks = {name.translate(_byte_alphabet()[1]).encode("latin-1"): i for name, i in learnt}
+        size = vocab_size - len(self.special_tokens)
+        ranks = learn_ranks(text_iterator, size, self._tokenizer, length, **kwargs)
         special_tokens = {token: i for i, token in enumerate(self.special_tokens, start=len(ranks))}
         return type(self)(tokenizer_object=build_backend(ranks, special_tokens), **self._settings(special_tokens_map))
 
@@ -1667,7 +1340,7 @@ class _LazyEncodings(Sequence[Encoding]):
         self._make = make
         self._chats = chats
 
-    @_kept
+    @kept
     def _made(self) -> list[Encoding]:
         return [self._make(pieces, length) for pieces, length in self._chats]
 

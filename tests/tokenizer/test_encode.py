@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiktoken
 
-from qwen1 import tokenization_qwen
+from qwen1 import backends_qwen, pieces_qwen
 from qwen1.tokenization_qwen import (
     CHUNK,
     CUT,
@@ -280,7 +280,7 @@ def test_batches_are_encoded_as_single_texts(slow):
 
 def reference_ids(tokenizer, text, allowed):
     """What the docstring of the module says, step by step."""
-    parts = tokenization_qwen._split_pattern(allowed).split(tokenization_qwen.repair_surrogates(text))
+    parts = pieces_qwen.split_pattern(allowed).split(pieces_qwen.repair_surrogates(text))
     return [
         i
         for n, part in enumerate(parts)
@@ -302,13 +302,13 @@ def test_cut_and_joined_texts_have_their_own_ids(slow, monkeypatch, allowed):
     texts += ["", "a", "\ud83d", "\ude00", "<|im_end|>\u0338", "e", "\u0301", "<|extra_", "204|>"]
     expected = [reference_ids(slow, text, allowed) for text in texts]
     for size in (1, 7, 60, 500, CHUNK):
-        monkeypatch.setattr(tokenization_qwen, "CHUNK", size)
+        monkeypatch.setattr(pieces_qwen, "CHUNK", size)
         assert slow(texts, allowed_special=allowed)["input_ids"] == expected
         assert [slow.encode(text, allowed_special=allowed) for text in texts] == expected
 
 
 def test_text_is_cut_where_the_pattern_cuts(slow, monkeypatch):
-    monkeypatch.setattr(tokenization_qwen, "CHUNK", 5)
+    monkeypatch.setattr(pieces_qwen, "CHUNK", 5)
     text = "The quick, brown fox. 敏捷的狐狸，跳过。 x1 2\n\n  a" + "b" * 20
     assert cut_text(text) == [
         "The quick",
@@ -317,7 +317,7 @@ def test_text_is_cut_where_the_pattern_cuts(slow, monkeypatch):
         "，跳过。 x1",
         " 2\n\n  abbbbbbbbbbbbbbbbbbbb",
     ]
-    assert [slow.decode(ids) for ids in slow._encode_chunks(cut_text(text), frozenset())] == cut_text(text)
+    assert [slow.decode(ids) for ids in slow._tiktoken.encode_chunks(cut_text(text), frozenset())] == cut_text(text)
     assert not any(CUT.search(token + "<|endoftext|>") for token in SPECIAL_TOKENS)
 
 
@@ -368,8 +368,8 @@ def test_threads_are_used_for_long_text(slow, monkeypatch):
             used.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(tokenization_qwen, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(tokenization_qwen, "_cores", lambda: 3)
+    monkeypatch.setattr(backends_qwen, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(backends_qwen, "_cores", lambda: 3)
     text = "hello world " * (3 * CHUNK // 12)
     assert slow.encode(text) == slow._bpe.encode_ordinary(text)
     slow([text[:CHUNK], text[:CHUNK]])

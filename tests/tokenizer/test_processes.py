@@ -213,5 +213,5 @@ def test_settings_of_a_call_do_what_those_of_a_backend_do(small_vocabulary, monk
 
     found = [result(case) for case in cases]
     assert sum(isinstance(item, dict) for item in found) > 100
-    monkeypatch.setattr(tokenization_qwen, "_BackendOfCall", tokenization_qwen.copy_backend)
+    monkeypatch.setattr(tokenization_qwen, "BackendOfCall", tokenization_qwen.copy_backend)
     assert found == [result(case) for case in cases]

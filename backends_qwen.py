@@ -1,0 +1,290 @@
+"""What cuts text into tokens: the pattern of this model, `tiktoken` with threads, and the `tokenizers` backend.
+
+Both give the same ids. `tokenizers` knows tokens by byte-level names, "Ġhello" for b" hello".
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import tiktoken
+from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AddedToken
+
+from .pieces_qwen import NFC, cut_text, has_long_blank, is_long, jobs_of, normalise, split_long_blanks, split_pattern
+from .properties_qwen import kept
+from .vocabulary_qwen import VOCAB_FILES_NAMES, require_file
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+)
+_BLANKS = r"\s+(?!\S)|\s+"
+PAT_STR = f"{_WORDS}|{_BLANKS}"
+# The same for tiktoken, whose engine tries the alternatives of a pattern that looks ahead one after another, but gives
+# a group without look-ahead to an automaton as a whole.
+GROUPED_PAT_STR = f"(?:{_WORDS})|{_BLANKS}"
+
+
+# --- tiktoken ---
+
+
+class TiktokenBackend:
+    """Texts to ids by tiktoken, whatever their length, with as many threads as are of use.
+
+    Args:
+        bpe: made with `GROUPED_PAT_STR` and what follows.
+        ranks, special_tokens: as `load_vocabulary` gives them.
+    """
+
+    def __init__(self, bpe: tiktoken.Encoding, ranks: dict[bytes, int], special_tokens: dict[str, int]):
+        self._bpe = bpe
+        self.ranks = ranks
+        self.special_tokens = special_tokens
+
+    @kept
+    def _whole_piece_bpe(self) -> tiktoken.Encoding:
+        """Encodes any text as one piece. Needed for very long runs of white space only, so built when first used."""
+        return tiktoken.Encoding("qwen_piece", pat_str=r"[\s\S]+", mergeable_ranks=self.ranks, special_tokens={})
+
+    def encode(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Ids of each text, with the special tokens in `allowed` recognised."""
+        if any(map(is_long, texts)):
+            chunks = [cut_text(text) for text in texts]
+            encoded = iter(self.encode_chunks(list(itertools.chain.from_iterable(chunks)), allowed))
+            return [functools.reduce(operator.iadd, itertools.islice(encoded, len(line))) for line in chunks]
+        return self.encode_chunks(texts, allowed)
+
+    def encode_chunks(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode texts, long ones already cut, with as many threads as are of use."""
+        jobs = jobs_of(chunks)
+        encode = functools.partial(self._encode_job, allowed=allowed)
+        if len(jobs) < 2:
+            return [ids for job in jobs for ids in encode(job)]
+        with ThreadPoolExecutor(min(8, _cores(), len(jobs))) as pool:  # more would wait for the interpreter's lock
+            return list(itertools.chain.from_iterable(pool.map(encode, jobs)))
+
+    def _encode_job(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        """Encode chunks by one call of tiktoken, as every call makes its thread wait for the interpreter's lock.
+
+        For that they are joined by a special token that none of them holds.
+        """
+        mark, known = "", allowed
+        if len(chunks) > 1:
+            whole = "".join(chunks)
+            mark = next((token for token in reversed(self.special_tokens) if token not in whole), "")
+            if not mark:
+                return [self._encode_job([chunk], allowed)[0] for chunk in chunks]
+            known = allowed | {mark}
+        text = normalise(mark.join(chunks), split_pattern(known))
+        if has_long_blank(text):
+            chunks = text.split(mark) if mark else [text]
+            return [self._encode_with_long_blanks(chunk, allowed) for chunk in chunks]
+        if not known or "<|" not in text:
+            return [self._bpe.encode_ordinary(text)]
+        ids = self._bpe.encode(text, allowed_special=known, disallowed_special=())
+        return _split_list(ids, self.special_tokens[mark]) if mark else [ids]
+
+    def _encode_with_long_blanks(self, text: str, allowed: frozenset[str]) -> list[int]:
+        """Encode normalised text that may hold runs of white space which are too long for tiktoken's pattern."""
+        ids: list[int] = []
+        for n, part in enumerate(split_pattern(allowed).split(text)):
+            if n % 2:
+                ids.append(self.special_tokens[part])
+                continue
+            for stretch, is_run in split_long_blanks(part):
+                ids += (self._whole_piece_bpe if is_run else self._bpe).encode_ordinary(stretch)
+        return ids
+
+
+def _split_list(ids: list[int], separator: int) -> list[list[int]]:
+    """What `str.split` does, for a list."""
+    parts, start = [], 0
+    for _ in range(ids.count(separator)):
+        end = ids.index(separator, start)
+        parts.append(ids[start:end])
+        start = end + 1
+    return [*parts, ids[start:] if start else ids]
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- the `tokenizers` backend ---
+
+
+@functools.lru_cache(maxsize=1)
+def byte_alphabet() -> tuple[dict[int, int], dict[int, int]]:
+    """The byte-level alphabet of GPT-2 as tables for `str.translate`: byte -> code point, and back.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: byte for byte in printable} | {byte: 0x100 + i for i, byte in enumerate(others)}
+    return table, {code: byte for byte, code in table.items()}
+
+
+def byte_level_name(token: bytes) -> str:
+    """The name of a token in the fast class's vocabulary, "Ġhello" for b" hello"."""
+    return token.decode("latin-1").translate(byte_alphabet()[0])
+
+
+def bytes_of_name(name: str) -> bytes | None:
+    """The bytes of which `byte_level_name` makes this name; None if there are none."""
+    codes = [byte_alphabet()[1].get(ord(character)) for character in name]
+    return None if None in codes else bytes(code for code in codes if code is not None)
+
+
+def build_backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Tokenizer:
+    """Build the `tokenizers.Tokenizer` that gives the ids of tiktoken with these tokens.
+
+    The special tokens are part of the BPE vocabulary as well, otherwise `tokenizers` would number them from the size of
+    that vocabulary and collide with extra tokens. No piece of text is ever one of them: `PAT_STR` cuts them in three.
+    """
+    names = {token: byte_level_name(token) for token in ranks}
+    vocab = {name: ranks[token] for token, name in names.items()} | dict(special_tokens)
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        # tiktoken joins any two neighbours that make a token, so every way to cut the token is a merge.
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        known = sorted(
+            (ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks
+        )
+        merges.extend((names[left], names[right]) for _, _, left, right in known)
+    backend = Tokenizer(BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
+    backend.normalizer = NFC
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PAT_STR), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([special_added_token(token) for token in special_tokens])
+    return backend
+
+
+def copy_backend(backend: Tokenizer) -> Tokenizer:
+    """A backend with settings of its own and the same model, which isn't copied."""
+    copy = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(copy, part, getattr(backend, part))
+    tokens = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for special, group in itertools.groupby(tokens, lambda token: token.special):
+        (copy.add_special_tokens if special else copy.add_tokens)(list(group))
+    return copy
+
+
+def read_backend(path: str | os.PathLike) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        OSError, ValueError: it can't be read, or is damaged.
+    """
+    require_file(path, "tokenizer.json")
+    try:
+        return Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # the library has no kind of its own
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, no tokenizer that can be read ({error}): download it again, or remove "
+            f"it, and {VOCAB_FILES_NAMES['vocab_file']} is read in its place."
+        ) from error
+
+
+def special_added_token(token: str) -> AddedToken:
+    return AddedToken(token, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def ranks_of_backend(backend: Tokenizer, special_tokens: Iterable[str]) -> dict[bytes, int]:
+    """Token bytes -> id, in the order of ids, read back from a backend; without the special tokens."""
+    _, table = byte_alphabet()
+    vocab = backend.get_vocab(with_added_tokens=False)
+    ranks = {token.translate(table).encode("latin-1"): i for token, i in vocab.items() if token not in special_tokens}
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+_FIXED = (
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "initial_alphabet",
+    "limit_alphabet",
+    "special_tokens",
+)
+"""Settings of a trainer that would leave texts without tokens."""
+
+
+def learn_ranks(
+    texts: Iterable[str] | Iterable[list[str]], size: int, like: Tokenizer, length: int | None, **settings: Any
+) -> dict[bytes, int]:
+    """Learn a vocabulary from texts that are cut as `like` cuts them.
+
+    Args:
+        texts: texts, or batches of texts.
+        size: how many tokens there are to be, of which the 256 bytes are the first.
+        like: a backend.
+        length: how many items `texts` has, for a progress bar.
+        **settings: other arguments of `tokenizers.trainers.BpeTrainer`.
+
+    Raises:
+        ValueError: an alphabet, or other settings that would leave texts without tokens.
+    """
+    if given := [name for name in _FIXED if settings.get(name) is not None]:
+        raise ValueError(f"`{given[0]}` can't be chosen, as every text must have tokens, made of bytes; leave it out")
+    learner = Tokenizer(BPE())
+    learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(texts, trainer=BpeTrainer(vocab_size=max(size, 256), **settings), length=length)
+    learnt = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    return {name.translate(byte_alphabet()[1]).encode("latin-1"): i for name, i in learnt}
+
+
+class BackendOfCall:
+    """The truncation and padding of one call, around a backend that has neither and adds no tokens.
+
+    It does for texts without pairs what `copy_backend` with these settings would do, without the time of the copy.
+    """
+
+    encode_special_tokens = False
+    truncation: dict[str, Any] | None = None
+    padding: dict[str, Any] | None = None
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def enable_truncation(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.truncation = settings
+
+    def enable_padding(self, **settings: Any) -> None:
+        """What transformers calls with its settings."""
+        self.padding = settings
+
+    def encode_batch(self, texts: list[str], **options: Any) -> list[Encoding]:
+        """The encodings of texts, cut and padded."""
+        encodings = self._backend.encode_batch(texts, **options)
+        if self.truncation:
+            limit, side = self.truncation["max_length"], self.truncation["direction"]
+            for encoding in encodings:
+                encoding.truncate(limit, direction=side)
+        if self.padding and encodings:
+            settings = dict(self.padding)
+            length, multiple = settings.pop("length"), settings.pop("pad_to_multiple_of") or 1
+            longest = max(map(len, encodings)) if length is None else length
+            for encoding in encodings:
+                encoding.pad(-(-longest // multiple) * multiple, **settings)
+        return encodings

@@ -1,0 +1,1 @@
+../pieces_qwen.py

@@ -1,0 +1,1 @@
+../properties_qwen.py
