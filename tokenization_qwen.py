@@ -2,7 +2,7 @@
 
 Both are built from one file, `qwen.tiktoken`, whose lines are `base64(token bytes) rank`. The special tokens follow the
 last rank: `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, `<|extra_0|>` ... `<|extra_204|>`. An optional second file,
-`qwen_extra.tiktoken` (see `qwen1-extend-vocabulary`), adds tokens after the special ones.
+`qwen_extra.tiktoken` (see `extend_vocabulary.py`), adds tokens after the special ones.
 
 How text becomes ids, in both classes:
 1. lone surrogates become U+FFFD and surrogate pairs one character (as tiktoken does);
@@ -25,10 +25,8 @@ from .versions_qwen import check_versions as check_versions  # before the others
 
 # isort: split
 
-import functools
 import itertools
 import json
-import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -41,7 +39,7 @@ from tokenizers import (
     Token,
     Tokenizer,
 )
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -62,6 +60,7 @@ from .backends_qwen import (
 
 # Published here too.
 from .backends_qwen import PAT_STR as PAT_STR
+from .encoding_qwen import EncodingMixin, is_plain_batch, map_texts
 from .pieces_qwen import CHUNK as CHUNK
 from .pieces_qwen import CUT as CUT
 from .pieces_qwen import LONG_BLANK as LONG_BLANK
@@ -72,6 +71,7 @@ from .pieces_qwen import has_long_blank as has_long_blank
 from .pieces_qwen import normalise as normalise
 from .pieces_qwen import split_long_blanks as split_long_blanks
 from .properties_qwen import kept
+from .tokens_qwen import ID_SUFFIX, SortedBytes
 from .vocabulary_qwen import (
     ENDOFTEXT,
     EXTRA_VOCAB_FILES_NAMES,
@@ -247,7 +247,6 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 # or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
 UNSAFE_TEXT = re.compile(r"\||<(?=\s*\Z)|\A\s*(?=>)|im_start|im_end|endoftext|extra_(?=[0-9])")
 
-ID_SUFFIX = re.compile(r"_ids?\Z")  # `pad_token_id` is the id of `pad_token`
 
 # --- text for chat templates ---
 
@@ -321,7 +320,7 @@ def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
 # --- the tokenizers ---
 
 
-class QWenTokenizerMixin(PreTrainedTokenizerBase):
+class QWenTokenizerMixin(EncodingMixin):
     """What the two tokenizers share: special tokens, the `allowed_special` interface, decoding, saving, chat.
 
     Subclasses set `special_tokens` before they call `PreTrainedTokenizerBase.__init__`, and implement `_encode_texts`.
@@ -330,23 +329,7 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
     # `tokenizer_file` is for the fast class; that it is named lets both load from the path of a single vocabulary file.
     vocab_files_names = {**VOCAB_FILES_NAMES, **EXTRA_VOCAB_FILES_NAMES, "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
-
-    mergeable_ranks: Any  # dict[bytes, int]: token bytes -> id, extra vocabulary included
-    special_tokens: dict[str, int]
-    errors: str
     add_prefix_space = False
-
-    def _id_of(self, name: str) -> int | None:
-        """Id of a special token, or of the token with this `byte_level_name`; None if there is none."""
-        raise NotImplementedError
-
-    def _token_of(self, index: int) -> str | bytes | None:
-        """The token with this id, as this class has it; None if there is none."""
-        raise NotImplementedError
-
-    def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        """Encode texts straight to ids, with the special tokens in `allowed` recognised."""
-        raise NotImplementedError
 
     def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments for transformers' constructor: the defaults of this model where nothing is given.
@@ -404,111 +387,6 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             name_damaged_json(folder, names)
             raise
 
-    # Vocabulary
-
-    @property
-    def eod_id(self) -> int:
-        """Id of `<|endoftext|>`."""
-        return self.special_tokens[ENDOFTEXT]
-
-    @property
-    def im_start_id(self) -> int:
-        """Id of `<|im_start|>`."""
-        return self.special_tokens[IMSTART]
-
-    @property
-    def im_end_id(self) -> int:
-        """Id of `<|im_end|>`."""
-        return self.special_tokens[IMEND]
-
-    @kept
-    def _n_vocab(self) -> int:
-        return max(*self.mergeable_ranks.values(), *self.special_tokens.values()) + 1
-
-    @property
-    def vocab_size(self) -> int:
-        """Largest id plus one: special tokens and extra vocabulary included."""
-        return self._n_vocab
-
-    def __len__(self) -> int:
-        return self._n_vocab
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        """`eos_token` and the like, then all special tokens of this model by id."""
-        return list(dict.fromkeys([*super().all_special_tokens, *self.special_tokens]))
-
-    @kept
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.special_tokens.values())
-
-    @kept
-    def _token_bytes(self) -> dict[int, bytes]:
-        """Id -> bytes that the token stands for; special tokens stand for their text."""
-        ordinary = {i: token for token, i in self.mergeable_ranks.items()}
-        return ordinary | {i: token.encode() for token, i in self.special_tokens.items()}
-
-    def _named(self, token: Any) -> str | AddedToken:
-        """A token as a value of `pad_token` and the like: a special token as it is, else its `byte_level_name`.
-
-        That is what both classes save and read. A token of the vocabulary stays ordinary: no text is cut at it, and
-        decoding leaves none out.
-
-        Args:
-            token: a special token, or a token of the vocabulary by its `byte_level_name`, text or bytes.
-
-        Raises:
-            ValueError: the vocabulary has no such token, or it is of another type.
-        """
-        if not isinstance(token, (str, bytes, AddedToken)):
-            raise ValueError(f"A token is a str, bytes or AddedToken, got {token!r}; assign an id to `..._token_id`")
-        if isinstance(token, bytes):
-            names = [byte_level_name(token)]
-        else:
-            text = repair_surrogates(str(token))
-            names = [text, byte_level_name(text.encode())]
-        name = next((name for name in names if self._id_of(name) is not None), None)
-        if name is None:
-            raise ValueError(
-                f"Token {token if isinstance(token, bytes) else str(token)!r} cannot be added: it is not in the "
-                f"vocabulary. Use a token that is, or one of the {len(EXTRAS)} spare control tokens ({EXTRAS[0]} ... "
-                f"{EXTRAS[-1]}), or learn new words with qwen1-extend-vocabulary and load the result with "
-                "`extra_vocab_file`."
-            )
-        return token if isinstance(token, AddedToken) and name in self.special_tokens else name
-
-    def _name_of_id(self, index: Any) -> str | AddedToken:
-        """`_named` of the token with this id.
-
-        Raises:
-            ValueError: no token has this id.
-        """
-        token = self._token_of(operator.index(index))
-        if token is None:
-            raise ValueError(f"No token has the id {index}; ids go from 0 to {len(self) - 1}")
-        return self._named(token)
-
-    def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
-        """Accept tokens of the vocabulary (so 0 are added) and refuse all others.
-
-        Raises:
-            ValueError: a token is not in the vocabulary.
-        """
-        for token in new_tokens:
-            if str(token):
-                self._named(token)
-        return 0
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        # Checked before anything changes: a name without an id would be saved, and pad with None.
-        attribute = ID_SUFFIX.sub("", key)
-        to_name = self._named if key == attribute else self._name_of_id
-        if attribute in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
-            key, value = attribute, to_name(value)
-        elif attribute == "extra_special_tokens" and isinstance(value, (list, tuple)):
-            key, value = attribute, [to_name(item) for item in value]
-        super().__setattr__(key, value)
-
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
 
@@ -532,188 +410,6 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
             return super().save_pretrained(*args, **kwargs)
         finally:
             object.__setattr__(self, "__class__", own)
-
-    # Text to ids
-
-    def _resolve_allowed(
-        self, allowed_special: str | Collection[str], split_special_tokens: bool | None
-    ) -> frozenset[str]:
-        """The special tokens to recognise. transformers' `split_special_tokens=True` means none."""
-        if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
-            return frozenset()
-        if isinstance(allowed_special, str):
-            if allowed_special != "all":
-                raise ValueError(f'`allowed_special` must be "all" or a set of special tokens, got {allowed_special!r}')
-            return frozenset(self.special_tokens)
-        return frozenset(self.special_tokens).intersection(allowed_special)
-
-    def _check_disallowed(
-        self, texts: Iterable[str], allowed: frozenset[str], disallowed_special: str | Collection[str]
-    ) -> None:
-        """Raise ValueError if a text holds a disallowed special token ("all": all that are not allowed)."""
-        if isinstance(disallowed_special, str):
-            if disallowed_special != "all":
-                raise ValueError(
-                    f'`disallowed_special` must be "all" or a collection of special tokens, got {disallowed_special!r}'
-                )
-            disallowed_special = frozenset(self.special_tokens) - allowed
-        if not disallowed_special:
-            return
-        pattern = split_pattern(frozenset(disallowed_special))
-        for text in texts:
-            if match := pattern.search(text):
-                raise ValueError(
-                    f"The text holds the disallowed special token {match.group()!r}. To encode it as a special token, "
-                    f"pass allowed_special={{{match.group()!r}, ...}}; to encode it as ordinary text, pass "
-                    "disallowed_special=()."
-                )
-
-    def tokenize(  # type: ignore[override]
-        self,
-        text: str,
-        allowed_special: str | Collection[str] = "all",
-        disallowed_special: str | Collection[str] = (),
-        *,
-        pair: str | None = None,
-        split_special_tokens: bool | None = None,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Split text into tokens: bytes (slow) or byte-level strings (fast), and str for special tokens.
-
-        Args:
-            allowed_special: "all", or the special tokens to recognise; the others are ordinary text.
-            disallowed_special: (), "all", or special tokens whose presence raises ValueError.
-            pair: a second text, whose tokens follow.
-        """
-        allowed = self._resolve_allowed(allowed_special, split_special_tokens)
-        texts = [text] if pair is None else [text, pair]
-        self._check_disallowed(texts, allowed, disallowed_special)
-        ids = list(itertools.chain.from_iterable(self._encode_texts(texts, allowed)))
-        return list(self.convert_ids_to_tokens(ids))
-
-    def _encode_to_ids(
-        self,
-        text: Any,
-        text_pair: Any = None,
-        is_split_into_words: bool = False,
-        allowed_special: str | Collection[str] = "all",
-        disallowed_special: str | Collection[str] = (),
-        split_special_tokens: bool | None = None,
-        **options: Any,
-    ) -> BatchEncoding:
-        """`__call__` by way of id lists; all texts of a batch are encoded in parallel. Options: `_from_ids`."""
-        batched = isinstance(text, (list, tuple)) and (
-            bool(text) and isinstance(text[0], (list, tuple)) if is_split_into_words else not _is_ids(text)
-        )
-        examples = _pair_examples(text, text_pair, is_split_into_words) if batched else [(text, text_pair)]
-        allowed = self._resolve_allowed(allowed_special, split_special_tokens)
-        # Each sequence is a list of ids, one text, or the words of a text, which are encoded one by one.
-        texts = [word for example in examples for sequence in example for word in _texts_of(sequence)]
-        self._check_disallowed(texts, allowed, disallowed_special)
-        encoded = iter(self._encode_texts(texts, allowed))
-
-        def ids_of(sequence: Any) -> list[int] | None:
-            if isinstance(sequence, str):
-                return next(encoded)
-            if sequence is None or _is_ids(sequence):
-                return None if sequence is None else list(sequence)
-            return list(itertools.chain.from_iterable(next(encoded) for _ in _texts_of(sequence)))
-
-        return self._from_ids([(ids_of(first) or [], ids_of(second)) for first, second in examples], batched, **options)
-
-    def _from_ids(
-        self,
-        sequences: list[tuple[list[int], list[int] | None]],
-        batched: bool,
-        return_tensors: Any = None,
-        return_offsets_mapping: bool = False,
-        **options: Any,
-    ) -> BatchEncoding:
-        """Truncate, pad and pack id lists (each with an optional second one) as transformers' slow tokenizers do.
-
-        Raises:
-            ValueError: offsets are asked for.
-        """
-        if return_offsets_mapping:
-            raise ValueError(
-                "`return_offsets_mapping` needs QWenTokenizerFast, called on text with the default `allowed_special`"
-            )
-        options["truncation"] = options.pop("truncation_strategy", False)
-        padding = options.pop("padding_strategy", False)
-        options["add_special_tokens"] = False  # this model adds none
-        joined = self._joined(sequences, options) if self._only_joins(options) else None
-        if joined and padding in (False, "do_not_pad"):
-            columns = joined if batched else {key: rows[0] for key, rows in joined.items()}
-            return BatchEncoding(columns, tensor_type=return_tensors, prepend_batch_axis=not batched)
-        # transformers' slow and fast classes share these steps, but keep them in the slow class.
-        tokenizer: Any = self
-        prepare = functools.partial(PreTrainedTokenizer.prepare_for_model, tokenizer)
-        if not batched:
-            return prepare(
-                *sequences[0], padding=padding, return_tensors=return_tensors, prepend_batch_axis=True, **options
-            )
-        pad_options = {
-            key: options.pop(key, None) for key in ("pad_to_multiple_of", "padding_side", "return_attention_mask")
-        }
-        columns = joined or {"input_ids": []}
-        for first, second in [] if joined else sequences:
-            for key, value in prepare(first, second, return_attention_mask=False, **options).items():
-                columns.setdefault(key, []).append(value)
-        if return_tensors:  # ragged, so these cannot become tensors
-            columns.pop("overflowing_tokens", None)
-            columns.pop("num_truncated_tokens", None)
-        padded = self.pad(columns, padding=padding, max_length=options.get("max_length"), **pad_options)
-        return BatchEncoding(dict(padded), tensor_type=return_tensors)
-
-    def _joined(
-        self, sequences: list[tuple[list[int], list[int] | None]], options: Mapping[str, Any]
-    ) -> dict[str, list[Any]]:
-        """The columns of a batch of which nothing is to be cut off, padded or added; warns of ids that are too many."""
-        rows = [first + second if second else first for first, second in sequences]
-        too_long = next((ids for ids in rows if len(ids) > self.model_max_length), [])
-        self._eventual_warn_about_too_long_sequence(too_long, None, options.get("verbose", True))
-        masks = options.get("return_attention_mask")
-        if masks or masks is None and rows and "attention_mask" in self.model_input_names:
-            return {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
-        return {"input_ids": rows}
-
-    def _only_joins(self, options: Mapping[str, Any]) -> bool:
-        """Whether `prepare_for_model` would do no more than join two sequences, for which it takes long."""
-        wanted = ("max_length", "return_overflowing_tokens", "return_special_tokens_mask", "return_length")
-        token_types = options.get("return_token_type_ids")
-        return (
-            options["truncation"] in (False, "do_not_truncate")
-            and not any(options.get(name) for name in wanted)
-            and not ("token_type_ids" in self.model_input_names if token_types is None else token_types)
-        )
-
-    # Ids to text
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        errors: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Join the bytes of the tokens and decode them as UTF-8.
-
-        Args:
-            clean_up_tokenization_spaces: ignored, as it would damage the text of a byte-level vocabulary.
-            errors: "replace", "ignore" or "strict": what to do with bytes that are not UTF-8; `self.errors` by default.
-                An id that no token has counts as such a byte (the model has more rows than there are tokens).
-
-        Raises:
-            ValueError: with "strict", for invalid bytes or an id that no token has.
-        """
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        errors = errors or self.errors
-        skipped = self._special_ids if skip_special_tokens else frozenset()
-        known = self._token_bytes
-        if errors == "strict" and (unknown := [i for i in ids if i not in known]):
-            raise ValueError(f"No token has the id {unknown[0]}; ids go from 0 to {len(self) - 1}")
-        return b"".join([known.get(i, b"\xff") for i in ids if i not in skipped]).decode("utf-8", errors)
 
     # Chat
 
@@ -909,53 +605,6 @@ class QWenTokenizerMixin(PreTrainedTokenizerBase):
         out["assistant_masks"] = masks if batched else masks[0]
 
 
-def _is_ids(sequence: Any) -> bool:
-    """Whether this is a list of ids rather than text."""
-    return isinstance(sequence, (list, tuple)) and bool(sequence) and isinstance(sequence[0], int)
-
-
-def _texts_of(sequence: Any) -> list[str]:
-    """The texts to encode for a sequence: none for None or ids, itself for text, the words for a list of words.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if sequence is None or _is_ids(sequence):
-        return []
-    if isinstance(sequence, str):
-        return [sequence]
-    if isinstance(sequence, (list, tuple)) and all(isinstance(word, str) for word in sequence):
-        return list(sequence)
-    raise ValueError(f"Text input must be a str, a list of words or a list of ids, got {type(sequence).__name__}")
-
-
-def _pair_examples(text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple[Any, Any]]:
-    """The (first, second) sequences of a batch.
-
-    Raises:
-        ValueError: `text_pair` has another length than `text`.
-    """
-    if text_pair is not None:
-        if isinstance(text_pair, str) or len(text_pair) != len(text):
-            raise ValueError(f"`text_pair` must be a batch of {len(text)} texts, like `text`")
-        return list(zip(text, text_pair, strict=True))
-    kinds = tuple if is_split_into_words else (list, tuple)
-    is_pair = [isinstance(item, kinds) and len(item) == 2 and not _is_ids(item) for item in text]
-    return [tuple(item) if pair else (item, None) for item, pair in zip(text, is_pair, strict=True)]
-
-
-class _SortedBytes(bytes):
-    """Bytes that come before any str: transformers sorts the vocabulary for its stop strings (5.24)."""
-
-    __slots__ = ()
-
-    def __lt__(self, other: Any) -> bool:
-        return True if isinstance(other, str) else super().__lt__(other)
-
-    def __gt__(self, other: Any) -> bool:
-        return False if isinstance(other, str) else super().__gt__(other)
-
-
 def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
     """(whether it is a batch, list of conversations), without the keys whose value is None.
 
@@ -982,7 +631,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     Args:
         vocab_file: path of `qwen.tiktoken`.
         errors: what `decode` does with bytes that are not UTF-8: "replace", "ignore" or "strict".
-        extra_vocab_file: path of a file of additional tokens, made by `qwen1-extend-vocabulary`.
+        extra_vocab_file: path of a file of additional tokens, made by `extend_vocabulary.py`.
         **kwargs: as for transformers' tokenizers.
 
     Raises:
@@ -1052,7 +701,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[Any, int]:
         """Token -> id: bytes for ordinary tokens, str for special ones; sorted, these come last."""
-        return {_SortedBytes(token): i for token, i in self.mergeable_ranks.items()} | self.special_tokens
+        return {SortedBytes(token): i for token, i in self.mergeable_ranks.items()} | self.special_tokens
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Id of a token (bytes, or str), or the ids of a list of tokens; None for what is no token.
@@ -1082,11 +731,6 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
 
 
 _CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
-
-
-def _is_plain_batch(text: Any) -> bool:
-    """Whether this is a text, or texts without pairs."""
-    return isinstance(text, str) or isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)
 
 
 class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
@@ -1188,8 +832,8 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             return self._encode_to_ids(
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
-        text, text_pair = (_map_texts(item, repair_surrogates) for item in (text, text_pair))
-        is_plain = text_pair is None and not kwargs.get("is_split_into_words") and _is_plain_batch(text)
+        text, text_pair = (map_texts(item, repair_surrogates) for item in (text, text_pair))
+        is_plain = text_pair is None and not kwargs.get("is_split_into_words") and is_plain_batch(text)
         own = self._for_one_call(kwargs, is_plain)
         return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
 
@@ -1352,10 +996,3 @@ class _LazyEncodings(Sequence[Encoding]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._made,)  # copies and pickles need no tokenizer
-
-
-def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
-    """Apply `function` to each string of nested lists and tuples, which are kept as they are."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_texts(item, function) for item in value)
-    return function(value) if isinstance(value, str) else value
