@@ -1,0 +1,75 @@
+"""Where the tokens of a chat are in its text: found out by the `tokenizers` library, when somebody asks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Encoding, PreTokenizedString, Token, Tokenizer
+
+from .backends_qwen import byte_level_name
+from .pieces_qwen import NFC, repair_surrogates
+from .properties_qwen import kept
+from .templates_qwen import unused_characters
+
+
+def locate(pieces: list[tuple[str, bool]], backend: Tokenizer, special_tokens: Mapping[str, int]) -> Encoding:
+    """The `tokenizers.Encoding` of pieces (text, whether it is a control token), with their places in the whole."""
+    pieces = [(repair_surrogates(text), is_control) for text, is_control in pieces if text]
+    whole = "".join(text for text, _ in pieces)
+    ends = itertools.accumulate((len(text) for text, _ in pieces), initial=0)
+    # Control tokens go through the pre-tokenizer as runs of a letter that the text lacks, in NFC too.
+    stand_in = unused_characters([whole, NFC.normalize_str(whole)], 1)[0]
+    disguised = byte_level_name(stand_in.encode())
+    controls = iter([special_tokens[text] for text, is_control in pieces if is_control])
+
+    def cut(_: int, text: Any) -> list[Any]:
+        parts = [text[start:end] for start, end in itertools.pairwise(ends)]
+        for part, piece in zip(parts, pieces, strict=True):
+            if piece[1]:
+                part.map(lambda character: stand_in)
+        return parts
+
+    def tokens_of(word: str) -> list[Token]:
+        if not word.startswith(disguised):
+            return backend.model.tokenize(word)
+        control = next(controls)
+        return [Token(control, backend.id_to_token(control), (0, len(word.encode())))]
+
+    prepared = PreTokenizedString(whole)
+    prepared.split(cut)
+    prepared.normalize(backend.normalizer.normalize)
+    backend.pre_tokenizer.pre_tokenize(prepared)
+    prepared.tokenize(tokens_of)
+    return prepared.to_encoding()
+
+
+class LazyEncodings(Sequence[Encoding]):
+    """The encodings of a batch of chats, which are made when they are first looked at, as few callers do.
+
+    Args:
+        make: (pieces of a chat, length of its row) -> encoding.
+        chats: those arguments.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[tuple[str, bool]], int], Encoding],
+        chats: list[tuple[list[tuple[str, bool]], int]],
+    ):
+        self._make = make
+        self._chats = chats
+
+    @kept
+    def _made(self) -> list[Encoding]:
+        return [self._make(pieces, length) for pieces, length in self._chats]
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (self._made,)  # copies and pickles need no tokenizer

@@ -1,0 +1,1 @@
+../offsets_qwen.py
