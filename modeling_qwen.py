@@ -60,6 +60,7 @@ from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
 from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
+from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
 from .tools_qwen import ToolResult as ToolResult
 

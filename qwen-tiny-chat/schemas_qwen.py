@@ -1,0 +1,1 @@
+../schemas_qwen.py
