@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import Encoding, PreTokenizedString, Token, Tokenizer
+from tokenizers import Encoding, PreTokenizedString, Token
 
 from .backends_qwen import byte_level_name
 from .pieces_qwen import NFC, repair_surrogates
@@ -14,8 +14,14 @@ from .properties_qwen import kept
 from .templates_qwen import unused_characters
 
 
-def locate(pieces: list[tuple[str, bool]], backend: Tokenizer, special_tokens: Mapping[str, int]) -> Encoding:
-    """The `tokenizers.Encoding` of pieces (text, whether it is a control token), with their places in the whole."""
+def locate(pieces: list[tuple[str, bool]], backend: Any, special_tokens: Mapping[str, int]) -> Encoding:
+    """The `tokenizers.Encoding` of pieces (text, whether it is a control token), with their places in the whole.
+
+    Args:
+        pieces: of one chat, in order.
+        backend: a `tokenizers.Tokenizer`.
+        special_tokens: their ids.
+    """
     pieces = [(repair_surrogates(text), is_control) for text, is_control in pieces if text]
     whole = "".join(text for text, _ in pieces)
     ends = itertools.accumulate((len(text) for text, _ in pieces), initial=0)

@@ -204,7 +204,7 @@ class TemplatesMixin(EncodingMixin):
             ValueError: for combinations of arguments that transformers refuses too.
         """
         kwargs.pop("sanitize_control_tokens", None)  # an option of newer transformers; here it is always on
-        wanted = {
+        wanted: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "return_assistant_tokens_mask": return_assistant_tokens_mask,
