@@ -13,6 +13,10 @@ How text becomes ids, in both classes:
 
 Text encoded with `allowed_special=set()` never gives a control token; `apply_chat_template` treats every string that
 the caller passes in that way.
+
+Here are the two classes, how they are loaded and saved. The rest is in three rooms: vocabulary files and what makes ids
+with them (`vocabulary_qwen.py`, `backends_qwen.py`), text to ids and back (`pieces_qwen.py`, `tokens_qwen.py`,
+`encoding_qwen.py`), chat templates and their safety (`templates_qwen.py`).
 """
 
 import os
@@ -95,7 +99,7 @@ logger = logging.get_logger(__name__)
 
 
 class QWenTokenizerMixin(TemplatesMixin):
-    """What the two tokenizers share: special tokens, the `allowed_special` interface, decoding, saving, chat.
+    """How both tokenizers are made, loaded and saved. What they do is in the classes below: chats, encoding, tokens.
 
     Subclasses set `special_tokens` before they call `PreTrainedTokenizerBase.__init__`, and implement `_encode_texts`.
     """
