@@ -36,10 +36,8 @@ from .qwen_generation_utils import (
     find_end,
     fitting_context,
     plain_text,
-    stream_text,
-    stream_tokens,
-    stream_until,
 )
+from .streaming_qwen import stream_text, stream_tokens, stream_until
 from .tools_qwen import OBSERVATION, Exchange, ToolResult, run_tools
 
 _MADE_HERE = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "ntk_alpha")

@@ -62,6 +62,7 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
+from .streaming_qwen import stream_tokens as stream_tokens
 from .tools_qwen import ToolResult as ToolResult
 
 

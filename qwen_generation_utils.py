@@ -1,4 +1,4 @@
-"""Chat helpers: the prompt of a conversation, the end of a reply, and streaming it while it is written.
+"""Chat helpers: the prompt of a conversation, its history, the end of a reply, sampling from a seed.
 
 `make_context`, `decode_tokens` and `get_stop_words_ids` carry their published names and arguments, because users import
 them, also from this file alone: it needs none of the others.
@@ -6,14 +6,10 @@ them, also from this file alone: it needs none of the others.
 
 from __future__ import annotations
 
-import atexit
 import copy
-import queue
 import random
-import threading
 import unicodedata
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
 )
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -37,7 +32,6 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_WINDOW = 6144
 """Tokens of context that the published code allows where the generation configuration names no number."""
 
-_INCOMPLETE = "\ufffd"
 _EOD = "<|endoftext|>"
 
 
@@ -76,30 +70,28 @@ def make_context(
     if chat_format != "chatml":
         raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")
     newline = tokenizer.encode("\n")
-
-    def turn(role: str, content: str) -> tuple[str, TokensType]:
-        if not isinstance(content, str):
-            raise ValueError(f"The text of the {role} must be a str, got {type(content).__name__}: {content!r:.80}.")
-        ids = tokenizer.encode(role) + newline + tokenizer.encode(content, allowed_special=set())
-        return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
-
     text = ""
     ids: TokensType = []
-    system_text, system_ids = turn("system", system)
+    system_text, system_ids = _turn(tokenizer, newline, "system", system)
     for earlier_query, earlier_response in reversed(checked_history(history)):
-        asked, asked_ids = turn("user", earlier_query)
-        answered, answered_ids = turn("assistant", earlier_response)
+        asked, asked_ids = _turn(tokenizer, newline, "user", earlier_query)
+        answered, answered_ids = _turn(tokenizer, newline, "assistant", earlier_response)
         added = newline + asked_ids + newline + answered_ids
         if len(system_ids) + len(added) + len(ids) >= max_window_size:
             break
         text, ids = f"\n{asked}\n{answered}{text}", added + ids
-
-    query_text, query_ids = turn("user", query)
+    query_text, query_ids = _turn(tokenizer, newline, "user", query)
     opening = newline + [tokenizer.im_start_id] + tokenizer.encode("assistant") + newline
-    return (
-        f"{system_text}{text}\n{query_text}\n<|im_start|>assistant\n",
-        system_ids + ids + newline + query_ids + opening,
-    )
+    text = f"{system_text}{text}\n{query_text}\n<|im_start|>assistant\n"
+    return text, system_ids + ids + newline + query_ids + opening
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, newline: TokensType, role: str, content: str) -> tuple[str, TokensType]:
+    """What one side says, as text and as token ids, with the control tokens around it."""
+    if not isinstance(content, str):
+        raise ValueError(f"The text of the {role} must be a str, got {type(content).__name__}: {content!r:.80}.")
+    ids = tokenizer.encode(role) + newline + tokenizer.encode(content, allowed_special=set())
+    return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
 
 
 class ChatHistory(HistoryType):
@@ -322,16 +314,6 @@ def _ends_with(reply: Sequence[int], end: int, stop: Sequence[int]) -> bool:
     return list(reply[max(end - len(stop), 0) : end]) == list(stop)
 
 
-def _held_back(reply: Sequence[int], stops: Iterable[Sequence[int]]) -> int:
-    """Tokens at the end of `reply` that may turn out to be the beginning of a stop sequence."""
-    longest = 0
-    for stop in stops:
-        for length in range(1, min(len(stop), len(reply) + 1)):
-            if list(reply[-length:]) == list(stop[:length]):
-                longest = max(longest, length)
-    return longest
-
-
 def check_stop_words(stop_words_ids: Any) -> list[TokensType]:
     """A copy of the stop words as lists of token ids, an empty one for None.
 
@@ -448,159 +430,3 @@ class SeededSampling(LogitsProcessor):
         draws = draws.clamp(min=torch.finfo(torch.float32).tiny)
         chosen = (scores.float().softmax(-1) / draws).argmax(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
-
-
-class _Stopped(StoppingCriteria):
-    def __init__(self, flag: threading.Event):
-        self.flag = flag
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.flag.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class _TokenQueue(BaseStreamer):
-    """Hands new tokens from the thread that generates to the one that reads; the prompt is left out."""
-
-    def __init__(self) -> None:
-        self.items: queue.SimpleQueue[TokensType | BaseException | None] = queue.SimpleQueue()
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.items.put(value.flatten().tolist())
-        elif len(value) > 1:
-            raise ValueError(f"A stream carries one reply, not {len(value)}: leave num_return_sequences at 1.")
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        """Nothing to do: the reader waits for the thread."""
-
-
-class _Interpreter:
-    """Whether it is about to end: a plain switch, for an event has a lock, which pickling by value would copy."""
-
-    ends = False
-
-
-class _StreamThread(threading.Thread):
-    """Runs `generate` for a reader in another thread.
-
-    A daemon, since the interpreter waits for all others before it tells anybody that it ends. But it can't stop one
-    that is in the middle of torch, and would abort, so each is stopped and waited for at the exit.
-
-    Attributes:
-        tokens: what was generated, an error, and None behind the last. The error of a stream that was stopped at the
-            exit ends the thread that reads it, without a message.
-        stop: ends the generation after the step under way.
-        finished: nothing more is generated.
-    """
-
-    def __init__(self, generate: Callable[..., Any]):
-        super().__init__(name="qwen-chat-stream", daemon=True)
-        self.tokens, self.stop, self.finished = _TokenQueue(), threading.Event(), threading.Event()
-        self._generate = generate
-
-    def run(self) -> None:
-        try:
-            if not _Interpreter.ends:
-                self._generate(streamer=self.tokens, stopping_criteria=[_Stopped(self.stop)])
-            if _Interpreter.ends:
-                raise SystemExit("The interpreter ends, and this stream with it: read or close it before.")
-        except BaseException as error:  # handed to the reader, who raises it
-            self.tokens.items.put(error)
-        finally:
-            del self._generate  # and with it the model
-            self.tokens.items.put(None)
-            self.finished.set()
-
-
-@atexit.register
-def _end_streams() -> None:
-    """Stop every stream that is open, and wait for the steps under way."""
-    _Interpreter.ends = True
-    threads = [thread for thread in threading.enumerate() if isinstance(thread, _StreamThread)]
-    for thread in threads:
-        thread.stop.set()
-    for thread in threads:
-        thread.finished.wait()
-
-
-def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, None]:
-    """Run `generate` in a thread of its own and yield the tokens of one conversation as they come.
-
-    The thread ends with the generator: closing it stops the generation after the step under way and waits for that. One
-    that is open when the interpreter ends is closed then.
-
-    Args:
-        generate: called once with the keyword arguments `streamer` and `stopping_criteria`.
-
-    Raises:
-        Exception: whatever `generate` raised.
-    """
-    thread = _StreamThread(generate)
-    thread.start()
-    try:
-        while (item := thread.tokens.items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        thread.stop.set()
-        if thread is not threading.current_thread():  # where the garbage collector happened to run
-            thread.join()
-
-
-def stream_text(
-    chunks: Generator[TokensType, None, None],
-    tokenizer: PreTrainedTokenizerBase,
-    cut: Sequence[Sequence[int]],
-    kept: Sequence[Sequence[int]] = (),
-) -> Generator[str, None, None]:
-    """The reply so far each time it has grown, from new tokens as they come; `chunks` is closed with it.
-
-    Half a character is held back until the rest of its bytes is there, half a stop word that is cut off until it is
-    none; the last text, of which each one before is the beginning, is that of `chat`. There is always one, if only an
-    empty one.
-    """
-    reply: TokensType = []
-    shown = ""
-    end = None
-    with closing(chunks):
-        for chunk in chunks:
-            searched = len(reply)
-            reply += chunk
-            end = find_end(reply, cut, kept, searched)
-            if end is not None:
-                break
-            text = decode_text(tokenizer, reply[: len(reply) - _held_back(reply, cut)])
-            text = text.rstrip(_INCOMPLETE).strip()
-            if len(text) > len(shown):
-                shown = text
-                yield shown
-    text = decode_text(tokenizer, reply[:end]).strip()
-    if not shown or text != shown:
-        yield text
-
-
-def stream_until(texts: Generator[str, None, None], stop: str) -> Generator[str, None, None]:
-    """The reply so far as `stream_text` gives it, up to a text that ends it; `texts` is closed with it.
-
-    The beginning of what may become that text is held back until it is clear that it doesn't.
-    """
-    text = shown = ""
-    with closing(texts):
-        for text in texts:
-            if stop in text:
-                break
-            visible = text[: len(text) - _begun_length(text, stop)].rstrip()
-            if len(visible) > len(shown):
-                shown = visible
-                yield shown
-    text = text.partition(stop)[0].rstrip()
-    if not shown or text != shown:
-        yield text
-
-
-def _begun_length(text: str, stop: str) -> int:
-    """Characters at the end of `text` that may turn out to be the beginning of `stop`."""
-    return next((length for length in range(len(stop) - 1, 0, -1) if text.endswith(stop[:length])), 0)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from qwen1 import qwen_generation_utils
-from qwen1.qwen_generation_utils import find_end, stream_text, stream_tokens
+from qwen1 import streaming_qwen
+from qwen1.qwen_generation_utils import find_end
+from qwen1.streaming_qwen import stream_text, stream_tokens
 
 EOD, IM_START, IM_END = 256, 257, 258
 FAMILY = "👨‍👩‍👧"
@@ -288,11 +289,11 @@ def test_the_callers_autocast_holds_in_a_stream(chat_model, byte_tokenizer, enab
 
 def test_the_exit_of_the_interpreter_ends_streams(endless, stream_threads, monkeypatch):
     """Before it can't stop them; whoever reads one doesn't take it for a whole reply."""
-    monkeypatch.setattr(qwen_generation_utils._Interpreter, "ends", False)  # and afterwards
+    monkeypatch.setattr(streaming_qwen._process, "ends", False)
     streams = [endless() for _ in range(2)]
     for stream, _ in streams:
         next(stream)
-    qwen_generation_utils._end_streams()
+    streaming_qwen._end_streams()
     steps = [slow.steps for _, slow in streams]
     for stream, _ in streams:
         with pytest.raises(SystemExit, match="The interpreter ends, and this stream with it"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qwen1 import QWenTokenizer, QWenTokenizerFast, ToolCall, ToolReply, ToolResult, make_context, react_prompt
-from qwen1.qwen_generation_utils import DEFAULT_SYSTEM, StopTextCriteria, stream_text, stream_until
+from qwen1.qwen_generation_utils import DEFAULT_SYSTEM, StopTextCriteria
+from qwen1.streaming_qwen import stream_text, stream_until
 from qwen1.tools_qwen import add_turn
 
 CALL = 'Thought: I multiply.\nAction: multiply\nAction Input: {"a": 6, "b": 7}'
