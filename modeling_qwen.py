@@ -217,7 +217,6 @@ class QWenAttention(nn.Module):
     """Causal self-attention with rotary positions.
 
     Args:
-        config: shape and switches.
         layer_number: index of the layer in a cache, from 0; None means 0.
     """
 

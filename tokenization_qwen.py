@@ -2,7 +2,7 @@
 
 Both are built from one file, `qwen.tiktoken`, whose lines are `base64(token bytes) rank`. The special tokens follow the
 last rank: `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, `<|extra_0|>` ... `<|extra_204|>`. An optional second file,
-`qwen_extra.tiktoken` (see `extend_vocabulary.py`), adds tokens after the special ones.
+`qwen_extra.tiktoken` (see `qwen1-extend-vocabulary`), adds tokens after the special ones.
 
 How text becomes ids, in both classes:
 1. lone surrogates become U+FFFD and surrogate pairs one character (as tiktoken does);
@@ -187,7 +187,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     Args:
         vocab_file: path of `qwen.tiktoken`.
         errors: what `decode` does with bytes that are not UTF-8: "replace", "ignore" or "strict".
-        extra_vocab_file: path of a file of additional tokens, made by `extend_vocabulary.py`.
+        extra_vocab_file: path of a file of additional tokens, made by `qwen1-extend-vocabulary`.
         **kwargs: as for transformers' tokenizers.
 
     Raises:

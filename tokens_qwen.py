@@ -100,7 +100,7 @@ class TokensMixin(PreTrainedTokenizerBase):
             raise ValueError(
                 f"Token {token if isinstance(token, bytes) else str(token)!r} cannot be added: it is not in the "
                 f"vocabulary. Use a token that is, or one of the {len(EXTRAS)} spare control tokens ({EXTRAS[0]} ... "
-                f"{EXTRAS[-1]}), or learn new words with extend_vocabulary.py and load the result with "
+                f"{EXTRAS[-1]}), or learn new words with qwen1-extend-vocabulary and load the result with "
                 "`extra_vocab_file`."
             )
         return token if isinstance(token, AddedToken) and name in self.special_tokens else name

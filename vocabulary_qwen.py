@@ -2,7 +2,7 @@
 
 The lines of `qwen.tiktoken` are `base64(token bytes) rank`. The special tokens follow the last rank: `<|endoftext|>`,
 `<|im_start|>`, `<|im_end|>`, `<|extra_0|>` ... `<|extra_204|>`. An optional second file, `qwen_extra.tiktoken` (see
-`extend_vocabulary.py`), adds tokens after the special ones.
+`qwen1-extend-vocabulary`), adds tokens after the special ones.
 """
 
 from __future__ import annotations
