@@ -348,14 +348,9 @@ def train(
     not saved here, see `save_trained`.
 
     Args:
-        model: a QWen model, or peft's around one.
-        tokenizer: its tokenizer, saved with each checkpoint.
-        train_examples: `input_ids` and `labels`.
-        eval_examples: the same, or None.
-        args: transformers' settings.
-        packing: lay examples end to end in rows.
-        max_length: of a row, in tokens.
-        callbacks: transformers' callbacks.
+        model: a QWen model, or peft's around one; its tokenizer is saved with each checkpoint.
+        train_examples, eval_examples: `input_ids` and `labels`; no evaluation with None.
+        packing: lay examples end to end in rows of `max_length` tokens.
 
     Raises:
         TrainingError: nothing to train on, no such checkpoint, or tensorboard is asked for and missing.
