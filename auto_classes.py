@@ -28,6 +28,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configuration_qwen import AUTO_MAP, QWenConfig
 from .foreign_qwen import refuse_relatives, relative
+from .loading_qwen import refuse_pointers
 from .modeling_qwen import (
     QWenForQuestionAnswering,
     QWenForSequenceClassification,
@@ -70,6 +71,7 @@ def _put_before(auto_class: Any, load: Callable[..., Any]) -> None:
 
 def _load_config(before: Callable[..., Any], name: Any, **kwargs: Any) -> Any:
     """As `AutoConfig.from_pretrained`, which is `before`, with the code of this package, or that of other models."""
+    refuse_pointers(name)
     values = _config_values(name, kwargs) if kwargs.get("trust_remote_code") else {}
     references = _references(values)
     if values.get("model_type") == QWenConfig.model_type:
@@ -92,6 +94,7 @@ def _load_tokenizer(before: Callable[..., Any], name: Any, *inputs: Any, **kwarg
     Raises:
         ValueError: a relative's folder, whose code isn't trusted.
     """
+    refuse_pointers(name)
     told = any(kwargs.get(key) is not None for key in ("config", "gguf_file", "tokenizer_type"))
     values = {} if told else _config_values(name, kwargs)
     if told or values.get("model_type", QWenConfig.model_type) != QWenConfig.model_type:

@@ -27,12 +27,33 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 LEFTOVERS = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
 """What early releases stored beside the weights, as patterns of names."""
 
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
+_LOADED = (".bin", ".json", ".safetensors")
+
 _PACKAGES = {
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel", "accelerate"),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
 }
 """What transformers loads weights of a quantisation with, from 5.4 to 5.24."""
+
+
+def refuse_pointers(folder: Any) -> None:
+    """Refuse a local folder in which Git LFS has left a pointer in the place of a file that is loaded.
+
+    Raises:
+        OSError: names the file and the remedy.
+    """
+    if not os.path.isdir(folder):
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.endswith(_LOADED) and entry.is_file() and entry.stat().st_size <= _POINTER_BYTES:
+            with open(entry.path, "rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise OSError(
+                        f"{entry.path!r} is a pointer of Git LFS, not the file itself: run `git lfs pull` in "
+                        f"{os.fspath(folder)!r}."
+                    )
 
 
 def check_packages(quantization: Any) -> None:
@@ -97,8 +118,10 @@ class LoadingMixin(_Base):
         Raises:
             ValueError: two of the precision flags contradict each other.
             ImportError: weights in few bits, and the packages that read them are not installed.
+            OSError: a pointer of Git LFS in the place of a file.
         """
         kwargs = without_resume_download(kwargs)
+        refuse_pointers(pretrained_model_name_or_path)
         flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
             config = effective = copy.deepcopy(config)

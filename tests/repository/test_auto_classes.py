@@ -149,6 +149,20 @@ def test_every_form_of_the_published_names(folder_of_2023, form):
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "model.safetensors", "generation_config.json"]
+)
+def test_pointers_of_git_lfs_are_named(checkpoint_folder, name):
+    """What a clone without Git LFS has in the place of a file, and transformers calls damaged."""
+    (checkpoint_folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    loaders = [AutoModelForCausalLM, qwen1.QWenLMHeadModel]
+    if name != "model.safetensors":
+        loaders += [AutoTokenizer, AutoConfig]
+    for loader in loaders:
+        with pytest.raises(OSError, match=rf"{name}' is a pointer of Git LFS.*`git lfs pull` in "):
+            loader.from_pretrained(checkpoint_folder)
+
+
 def test_other_models_are_left_alone(tmp_path):
     """What isn't of type "qwen" goes where it went."""
     llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "visual": {"width": 8}}
