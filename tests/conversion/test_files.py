@@ -75,7 +75,7 @@ def denied(monkeypatch):
 def run(*arguments):
     """Exit code and output, on one line, of a command that must be quick."""
     start = time.perf_counter()
-    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert time.perf_counter() - start < 20
     return done.exit_code, " ".join(done.output.split())

@@ -79,7 +79,7 @@ LINKS = {
 
 
 def run(*arguments):
-    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(commands.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
     return done.exit_code, " ".join(done.output.split())
 
 

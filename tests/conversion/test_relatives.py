@@ -32,7 +32,7 @@ def folder(checkpoint_folder):
 
 
 def run(*arguments):
-    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
 
 
 @pytest.mark.parametrize("name", RELATIVES)
