@@ -38,6 +38,17 @@ _PACKAGES = {
 """What transformers loads weights of a quantisation with, from 5.4 to 5.24."""
 
 
+def is_pointer(path: Any) -> bool:
+    """Whether Git LFS has left a pointer in the place of a large file."""
+    try:
+        if not os.path.isfile(path) or os.stat(path).st_size > _POINTER_BYTES:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
 def refuse_pointers(folder: Any) -> None:
     """Refuse a local folder in which Git LFS has left a pointer in the place of a file that is loaded.
 
@@ -47,13 +58,11 @@ def refuse_pointers(folder: Any) -> None:
     if not os.path.isdir(folder):
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.endswith(_LOADED) and entry.is_file() and entry.stat().st_size <= _POINTER_BYTES:
-            with open(entry.path, "rb") as file:
-                if file.read(len(_POINTER)) == _POINTER:
-                    raise OSError(
-                        f"{entry.path!r} is a pointer of Git LFS, not the file itself: run `git lfs pull` in "
-                        f"{os.fspath(folder)!r}."
-                    )
+        if entry.name.endswith(_LOADED) and is_pointer(entry.path):
+            raise OSError(
+                f"{entry.path!r} is a pointer of Git LFS, not the file itself: run `git lfs pull` in "
+                f"{os.fspath(folder)!r}."
+            )
 
 
 def check_packages(quantization: Any) -> None:

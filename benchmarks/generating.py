@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from qwen1 import QWenLMHeadModel, make_context
 from qwen1.cache_qwen import new_cache
+from qwen1.fingerprint_qwen import fingerprint
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 
 TINY_CHAT = Path(__file__).parent.parent / "qwen-tiny-chat"
@@ -123,7 +124,7 @@ class ForcedReply(LogitsProcessor):
 
 @torch.inference_mode()
 def conversation(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results = RESULTS) -> None:
-    """The first token of turn 10, of 200 tokens a turn; theirs reads everything again."""
+    """The first token of turn 10, of 200 tokens a turn, which theirs reads all of again; knowing the model again."""
     ours, theirs = build(getattr(torch, dtype))
     ours.generation_config.update(chat_format="chatml", do_sample=False, allow_custom_entries=True)
     tokenizer = AutoTokenizer.from_pretrained(TINY_CHAT)
@@ -141,6 +142,11 @@ def conversation(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results
     ]
     report(
         compare(f"first token of turn 10, {ids.shape[1]} tokens in all, {ours.dtype}", *runs, rounds, aim=0.2), results
+    )
+    token = Decoder(ours, random_cache(new_cache(ours.transformer), 1, 512, ours.dtype), 1, 1)
+    looking = partial(fingerprint, ours)
+    report(
+        compare(f"what a turn knows the model by / a token behind 512, {ours.dtype}", looking, token, rounds), results
     )
 
 

@@ -9,10 +9,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ...loading_qwen import is_pointer
 from ..errors import CheckpointError
 
 BLOCK = 2**20  # bytes read at once
-_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
 _JSON_BYTES = 2**28  # more than ten times the largest tokenizer.json
 _DEPTH = 64  # lists and objects in one another; a tokenizer.json has about ten
 _DIGITS = 40  # of a whole number; model_max_length=int(1e30) is common
@@ -66,15 +66,6 @@ def check_readable(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds only a pointer of Git LFS to its content: run 'git lfs pull' in {path.parent} to get it."
         )
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left a pointer in the place of a large file."""
-    try:
-        small = path.is_file() and path.stat().st_size <= _POINTER_BYTES
-        return small and path.read_bytes().startswith(_POINTER)
-    except OSError:
-        return False
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
