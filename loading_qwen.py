@@ -55,7 +55,7 @@ def refuse_pointers(folder: Any) -> None:
     Raises:
         OSError: names the file and the remedy.
     """
-    if not os.path.isdir(folder):
+    if folder is None or not os.path.isdir(folder):  # None where weights come as `state_dict`
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.endswith(_LOADED) and is_pointer(entry.path):

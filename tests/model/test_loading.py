@@ -220,6 +220,14 @@ def test_other_classes_load_the_language_model(folder, cls):
     assert torch.equal(base.wte.weight, load(folder).transformer.wte.weight)
 
 
+def test_weights_that_come_without_a_folder(tiny_model):
+    """As transformers' own tests load models."""
+    model = tiny_model()
+    weights = model.state_dict()
+    loaded = QWenLMHeadModel.from_pretrained(None, config=model.config, state_dict=weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_leftovers_of_early_releases_are_ignored(folder):
     state = load_file(folder / "model.safetensors")
     state["transformer.h.0.attn.rotary_emb.inv_freq"] = torch.ones(8)
