@@ -1,8 +1,11 @@
 """The versions that pyproject.toml allows, those that constraints pin, and what `.ci/run` makes of them."""
 
 import os
+import platform
 import re
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -105,10 +108,11 @@ case "$(basename "$0") $*" in
     mkdir -p "$3/bin"
     for name in pip pytest pre-commit python uv; do cp "$0" "$3/bin/$name"; done ;;
 "pip index versions transformers" | "python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
-"python -c "*) echo "versions of $environment" ;;
+"python -") echo "$environment: $("$PYTHON" -)" ;; # what it is asked on standard input runs
 "pytest "*)
     echo "$environment: pytest $*" >>"$LOG"
     [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && exit
+    echo "FAILED tests/model/test_$environment.py::test_it"
     echo "=== 1 failed in $environment ===" && exit 1 ;;
 "uv pip compile "*) echo transformers==5.0.0 ;;
 "pre-commit "*) [[ " $FAIL " != *" linters "* ]] ;;
@@ -131,6 +135,7 @@ def ci(tmp_path):
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "LOG": str(tmp_path / "log"),
+        "PYTHON": sys.executable,
         "TMPDIR": str(tmp_path),
         **{f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
     }
@@ -159,7 +164,8 @@ def test_ci_ends_with_the_summary_of_all_tests(ci, pin):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "=== 5 passed in .venv ==="
     assert f"CI: the newest transformers is the pin, {pin}: not run twice" in done.stdout.splitlines()
-    assert "CI: all tests on versions of .venv: 5 passed in .venv" in done.stdout.splitlines()
+    told = f"torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
+    assert f"CI: all tests on .venv: Python {platform.python_version()}, {told}: 5 passed in .venv" in done.stdout
 
 
 def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, tmp_path):
@@ -174,8 +180,9 @@ def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, t
 def test_ci_fails_where_a_part_does(ci, pin, part, name):
     done = ci(pin, fail=part)
     assert done.returncode == 1
-    assert f"CI: failed: {name}" in done.stdout.splitlines()
-    assert "in .venv" in done.stdout.splitlines()[-1]
+    end, last = done.stdout[done.stdout.index("CI: failed:") :].splitlines()[:-1], done.stdout.splitlines()[-1]
+    assert end == [f"CI: failed: {name}"] + [f"FAILED tests/model/test_{part}.py::test_it"] * (name != "linters")
+    assert "in .venv" in last
 
 
 def test_ci_tells_of_a_newer_release_that_holds(ci):
