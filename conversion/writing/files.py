@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,17 @@ class _Comparison:
         view = memoryview(data)
         if self._file.read(len(view)) != view:
             raise _Different
+
+
+def holds(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Whether a file consists of just what a function writes, of which no more than a piece is ever held."""
+    try:
+        with open(path, "rb") as file:
+            comparison: Any = _Comparison(file)
+            write(comparison)
+            return not file.read(1)
+    except _Different:
+        return False
 
 
 @dataclass(frozen=True)
@@ -191,10 +203,4 @@ class ShardFile(PlannedFile):
 
     def equals(self, path: Path) -> bool:
         """Whether a file holds just these tensors."""
-        try:
-            with open(path, "rb") as file:
-                comparison: Any = _Comparison(file)
-                write_safetensors(comparison, self.outputs, self.weights, Progress())
-                return not file.read(1)
-        except _Different:
-            return False
+        return holds(path, lambda file: write_safetensors(file, self.outputs, self.weights, Progress()))

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..files.links import resolved
 from .files import PlannedFile
 from .progress import Progress
-from .work_folder import JOB_FILE, LOCK_FILE, work_folder, write_files
+from .work_folder import JOB_FILE, LOCK_FILE, remove_work_folder, work_folder, write_files
 
 
 def describe_files(paths: Sequence[Path]) -> list[list[Any]]:
@@ -55,6 +55,37 @@ def write_folder(target: Path, files: Sequence[PlannedFile], job: Mapping[str, A
         partial.replace(target)
     _finish(target)
     return True
+
+
+def write_single(target: Path, file: PlannedFile, job: Mapping[str, Any], progress: Progress) -> bool:
+    """The same for a result that is one file: written in a folder beside the target, and renamed when it is complete.
+
+    Args:
+        target: file that doesn't exist, or holds the result already.
+        file: what to write, whatever its own name.
+
+    Returns:
+        False if the target held the result already, so that nothing was done.
+
+    Raises:
+        CheckpointError: the target holds something else, the disk is too full, or another process writes there.
+    """
+    target = resolved(target)
+    partial = target.with_name(f"{target.name}.partial")
+    is_there = target.exists()
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: name a file to write.")
+    if is_there and not file.equals(target):
+        raise CheckpointError(f"{target} exists and holds something else: remove it or name another file.")
+    if is_there and not partial.exists():
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(partial, file.name):
+        if not is_there:
+            write_files(partial, [file], job, progress)
+            (partial / file.name).replace(target)
+        remove_work_folder(partial)
+    return not is_there
 
 
 def _finish(target: Path) -> None:

@@ -41,7 +41,7 @@ class Output:
         tensor = self.recipe.build(*sources)
         result = tensor.to(self.dtype).contiguous()
         if not is_finite(result):
-            cause = f"{self.dtype} is too narrow for its values: choose another --dtype"
+            cause = f"{self.dtype} is too narrow for its values: choose another --dtype, or --outtype of a GGUF"
             if not is_finite(tensor):
                 cause = (
                     f"it is NaN or infinite in {', '.join(str(weights.infos[name]) for name in self.recipe.sources)}"
@@ -77,12 +77,13 @@ def write_safetensors(file: BinaryIO, outputs: Sequence[Output], weights: Weight
     """
     file.write(safetensors_header(outputs))
     for output in _ordered(outputs):
-        _write_tensor(file, output.produce(weights))  # which no name here keeps alive while the next is read
+        write_tensor(file, output.produce(weights))  # which no name here keeps alive while the next is read
         progress.advance(output.recipe.name, output.nbytes)
     weights.close()
 
 
-def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+    """Write the bytes of a contiguous tensor."""
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(data), _PIECE):
         file.write(data[start : start + _PIECE])
