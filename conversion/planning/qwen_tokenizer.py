@@ -92,7 +92,7 @@ def qwen_tokenizer(folder: Path) -> tuple[list[PlannedFile], str | None]:
     names = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if TOKENIZER_JSON not in names and not {"vocab.json", "merges.txt"} <= names:
         return [], "There is no tokenizer, so none is written."
-    backend = _load_backend(folder)
+    backend = load_backend(folder)
     _name_control_tokens(backend)
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     if not {ENDOFTEXT, IMSTART, IMEND} <= known or not _is_byte_level(backend):
@@ -124,7 +124,12 @@ def _is_byte_level(backend: Tokenizer) -> bool:
     return content["model"].get("type") == "BPE" and "ByteLevel" in json.dumps(content.get("decoder"))
 
 
-def _load_backend(folder: Path) -> Tokenizer:
+def load_backend(folder: Path) -> Tokenizer:
+    """The tokenizer of `tokenizer.json`, or of `vocab.json` with `merges.txt`.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
     for name in (TOKENIZER_JSON, "vocab.json", "merges.txt"):
         if is_present(folder / name):
             check_readable(folder / name)

@@ -26,7 +26,7 @@ def plan_qwen2(plan: Plan, contents: Contents, dtype: torch.dtype, scaling: Rope
     """
     source, ends = plan.source, contents.ends
     lost = check_qwen2(source.config)
-    recipes = _without_zero_biases(source, contents.way)
+    recipes = without_zero_biases(source, contents.way)
     chat = ends is not None and is_chat(contents.generation, ends[1])
     settings = dict(contents.architecture.settings or {})
     if ends is not None:
@@ -58,7 +58,7 @@ def _length_notes(source: Source, lost: Sequence[str], config: Mapping[str, Any]
     return notes
 
 
-def _without_zero_biases(source: Source, recipes: Sequence[Recipe]) -> list[Recipe]:
+def without_zero_biases(source: Source, recipes: Sequence[Recipe]) -> list[Recipe]:
     """Leave out the biases that Qwen2 lacks, if they are zero."""
     kept = []
     for recipe in recipes:
