@@ -68,6 +68,21 @@ def check_readable(path: Path) -> None:
         )
 
 
+def refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF, which no command reads.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            return
+    raise CheckpointError(
+        f"{path} is a GGUF, a model for llama.cpp, Ollama and LM Studio, which convert --to gguf writes and no command "
+        "here reads: name the folder that it was made of."
+    )
+
+
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the system doesn't open."""
     reason = error.strerror or str(error) or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .access import BLOCK, check_readable, damaged
+from .access import BLOCK, check_readable, damaged, refuse_gguf
 from .tensors import TensorInfo
 
 _PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
@@ -41,6 +41,7 @@ class PickleFile:
     def __init__(self, path: Path):
         self.path = path
         check_readable(path)
+        refuse_gguf(path)
         _check_records(path, tensors=False)  # a damaged pickle can say anything
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

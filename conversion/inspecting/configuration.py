@@ -32,7 +32,8 @@ def read_configuration(subject: Subject) -> None:
     elif subject.stored.is_llama_original or subject.params is not None:
         _read_params(subject)
     elif subject.path.is_file():
-        subject.findings.problems.append(f"{subject.path} is one file of a checkpoint: inspect its folder.")
+        if not subject.findings.problems:  # of a file that can't be read more is known
+            subject.findings.problems.append(f"{subject.path} is one file of a checkpoint: inspect its folder.")
     elif not (subject.folder / ADAPTER_CONFIG).is_file():
         subject.findings.problems.append("config.json is missing, which says what the weights are. Download it.")
 

@@ -20,6 +20,9 @@ from ..opening.sources import Contents, Source
 from .companions import plain_template
 from .qwen_tokenizer import load_backend
 
+_NO_MERGES = [f"{ENDOFTEXT} {ENDOFTEXT}"]
+"""In the place of an empty list, which llama.cpp refuses: text is never cut into such pieces."""
+
 _CUTS = "qwen2"
 """What llama.cpp calls `PAT_STR`."""
 
@@ -79,7 +82,7 @@ def gguf_tokenizer(source: Source, contents: Contents) -> GgufTokenizer:
             raise CheckpointError(
                 f"{kind}_token_id={token_id} is no row of the embedding ({len(tokens)} rows): mend it."
             )
-    return GgufTokenizer(tokens, types, merges, ids, _template(source, settings))
+    return GgufTokenizer(tokens, types, merges or _NO_MERGES, ids, _template(source, settings))
 
 
 def _backend(source: Source) -> Tokenizer:

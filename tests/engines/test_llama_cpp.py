@@ -1,38 +1,11 @@
 """llama.cpp: its own converter on our folders, and its replies. The environment is made as in docs/serve.md."""
 
-import json
-import shutil
-
+import numpy as np
 import pytest
 
-from qwen1 import make_context
+from qwen1.conversion.commands import app
 
 pytestmark = pytest.mark.slow
-
-REPLIES = """
-import { readFileSync } from "node:fs";
-import { getLlama } from "node-llama-cpp";
-
-const [path, questions] = process.argv.slice(2);
-const { prompts, texts } = JSON.parse(readFileSync(questions));
-const llama = await getLlama({ gpu: false, build: "never", maxThreads: 1 });
-const model = await llama.loadModel({ modelPath: path });
-const context = await model.createContext({ contextSize: 512 });
-const replies = [];
-for (const prompt of prompts) {
-  const sequence = context.getSequence();
-  const reply = [];
-  for await (const token of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
-    if (model.isEogToken(token) || reply.length >= 64) break;
-    reply.push(token);
-  }
-  replies.push(reply);
-  sequence.dispose();
-}
-console.log(JSON.stringify({ replies, ids: texts.map((text) => model.tokenize(text, false)) }));
-process.exit(0);
-"""
-"""Greedy replies to prompts of token ids, and the ids of texts, by llama.cpp as `node-llama-cpp` brings it."""
 
 KNOWN = """
 import runpy, sys
@@ -58,13 +31,14 @@ def python(interpreter):
 
 @pytest.fixture(scope="module")
 def to_gguf(python, run_in, tmp_path_factory):
-    """Convert a folder with llama.cpp's script: (folder, whether it knows the vocabulary) -> GGUF file in float32."""
+    """Convert with llama.cpp's script: (folder, whether it knows the vocabulary, outtype) -> GGUF file."""
     script = python.parent.parent / "llama.cpp" / "convert_hf_to_gguf.py"
-    assert script.is_file(), f"{script} doesn't exist: put llama.cpp's source there"
+    if not script.is_file():
+        pytest.skip(f"{script} doesn't exist: put llama.cpp's source there")
 
-    def convert(folder, known):
+    def convert(folder, known, outtype="f32"):
         path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-        options = (script, folder, "--outfile", path, "--outtype", "f32")
+        options = (script, folder, "--outfile", path, "--outtype", outtype)
         run_in(python, *(() if known else ("-c", KNOWN)), *options)
         return path
 
@@ -72,22 +46,38 @@ def to_gguf(python, run_in, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["upgraded", "qwen2"])
-def test_the_shipped_model_replies_as_here(to_gguf, python, run_in, shipped, form):
-    node, environment = shutil.which("node"), python.parent.parent
-    if node is None or not (environment / "node_modules" / "node-llama-cpp").is_dir():
-        pytest.skip(f"{environment} has no node-llama-cpp, or there is no node")
-    path = to_gguf(getattr(shipped, form), known=False)
+def test_the_shipped_model_replies_as_here(to_gguf, llama_cpp, shipped, form):
     tokenizer = shipped.tokenizer
-    prompts = [make_context(tokenizer, text, [], "You are a helpful assistant.", 512)[1] for text in shipped.replies]
-    questions, script = path.with_name("questions.json"), environment / "replies.mjs"  # beside its packages
-    questions.write_text(json.dumps({"prompts": prompts, "texts": TEXTS}))
-    script.write_text(REPLIES)
-    found = run_in(node, script, path, questions)
-    assert [tokenizer.decode(ids) for ids in found["replies"]] == list(shipped.replies.values())
-    assert found["ids"] == [tokenizer.encode(text, allowed_special=set()) for text in TEXTS]
+    found = llama_cpp(to_gguf(getattr(shipped, form), known=False), shipped.prompts, TEXTS)
+    assert [tokenizer.decode(ids) for ids in found.replies] == list(shipped.replies.values())
+    assert found.ids == [tokenizer.encode(text, allowed_special=set()) for text in TEXTS]
 
 
 @pytest.mark.parametrize("form", ["qwen", "qwen2"])
 def test_the_published_vocabulary_is_known(to_gguf, published_chat, form):
     """By its fingerprint, of the ids that our tokenizer gives and of those of the converted one."""
     assert to_gguf(getattr(published_chat, form), known=True).stat().st_size > 2**20
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("form", ["shipped", "published"])
+def test_our_file_is_the_one_of_its_converter(to_gguf, published_chat, shipped, tmp_path, form, outtype):
+    """Every key and its type, every tensor to the bit, of the folder that --to qwen2 writes; but for what ours adds."""
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    folder = shipped.qwen2 if form == "shipped" else published_chat.qwen2
+    app(["convert", str(folder), str(tmp_path / "a.gguf"), "--to", "gguf", "--outtype", outtype], standalone_mode=False)
+    ours, theirs = (
+        gguf.GGUFReader(path) for path in (tmp_path / "a.gguf", to_gguf(folder, form == "published", outtype))
+    )
+    found, wanted = (
+        {name: (field.contents(), field.types) for name, field in reader.fields.items() if name != "GGUF.kv_count"}
+        for reader in (ours, theirs)
+    )
+    added = {"tokenizer.ggml.bos_token_id"} - wanted.keys()  # else llama.cpp takes a comma
+    assert found.keys() - added == wanted.keys()
+    assert {name: value for name, value in wanted.items() if found[name] != value} == {}
+    tensors, others = ({tensor.name: tensor for tensor in reader.tensors} for reader in (ours, theirs))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.tensor_type == others[name].tensor_type and (tensor.shape == others[name].shape).all()
+        assert np.array_equal(tensor.data.view(np.uint8), others[name].data.view(np.uint8))
