@@ -17,7 +17,7 @@ WORDS = (
     "<| |> <|im_end| x=1; _a 's"
 ).split(" ") + [" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n", "\u3000", "\xa0"]
 ERROR = {"f32": 5e-4, "f16": 3e-2, "bf16": 0.15, "q8_0": 0.6}
-"""Largest error of the logarithm of a probability above 1e-4. With bf16, llama.cpp rounds what it multiplies as well."""
+"""Largest error of the logarithm of a probability above 1e-4. With bf16 llama.cpp rounds what it multiplies, too."""
 
 
 @pytest.fixture(scope="module")
