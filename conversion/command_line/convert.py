@@ -15,7 +15,6 @@ from .terminal import (
     ParamsOption,
     ShardOption,
     SourceArgument,
-    TargetArgument,
     optional_dtype,
     out,
     print_notes,
@@ -49,7 +48,9 @@ class Outtype(str, Enum):
 
 def convert_command(
     source: SourceArgument,
-    target: TargetArgument,
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to write; must not exist or be empty. For gguf, the file.")
+    ],
     to: Annotated[Target, typer.Option(help="Architecture of the result; gguf: one file for llama.cpp and Ollama.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; that of the old ones without it.")] = None,
     outtype: Annotated[
@@ -103,7 +104,7 @@ def _convert_to_gguf(source: Path, target: Path, outtype: Outtype | None, scalin
 
     with progress_bars() as progress:
         plan = plan_gguf(open_source(source), None if outtype is None else Encoding(outtype.value), scaling)
-        path = target if target.suffix == ".gguf" else target / plan.files[0].name
+        path = target if target.suffix.lower() == ".gguf" else target / plan.files[0].name
         written = write_plan(plan, path, progress)
     print_notes(plan.notes)
     out.print(f"{path}: {decimal(plan.files[0].file_size)} written." if written else f"{path} is up to date.")

@@ -7,8 +7,7 @@ from typing import Any
 
 from ...configuration_qwen import QWenConfig
 from ..errors import CheckpointError
-from ..files.links import check_links
-from ..formats.companions import companion_names, is_legal
+from ..formats.companions import is_legal
 from ..formats.configurations import parse, quantization_method
 from ..formats.gguf import ARCHITECTURE, Encoding, check_gguf, encoding_of, gguf_package, to_gguf
 from ..formats.kinds import Kind
@@ -43,7 +42,6 @@ def plan_gguf(source: Source, encoding: Encoding | None = None, scaling: RopeSca
         raise CheckpointError(
             f"--rope-scaling {scaling.kind}: llama.cpp has none; choose yarn:FACTOR, or leave it out."
         )
-    check_links(source.folder, companion_names(source.folder))
     contents = source.contents()
     check_gguf(contents.architecture)
     if source.kind.is_qwen:
