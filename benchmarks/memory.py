@@ -1,0 +1,296 @@
+"""What the calculator of `inspect` says, beside what processes of their own take.
+
+    python benchmarks/memory.py measure [--quick]
+    python benchmarks/memory.py table
+    python benchmarks/memory.py models
+
+Each way of serving and training runs in a process of its own, on a CPU. Counted is the most that the process has held
+(VmHWM) beyond what it held when the libraries were loaded. `table` prints what was measured, `models` the memory of the
+published models as the calculator has it; docs/memory.md shows both.
+
+glibc keeps much of what is freed for itself. The processes run with MALLOC_ARENA_MAX=1 and a fixed
+MALLOC_MMAP_THRESHOLD_, above which it gives everything back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from measuring import forget_peak, machine, peak, resident
+
+from qwen1 import QWenConfig, QWenLMHeadModel
+from qwen1.conversion.formats.qwen import read_qwen
+from qwen1.conversion.inspecting.words import size_text
+from qwen1.conversion.sizing.serving import PRECISIONS, cache_per_token, serving_need, weight_bytes
+from qwen1.conversion.sizing.shape import Load, Shape
+from qwen1.conversion.sizing.training import WAYS, Adapter, TrainingStep
+
+RESULTS = Path(__file__).with_name("memory.json")
+ALONE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+
+Results = Annotated[Path, typer.Option(help="JSON file.")]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that is measured.
+
+    Attributes:
+        way: name of a precision (serving) or of a way of training.
+        cache: for serving.
+        checkpointing, processes: for training.
+    """
+
+    way: str
+    width: int = 1024
+    layers: int = 8
+    heads: int = 16
+    gate: int = 2816
+    rows: int = 32_000
+    context: int = 1024
+    batch: int = 1
+    cache: str = "growing"
+    checkpointing: bool = False
+    processes: int = 1
+
+    @property
+    def serving(self) -> bool:
+        """Whether the model answers, and isn't trained."""
+        return self.way in {precision.name for precision in PRECISIONS}
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        load = f"{self.batch} x {self.context:,} tokens, {self.width} x {self.layers}, {self.rows:,} words"
+        if self.serving:
+            return f"serving in {self.way}, {self.cache} cache, {load}"
+        how = ", gradient checkpointing" if self.checkpointing else ""
+        processes = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.way}{how}{processes}, {load}"
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Of the model."""
+        return dict(
+            vocab_size=self.rows,
+            n_embd=self.width,
+            n_layer=self.layers,
+            n_head=self.heads,
+            kv_channels=self.width // self.heads,
+            ffn_hidden_size=2 * self.gate,
+            seq_length=8192,
+            n_positions=8192,
+            use_flash_attn=False,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=None,
+        )
+
+    def calculated(self) -> int:
+        """What the calculator says, on a CPU."""
+        shape, load = Shape(read_qwen({"model_type": "qwen", **self.configuration}), True), Load(self.context, self.batch)
+        if self.serving:
+            precision = next(precision for precision in PRECISIONS if precision.name == self.way)
+            return serving_need(shape, precision, self.cache, load).total
+        way = next(way for way in WAYS if way.name == self.way)
+        return TrainingStep(shape, way, load, self.checkpointing, self.processes, Adapter(RANK, 4)).need.total
+
+
+RANK = 16
+
+CASES = (
+    Case("float32", batch=2),
+    Case("bfloat16", batch=4, context=2048),
+    Case("bfloat16", batch=4, context=2048, cache="static"),
+    Case("bfloat16", batch=4, context=2048, cache="int8"),
+    Case("bfloat16", rows=151_936, context=4096),
+    *(
+        Case(way, checkpointing=checkpointing, context=context)
+        for way, context in (("full, float32", 1024), ("full, bfloat16", 2048), ("full, mixed", 1024))
+        for checkpointing in (False, True)
+    ),
+    Case("full, bfloat16", rows=151_936, context=512),
+    *(Case(way, checkpointing=on) for way in ("LoRA, bfloat16", "QLoRA, nf4") for on in (False, True)),
+    *(Case("FSDP2, float32", checkpointing=on, batch=2, processes=2) for on in (False, True)),
+)
+
+_SMALL: dict[str, Any] = dict(width=512, layers=6, heads=8, gate=1408, rows=16_000)
+QUICK = (
+    Case("bfloat16", **_SMALL, batch=4, context=1024),
+    Case("full, float32", **_SMALL, context=512),
+    Case("full, bfloat16", **_SMALL, context=512, checkpointing=True),
+)
+
+
+# --- in a process of its own ---
+
+
+def new_model(case: Case, dtype: torch.dtype) -> QWenLMHeadModel:
+    """A model of random weights, made in its dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return QWenLMHeadModel(QWenConfig(**case.configuration))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def serve(case: Case) -> None:
+    """Read a prompt and write two tokens; the context counts both."""
+    model = new_model(case, getattr(torch, case.way)).eval()
+    ids = torch.randint(1, case.rows, (case.batch, case.context - 2))
+    how: dict[str, Any] = {"growing": {}, "static": {"cache_implementation": "static"}}.get(case.cache, {})
+    if case.cache == "int8":
+        how = {"cache_implementation": "quantized", "cache_config": {"backend": "qwen_int8"}}
+    model.generate(ids, max_new_tokens=2, do_sample=False, **how)
+
+
+def with_adapter(case: Case) -> torch.nn.Module:
+    """The model with LoRA, held in bfloat16 or in four bits."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    model = new_model(case, torch.bfloat16)
+    if case.way.startswith("QLoRA"):
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            model = QWenLMHeadModel.from_pretrained(folder, quantization_config=bits)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=case.checkpointing)
+    if case.checkpointing:
+        model.enable_input_require_grads()
+    modules = ["c_attn", "c_proj", "w1", "w2"]
+    return get_peft_model(model, LoraConfig(r=RANK, lora_dropout=0.05, target_modules=modules, task_type="CAUSAL_LM"))
+
+
+def train(case: Case) -> None:
+    """Two steps of AdamW; in the second the optimizer has all that it keeps."""
+    if case.way.startswith(("LoRA", "QLoRA")):
+        model: Any = with_adapter(case)
+    else:
+        model = new_model(case, torch.bfloat16 if case.way.endswith("bfloat16") else torch.float32)
+    model.train()
+    if case.checkpointing:
+        model.activation_checkpointing_enable() if hasattr(
+            model, "activation_checkpointing_enable"
+        ) else model.gradient_checkpointing_enable()
+    if case.processes > 1:
+        shard(model)
+    forget_peak()  # loading, quantising or dividing a model takes memory too, which isn't the step's
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
+    ids = torch.randint(0, case.rows, (-(-case.batch // case.processes), case.context))
+    mixed = case.way.endswith("mixed") or case.way.startswith(("LoRA", "QLoRA"))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shard(model: QWenLMHeadModel) -> None:
+    """Divide a model among the processes, a layer at a time."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+
+
+@app.command(hidden=True)
+def one(case: str, rank: int = 0, store: str = "") -> None:
+    """Run a case in this process, and print what it took."""
+    found = Case(**json.loads(case))
+    torch.manual_seed(0)
+    import transformers.generation  # noqa: F401  # before the baseline, with what a case imports
+
+    if found.way.startswith(("LoRA", "QLoRA")):
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+    if found.processes > 1:
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=found.processes)
+    warm = replace(found, width=64, layers=1, heads=2, gate=64, rows=512, context=16, batch=found.processes)
+    (serve if found.serving else train)(warm)  # libraries that are loaded when they are used first
+    before = resident()
+    forget_peak()
+    (serve if found.serving else train)(found)
+    print(json.dumps({"measured": peak() - before}))
+    if found.processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+# --- the programs ---
+
+
+def measure_case(case: Case) -> int:
+    """Bytes that the first of the case's processes took."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "one", json.dumps(asdict(case)), "--store", str(Path(folder, "store"))]
+        running = [
+            subprocess.Popen(
+                [*command, "--rank", str(rank)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **ALONE},
+            )
+            for rank in range(case.processes)
+        ]
+        written = [process.communicate() for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"{case.name} failed:\n{written[0][1][-3000:]}")
+    return json.loads(written[0][0].splitlines()[-1])["measured"]
+
+
+@app.command()
+def measure(
+    quick: Annotated[bool, typer.Option("--quick", help="A few small cases.")] = False,
+    only: Annotated[str, typer.Option(help="Cases whose name holds this.")] = "",
+    results: Results = RESULTS,
+) -> None:
+    """Measure each case beside what the calculator says, and write both."""
+    rows = json.loads(results.read_text())["cases"] if results.exists() and only else []
+    for case in QUICK if quick else CASES:
+        if only not in case.name:
+            continue
+        row = {"name": case.name, "calculated": case.calculated(), "measured": measure_case(case)}
+        rows = [*(other for other in rows if other["name"] != case.name), row]
+        print(f"{case.name}: {_sizes(row)}", flush=True)
+        results.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=2) + "\n")
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    ratio = row["calculated"] / row["measured"]
+    return f"calculated {size_text(row['calculated'])}, measured {size_text(row['measured'])}, ratio {ratio:.2f}"
+
+
+@app.command()
+def table(results: Results = RESULTS) -> None:
+    """Print what was measured as a table in Markdown, which docs/memory.md shows."""
+    lines = ["| | calculated | measured | ratio |", "|---|---|---|---|"]
+    for row in json.loads(results.read_text())["cases"]:
+        sizes = " | ".join(size_text(row[side]) for side in ("calculated", "measured"))
+        lines.append(f"| {row['name']} | {sizes} | **{row['calculated'] / row['measured']:.2f}** |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    app()
