@@ -4,9 +4,9 @@
     python benchmarks/long_context.py plot
     python benchmarks/long_context.py table
 
-`qwen-tiny-chat`, which was trained on 512 tokens at once, goes on training on texts of that length in which a few people
-like many things, and all of it is told again and again in any order: who remembers more of a text knows more of what
-comes. Then it reads texts of other people, up to eight times as long.
+`qwen-tiny-chat`, which was trained on 512 tokens at once, goes on training on texts of that length in which a few
+people like many things, and all of it is told again and again in any order: who remembers more of a text knows more of
+what comes. Then it reads texts of other people, up to eight times as long.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def perplexities(model: QWenLMHeadModel, texts: torch.Tensor, lengths: Sequence[
 
 @app.command()
 def run(
-    steps: Annotated[int, typer.Option(min=1)] = 150,
-    rows: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 6,
+    steps: Annotated[int, typer.Option(min=1)] = 240,
+    rows: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 4,
     texts: Annotated[int, typer.Option(min=1, help="Texts that are measured.")] = 12,
     longest: Annotated[int, typer.Option(min=64, help="Tokens of the longest.")] = 4096,
     seed: int = 0,
@@ -140,7 +140,10 @@ def table_of(found: dict[str, Any]) -> str:
     """Ours and the published figures in Markdown, by length as a multiple of the trained one."""
     sides = [
         (found["training"]["length"], found["perplexity"]),
-        (PUBLISHED_LENGTH, {name: {str(length): value for length, value in row.items()} for name, row in PUBLISHED.items()}),
+        (
+            PUBLISHED_LENGTH,
+            {name: {str(length): value for length, value in row.items()} for name, row in PUBLISHED.items()},
+        ),
     ]
     shares = sorted({int(length) / trained for trained, rows in sides for length in rows["none"]})
     head = " | ".join([*(f"{name}, tiny" for name in VARIANTS), *(f"{name}, 7B" for name in VARIANTS)])

@@ -30,9 +30,12 @@ from measuring import forget_peak, machine, peak, resident
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.formats.qwen import read_qwen
 from qwen1.conversion.inspecting.words import size_text
+from qwen1.conversion.sizing.devices import Answer, answer
+from qwen1.conversion.sizing.question import Question
 from qwen1.conversion.sizing.serving import PRECISIONS, cache_per_token, serving_need, weight_bytes
 from qwen1.conversion.sizing.shape import Load, Shape
 from qwen1.conversion.sizing.training import WAYS, Adapter, TrainingStep
+from qwen1.conversion.sizing.units import read_size
 
 RESULTS = Path(__file__).with_name("memory.json")
 ALONE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
@@ -99,7 +102,10 @@ class Case:
 
     def calculated(self) -> int:
         """What the calculator says, on a CPU."""
-        shape, load = Shape(read_qwen({"model_type": "qwen", **self.configuration}), True), Load(self.context, self.batch)
+        shape, load = (
+            Shape(read_qwen({"model_type": "qwen", **self.configuration}), True),
+            Load(self.context, self.batch),
+        )
         if self.serving:
             precision = next(precision for precision in PRECISIONS if precision.name == self.way)
             return serving_need(shape, precision, self.cache, load).total
@@ -117,7 +123,7 @@ CASES = (
     Case("bfloat16", rows=151_936, context=4096),
     *(
         Case(way, checkpointing=checkpointing, context=context)
-        for way, context in (("full, float32", 1024), ("full, bfloat16", 2048), ("full, mixed", 1024))
+        for way, context in (("full, float32", 1024), ("full, bfloat16", 1024), ("full, mixed", 1024))
         for checkpointing in (False, True)
     ),
     Case("full, bfloat16", rows=151_936, context=512),
@@ -271,25 +277,100 @@ def measure(
     for case in QUICK if quick else CASES:
         if only not in case.name:
             continue
-        row = {"name": case.name, "calculated": case.calculated(), "measured": measure_case(case)}
-        rows = [*(other for other in rows if other["name"] != case.name), row]
-        print(f"{case.name}: {_sizes(row)}", flush=True)
+        row = {"case": asdict(case), "measured": measure_case(case)}
+        rows = [*(other for other in rows if Case(**other["case"]) != case), row]
+        print(_compared(row), flush=True)
         results.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=2) + "\n")
 
 
-def _sizes(row: dict[str, Any]) -> str:
-    ratio = row["calculated"] / row["measured"]
-    return f"calculated {size_text(row['calculated'])}, measured {size_text(row['measured'])}, ratio {ratio:.2f}"
+def _compared(row: dict[str, Any]) -> str:
+    case = Case(**row["case"])
+    calculated, measured = case.calculated(), row["measured"]
+    sizes = f"{size_text(calculated)} | {size_text(measured)} | **{calculated / measured:.2f}**"
+    return f"| {case.name} | {sizes} |"
 
 
 @app.command()
 def table(results: Results = RESULTS) -> None:
     """Print what was measured as a table in Markdown, which docs/memory.md shows."""
     lines = ["| | calculated | measured | ratio |", "|---|---|---|---|"]
-    for row in json.loads(results.read_text())["cases"]:
-        sizes = " | ".join(size_text(row[side]) for side in ("calculated", "measured"))
-        lines.append(f"| {row['name']} | {sizes} | **{row['calculated'] / row['measured']:.2f}** |")
+    lines += map(_compared, json.loads(results.read_text())["cases"])
     print("\n".join(lines))
+
+
+# --- the published models ---
+
+MODELS = {
+    "1.8B": (2048, 24, 16, 11_008, 151_936),
+    "7B": (4096, 32, 32, 22_016, 151_936),
+    "14B": (5120, 40, 40, 27_392, 152_064),
+    "72B": (8192, 80, 64, 49_152, 152_064),
+}
+"""Name -> width, layers, heads, `intermediate_size`, rows of the embedding."""
+
+LENGTH, DEVICE = 2048, "80GB"
+
+
+def shape_of(name: str) -> Shape:
+    """Of a published model."""
+    width, layers, heads, intermediate, rows = MODELS[name]
+    values = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, kv_channels=width // heads)
+    values |= dict(intermediate_size=intermediate, vocab_size=rows, seq_length=8192, max_position_embeddings=32_768)
+    return Shape(read_qwen({"model_type": "qwen", **values}), True)
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row("", *cells), "|---" * (len(cells) + 1) + "|"]
+
+
+def serving_lines() -> list[str]:
+    """Weights and cache of each model."""
+    names = [precision.name for precision in PRECISIONS]
+    lines = _head(*(f"weights in {name}" for name in names), "a token's keys and values, bfloat16", "int8 cache")
+    for name in MODELS:
+        shape, half = shape_of(name), PRECISIONS[1]
+        weights = (size_text(weight_bytes(shape, precision)) for precision in PRECISIONS)
+        token = (size_text(cache_per_token(shape, half, cache)) for cache in ("growing", "int8"))
+        lines.append(_row(name, *weights, *token))
+    return lines
+
+
+def device_lines(context: int, batch: int) -> list[str]:
+    """Devices for serving each model, and what each holds."""
+    question = Question(read_size(DEVICE, "device"), context=context, batch=batch)
+    lines = _head(*(precision.name for precision in PRECISIONS))
+    for name in MODELS:
+        lines.append(_row(name, *map(_devices, answer(question, shape_of(name)).serving)))
+    return lines
+
+
+def training_lines() -> list[str]:
+    """Devices for training each model, and what each holds."""
+    question = Question(read_size(DEVICE, "device"), context=LENGTH, batch=8)
+    answers = {name: answer(question, shape_of(name)).training for name in MODELS}
+    lines = _head("gradient checkpointing", *MODELS)
+    for place, first in enumerate(answers["7B"]):
+        cells = (_devices(answers[name][place]) for name in MODELS)
+        lines.append(_row(first.name, "yes" if first.gradient_checkpointing else "no", *cells))
+    return lines
+
+
+def _devices(found: Answer) -> str:
+    return f"{found.devices or 'none'} x {size_text(found.total)}"
+
+
+@app.command()
+def models() -> None:
+    """Print what the published models need as tables in Markdown, which docs/memory.md shows."""
+    print("\n".join(serving_lines()), end="\n\n")
+    print(f"Serving on devices of {DEVICE}, 8 texts of 8,192 tokens:", end="\n\n")
+    print("\n".join(device_lines(8192, 8)), end="\n\n")
+    print(f"Training on devices of {DEVICE}, 8 texts of {LENGTH:,} tokens a step:", end="\n\n")
+    print("\n".join(training_lines()))
 
 
 if __name__ == "__main__":

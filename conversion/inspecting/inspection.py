@@ -71,8 +71,8 @@ def _size_up(subject: Subject, question: Question) -> Sizing:
     positions = max(subject.positions or 0, subject.architecture.length)
     if sizing.context > positions:
         subject.findings.remarks.append(
-            f"--context {sizing.context:,} is more than the {positions:,} tokens that the model is made for: its answers "
-            "get worse there, whatever the memory."
+            f"--context {sizing.context:,} is more than the {positions:,} tokens that the model is made for: its "
+            "answers get worse there, whatever the memory."
         )
     return sizing
 

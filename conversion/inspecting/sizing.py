@@ -11,8 +11,8 @@ from .tables import new_table
 from .words import plural, size_text
 
 _NOT_COUNTED = (
-    "Not counted: what CUDA and NCCL take for themselves, about 0.5 to 1 GB of each device, and what an allocator leaves "
-    "unused; --reserve 1GB keeps it free."
+    "Not counted: what CUDA and NCCL take for themselves, about 0.5 to 1 GB of each device, and what an allocator "
+    "leaves unused; --reserve 1GB keeps it free."
 )
 
 
@@ -20,7 +20,9 @@ def sizing_blocks(sizing: Sizing) -> list[RenderableType]:
     """Tables of serving and training, and what they leave out."""
     blocks: list[RenderableType] = [_serving_table(sizing), _training_table(sizing)]
     reasons = {answer.reason for answer in (*sizing.serving, *sizing.training) if answer.reason is not None}
-    blocks += [Text(f"none: {reason}. The sizes are the least that each holds.", style="yellow") for reason in sorted(reasons)]
+    blocks += [
+        Text(f"none: {reason}. The sizes are the least that each holds.", style="yellow") for reason in sorted(reasons)
+    ]
     return [*blocks, Text(_NOT_COUNTED)]
 
 
@@ -53,7 +55,7 @@ def _serving_table(sizing: Sizing) -> Table:
 
 def _training_table(sizing: Sizing) -> Table:
     table = new_table(f"Training on {_load(sizing)} a step, {_memory(sizing)} (LoRA of rank {sizing.lora_rank})")
-    table.add_column("way", style="cyan")
+    table.add_column("way", style="cyan", no_wrap=True)
     table.add_column("gradient checkpointing")
     for heading in ("devices", "on each: kept", "in a step", "in all"):
         table.add_column(heading, justify="right")

@@ -86,7 +86,8 @@ class StoredWeights:
             return adapters[:1]
         if not self._optional:
             self._findings.problems.append(
-                f"No weights are in {self.folder}: no {SAFETENSORS}, no {PICKLE}, no consolidated.00.pth. Download them."
+                f"No weights are in {self.folder}: no {SAFETENSORS}, no {PICKLE}, no consolidated.00.pth. "
+                "Download them."
             )
         return []
 

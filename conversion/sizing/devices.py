@@ -105,14 +105,17 @@ def _serve(question: Question, shape: Shape, precision: Precision, load: Load, c
 
     devices, held = _fewest(counts, parts, question.room)
     reason = None
-    if devices is None:
-        reason = f"{precision.name} can be divided among {_listed(counts)} devices, which are too small"
+    if devices is None and len(counts) == 1:
+        reason = (
+            f"{precision.name} can't be divided among devices, as heads or groups would be cut, and one is too small"
+        )
+    elif devices is None:
+        listed = f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}"
+        reason = f"{precision.name} can be divided among {listed} devices only, which are too small"
     return Answer(precision.name, devices, held, sum(held.values()), None, reason)
 
 
-def _train(
-    question: Question, shape: Shape, way: Way, load: Load, checkpointing: bool, adapter: Adapter
-) -> Answer:
+def _train(question: Question, shape: Shape, way: Way, load: Load, checkpointing: bool, adapter: Adapter) -> Answer:
     """Data parallel: each device has its share of the texts, at least one."""
     most = load.batch if way.sharding is Sharding.NONE else MOST_DEVICES
 
@@ -147,7 +150,3 @@ def _fewest(
         middle = (low + high) // 2
         low, high = (low, middle) if sum(parts(counts[middle]).values()) <= room else (middle, high)
     return counts[high], parts(counts[high])
-
-
-def _listed(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}"

@@ -1,7 +1,7 @@
 """Memory for serving: weights, keys and values, and what a call computes with.
 
-Formulas give the bytes that tensors hold on one device; letters are those of `shape.py`, and c is the number of bytes of
-a number that is computed with.
+Formulas give the bytes that tensors hold on one device; letters are those of `shape.py`, and c is the number of bytes
+of a number that is computed with.
 """
 
 from __future__ import annotations
@@ -110,8 +110,10 @@ def working_bytes(shape: Shape, precision: Precision, cache: str, load: Load, ch
       rotated queries (Q) are there too. The cache of the last layer is not there yet where a text is read at once.
     - In the MLP: states (3E: of the embedding, before and behind the attention), the normed ones (E), and gate, up
       projection and their product (3M).
-    - A padded batch has a mask, a byte for each query and key.
-    - The int8 cache gives a layer's keys and values back: c bytes each, and 8 while they are computed.
+    - A padded batch has a mask, a byte for each query and key; while it is attended, when beside the states (3E) only
+      queries and what they find are there (2Q), the mask is there in c bytes too.
+    - The int8 cache computes the codes of what is read in float32, three copies of its keys or values (12K), and gives
+      all of a layer's back: keys in c bytes, values in float32 twice before they become c bytes ((c + 8)K a token).
     - Logits are those of the last token of each text, V numbers in c bytes, with two copies in float32; drawing a token
       sorts them, which takes 8 for the places, 4 for each of four copies, and 1 for what is left out.
     """
@@ -124,11 +126,15 @@ def working_bytes(shape: Shape, precision: Precision, cache: str, load: Load, ch
     if chunk == load.context and cache != "int8":
         attention -= n * 2 * keys * c
     mlp = n * c * (4 * a.width + 3 * gate)
+    codes = 0
+    if cache == "int8":
+        stored = load.batch * load.context * keys * (c + 8)
+        codes = n * c * (3 * a.width + 2 * queries + 3 * keys) + max(12 * n * keys, stored)
     angles = 2 * 4 * n * a.head_dim
     mask = load.batch * chunk * load.context if load.batch > 1 else 0
-    given_back = load.batch * load.context * keys * (2 * c + 8) if cache == "int8" else 0
     logits = load.batch * a.rows * (c + 33)
-    return max(max(attention, mlp) + angles + mask + given_back, logits)
+    masked = n * c * (3 * a.width + 2 * queries) + c * mask
+    return max(max(attention, mlp, codes, masked) + angles + mask, logits)
 
 
 def serving_need(

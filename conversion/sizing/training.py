@@ -223,9 +223,15 @@ class TrainingStep:
 
     @property
     def in_loss(self) -> int:
-        """Layers; states before and behind the last norm, 2hE, a copy of those that count and their gradient, 2cE;
-        logits of two pieces of 512 tokens, and two or three times 16 in float32; the head's gradient as a float32 sum, and as it is put
-        together. A head in shards of DeepSpeed gives the logits of all tokens instead.
+        """While the loss is computed.
+
+        - layers; states before and behind the last norm, 2hE; a copy of those that count and their gradient, 2cE;
+          states and head in c bytes, where they are cast;
+        - logits of two pieces of 512 tokens; or of one, and two or three times those of 16 tokens in float32;
+        - the head's gradient as a float32 sum, with the product that is added to it or the whole that it is put
+          together in;
+        - under autocast with checkpointing the matrices of all layers, which it holds until the loss is there;
+        - for a head that DeepSpeed has in shards the logits of all tokens instead.
         """
         way, c = self.way, self.way.compute
         a, n, matrix = self.shape.architecture, self.tokens, self.shape.matrix
@@ -237,13 +243,12 @@ class TrainingStep:
         if way.sharding is Sharding.ZERO3:
             return self.layers + states + self._angles + self._gathered + self._plain_loss
         piece = min(n, _PIECE) * a.rows * c
-        pieces = piece * (2 if n > _PIECE else 1)
         block = (2 if c == 4 else 3) * 4 * min(n, _BLOCK) * a.rows
-        if way.adapter:
-            return self.layers + states + self._angles + self._gathered + pieces + block
-        product = min(_SLICE, a.rows) * a.width * c if c < 4 else 0
-        head = 4 * matrix + max(pieces + block, pieces + product, piece + c * matrix)
-        return self.layers + states + self._angles + self._gathered + head
+        pieces = max(piece * (2 if n > _PIECE else 1), piece + block)
+        if not way.adapter:
+            product = min(_SLICE, a.rows) * a.width * c if c < 4 else 0
+            pieces = 4 * matrix + max(pieces, piece + product, piece + c * matrix)
+        return self.layers + states + self._angles + self._gathered + pieces
 
     @property
     def _plain_loss(self) -> int:
