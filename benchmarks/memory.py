@@ -115,23 +115,24 @@ class Case:
 
 RANK = 16
 
+_MIDDLE: dict[str, Any] = dict(width=768, layers=6, heads=12, gate=2048, rows=16_000, context=512)
+_SMALL: dict[str, Any] = dict(width=512, layers=6, heads=8, gate=1408, rows=16_000)
+
 CASES = (
     Case("float32", batch=2),
     Case("bfloat16", batch=4, context=2048),
     Case("bfloat16", batch=4, context=2048, cache="static"),
     Case("bfloat16", batch=4, context=2048, cache="int8"),
     Case("bfloat16", rows=151_936, context=4096),
+    *(Case("full, float32", checkpointing=on) for on in (False, True)),
     *(
-        Case(way, checkpointing=checkpointing, context=context)
-        for way, context in (("full, float32", 1024), ("full, bfloat16", 1024), ("full, mixed", 1024))
-        for checkpointing in (False, True)
+        Case(way, **_MIDDLE, checkpointing=on)
+        for way in ("LoRA, bfloat16", "full, mixed", "full, bfloat16", "QLoRA, nf4")
+        for on in (False, True)
     ),
-    Case("full, bfloat16", rows=151_936, context=512),
-    *(Case(way, checkpointing=on) for way in ("LoRA, bfloat16", "QLoRA, nf4") for on in (False, True)),
-    *(Case("FSDP2, float32", checkpointing=on, batch=2, processes=2) for on in (False, True)),
+    *(Case("FSDP2, float32", **_MIDDLE, checkpointing=on, batch=2, processes=2) for on in (False, True)),
 )
 
-_SMALL: dict[str, Any] = dict(width=512, layers=6, heads=8, gate=1408, rows=16_000)
 QUICK = (
     Case("bfloat16", **_SMALL, batch=4, context=1024),
     Case("full, float32", **_SMALL, context=512),
