@@ -177,7 +177,9 @@ def plot(results: Results = RESULTS, output: Annotated[Path, typer.Option(help="
             axes.plot([int(tokens) for tokens in row], list(row.values()), marker=marker, label=name)
         axes.axvline(length, color="gray", linewidth=1, linestyle="--")
         ticks = [int(tokens) for tokens in rows["none"]]
-        axes.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel="perplexity")
+        values = [value for row in rows.values() for value in row.values()]
+        scale = "log" if max(values) > 10 * min(values) else "linear"
+        axes.set(xscale="log", yscale=scale, title=title, xlabel="tokens", ylabel=f"perplexity ({scale} scale)")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.legend()

@@ -112,7 +112,6 @@ class TrainingStep:
     """One step of training on one of so many devices.
 
     Attributes:
-        rows: texts on this device.
         checkpointing: layers keep their input only and are computed anew in the backward pass.
     """
 
@@ -125,6 +124,7 @@ class TrainingStep:
 
     @property
     def rows(self) -> int:
+        """Texts on this device."""
         return -(-self.load.batch // self.devices)
 
     @property
@@ -148,7 +148,8 @@ class TrainingStep:
 
     @property
     def state(self) -> int:
-        """Weights, and what the optimizer keeps of each; each sharded or whole. Buckets are DDP's copy of gradients."""
+        """Weights, and what the optimizer keeps of each; each sharded or whole. DDP has a copy of the gradients too, from
+        which it sends them."""
         way, trained = self.way, self.trained
         if way.sharding is Sharding.ZERO2:
             return trained * way.weights + _share(trained * way.optimizer, self.devices)
@@ -213,6 +214,7 @@ class TrainingStep:
 
     @property
     def _inputs(self) -> int:
+        """The states that a layer is given."""
         return self.tokens * self.shape.architecture.width * self.way.residual
 
     @property
@@ -228,8 +230,8 @@ class TrainingStep:
         - layers; states before and behind the last norm, 2hE; a copy of those that count and their gradient, 2cE;
           states and head in c bytes, where they are cast;
         - logits of two pieces of 512 tokens; or of one, and two or three times those of 16 tokens in float32;
-        - the head's gradient as a float32 sum, with the product that is added to it or the whole that it is put
-          together in;
+        - the head's gradient as a float32 sum, with the product of up to 16,384 rows that is added to it, which a
+          CPU makes float32 first, or the whole that it is put together in;
         - under autocast with checkpointing the matrices of all layers, which it holds until the loss is there;
         - for a head that DeepSpeed has in shards the logits of all tokens instead.
         """
@@ -241,14 +243,14 @@ class TrainingStep:
         if self.checkpointing:
             states += a.layers * self._casts  # autocast holds them until the loss is there
         if way.sharding is Sharding.ZERO3:
-            return self.layers + states + self._angles + self._gathered + self._plain_loss
+            return self.layers + states + self._angles + self._gathered(1) + self._plain_loss
         piece = min(n, _PIECE) * a.rows * c
         block = (2 if c == 4 else 3) * 4 * min(n, _BLOCK) * a.rows
         pieces = max(piece * (2 if n > _PIECE else 1), piece + block)
         if not way.adapter:
-            product = min(_SLICE, a.rows) * a.width * c if c < 4 else 0
+            product = min(_SLICE, a.rows) * a.width * (c + 4) if c < 4 else 0
             pieces = 4 * matrix + max(pieces, piece + product, piece + c * matrix)
-        return self.layers + states + self._angles + self._gathered + pieces
+        return self.layers + states + self._angles + self._gathered(1) + pieces
 
     @property
     def _plain_loss(self) -> int:
@@ -273,14 +275,17 @@ class TrainingStep:
         a, way, n, c = self.shape.architecture, self.way, self.tokens, self.way.compute
         norm = n * a.width * (22 if way.residual < 4 else 16)
         mlp = 12 * n * a.mlp if way.adapter else 2 * c * n * a.mlp - c * n * a.width
-        base = self.layers + self._behind_loss + self._gathered
+        base = self.layers + self._behind_loss + self._gathered(3)
         if self.checkpointing:
             return base + max(norm, self.layer - self._inputs + mlp)
         return base + max(norm, mlp // 2 if way.adapter else mlp)
 
     @property
     def backward_ends(self) -> int:
-        """All gradients, and what the first layer has and takes while it is their turn; or the embedding's."""
+        """All gradients, and what the first layer has and takes while it is its turn; or the embedding's.
+
+        FSDP2 has embedding and head together then, whole: themselves, their gradients, and what it sends these from.
+        """
         way, n = self.way, self.tokens
         a = self.shape.architecture
         gradients = self._gradients
@@ -290,7 +295,10 @@ class TrainingStep:
         if not way.adapter:  # those of this layer and of the embedding are still to come
             coming = self.shape.layer + self.shape.matrix * (self.shape.matrices - 1)
             first -= _share(coming * way.gradients, self._gradient_shares)
-        return max(first, gradients + states) + self._gathered
+        if way.sharding is not Sharding.FSDP2 or self.devices == 1:
+            return max(first, gradients + states) + self._gathered(5)
+        ends = way.compute * self.shape.matrices * self.shape.matrix
+        return max(first + way.compute * self.shape.matrix + self._gathered(5), gradients + states + 3 * ends)
 
     @property
     def _gradient_shares(self) -> int:
@@ -298,17 +306,14 @@ class TrainingStep:
 
     @property
     def _gradients(self) -> int:
-        """Of all that is trained. DDP's are its buckets, which `state` has."""
-        if self.way.sharding is Sharding.NONE and self.devices > 1:
-            return 0
+        """Of all that is trained."""
         return _share(self.trained * self.way.gradients, self._gradient_shares)
 
-    @property
-    def _gathered(self) -> int:
+    def _gathered(self, layers: int) -> int:
         """What is whole for a while of what is divided.
 
-        - FSDP2: the layer at work and the next one in c bytes, what they are put together from, the gradients of one
-          and what these are sent from: 5 layers; embedding and head, and their gradients while there are such.
+        - FSDP2: embedding and head, and so many times a layer, in c bytes: in the loss the last layer; then the one at
+          work, the next one, and what they are put together from; later also gradients and what these are sent from.
         - ZeRO-3: weights up to DeepSpeed's limit, and the gradients of a bucket.
         - ZeRO-2: a bucket of gradients, twice.
         """
@@ -316,7 +321,7 @@ class TrainingStep:
         if way.sharding is Sharding.NONE or self.devices == 1 and way.sharding is Sharding.FSDP2:
             return 0
         if way.sharding is Sharding.FSDP2:
-            return c * (5 * self.shape.layer + 2 * self.shape.matrices * self.shape.matrix)
+            return c * (layers * self.shape.layer + self.shape.matrices * self.shape.matrix)
         bucket = 2 * min(_BUCKET, self.shape.parameters)
         if way.sharding is Sharding.ZERO2:
             return 2 * bucket
