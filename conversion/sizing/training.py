@@ -148,8 +148,7 @@ class TrainingStep:
 
     @property
     def state(self) -> int:
-        """Weights, and what the optimizer keeps of each; each sharded or whole. DDP has a copy of the gradients too, from
-        which it sends them."""
+        """Weights, and what the optimizer keeps of each; and DDP's copy of the gradients, from which it sends them."""
         way, trained = self.way, self.trained
         if way.sharding is Sharding.ZERO2:
             return trained * way.weights + _share(trained * way.optimizer, self.devices)
