@@ -26,8 +26,8 @@ _PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "
 
 def read_configuration(subject: Subject) -> None:
     """Find out the format, and the architecture where it has one."""
-    config = subject.folder / "config.json"
-    if subject.path.is_dir() and subject.params is None and is_present(config):
+    config = subject.path if subject.is_config else subject.folder / "config.json"
+    if subject.is_config or subject.path.is_dir() and subject.params is None and is_present(config):
         _read_config(subject, config)
     elif subject.stored.is_llama_original or subject.params is not None:
         _read_params(subject)

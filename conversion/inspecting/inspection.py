@@ -11,10 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..files.access import check_exists
 from ..files.weights import ADAPTER_CONFIG
 from ..formats.lenient import kind_name
 from ..formats.names import TABLE, hf_shapes
+from ..sizing.devices import Sizing, answer
+from ..sizing.question import Question
+from ..sizing.shape import Shape
 from .companions import CompanionChecks, tokenizer_files
 from .configuration import check_configuration, read_configuration
 from .memory import int8_cache_per_token, memory_needs, numel
@@ -32,27 +36,45 @@ def inspect(
     params: Path | None = None,
     scan: bool = False,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
+    question: Question | None = None,
 ) -> Report:
     """Find out what a checkpoint is and what is wrong with it.
 
     Args:
-        path: a folder, or the single file of a LLaMA training.
+        path: a folder, the single file of a LLaMA training, or a `config.json`, which may lie alone.
         params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
         scan: read every value: compare the checksums that are known, and look for NaN and infinite values.
         progress: while scanning, called after each tensor with its name and size; the sizes add up to `weights_bytes`.
+        question: how many devices it needs; then the weights may be missing.
 
     Raises:
-        CheckpointError: nothing is at this path. A checkpoint that is broken is reported on instead.
+        CheckpointError: nothing is at this path, or the question has no answer. A checkpoint that is broken is
+            reported on instead.
     """
     check_exists(path)
-    subject = Subject(path, params)
+    subject = Subject(path, params, without_weights=question is not None)
     read_configuration(subject)
     check_configuration(subject)
     check_weights(subject)
     _check_companions(subject)
     if scan:
         scan_values(subject, progress)
-    return _report(subject, scan)
+    return _report(subject, scan, None if question is None else _size_up(subject, question))
+
+
+def _size_up(subject: Subject, question: Question) -> Sizing:
+    """Answer a question, and remark on a text that is too long."""
+    if subject.architecture is None:
+        reason = subject.findings.problems[0] if subject.findings.problems else "There is no configuration of a model."
+        raise CheckpointError(f"How much memory it needs can't be said. {reason}")
+    sizing = answer(question, Shape(subject.architecture, subject.is_qwen), subject.packing)
+    positions = max(subject.positions or 0, subject.architecture.length)
+    if sizing.context > positions:
+        subject.findings.remarks.append(
+            f"--context {sizing.context:,} is more than the {positions:,} tokens that the model is made for: its "
+            "answers get worse there, whatever the memory."
+        )
+    return sizing
 
 
 def _check_companions(subject: Subject) -> None:
@@ -61,7 +83,7 @@ def _check_companions(subject: Subject) -> None:
         CompanionChecks(subject.folder, subject.kind, subject.config, subject.architecture, subject.findings).check()
 
 
-def _report(subject: Subject, scanned: bool) -> Report:
+def _report(subject: Subject, scanned: bool, sizing: Sizing | None) -> Report:
     """What was found out."""
     return Report(
         path=str(subject.path),
@@ -79,6 +101,7 @@ def _report(subject: Subject, scanned: bool) -> Report:
         problems=subject.findings.problems,
         remarks=subject.findings.remarks,
         scanned=scanned,
+        sizing=sizing,
     )
 
 

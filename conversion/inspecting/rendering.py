@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +12,8 @@ from rich.text import Text
 from ...programs.printing import printable
 from .memory import Memory
 from .report import FileReport, Report
+from .sizing import sizing_blocks
+from .tables import new_table
 from .words import plural, short_count, size_text
 
 _LISTED = 12  # files in a table
@@ -21,8 +22,10 @@ _LISTED = 12  # files in a table
 def render(report: Report) -> RenderableType:
     """A report for rich's console: facts, memory, files, remarks and, last and in red, problems."""
     blocks: list[RenderableType] = [Text(printable(report.path), style="bold"), _facts(report)]
-    if report.memory and report.architecture is not None:
+    if report.memory and report.architecture is not None and report.sizing is None:
         blocks.append(_memory_table(report, report.architecture["length"]))
+    if report.sizing is not None:
+        blocks += sizing_blocks(report.sizing)
     if len(report.files) > 1:
         blocks.append(_file_table(report.files))
     if report.remarks:
@@ -31,6 +34,7 @@ def render(report: Report) -> RenderableType:
         blocks.append(_sentences("Problems", report.problems, "red"))
     else:
         depth = "every value was read" if report.scanned else "headers only; --scan reads every value"
+        depth = depth if report.files else "no weights"
         blocks.append(Text(f"No problems ({depth}).", style="green"))
     return Group(*(part for block in blocks[:-1] for part in (block, "")), blocks[-1])
 
@@ -49,7 +53,8 @@ def _facts(report: Report) -> Table:
         facts["Stored as"] = ", ".join(name if only else f"{name} {n:,}" for name, n in report.dtypes.items())
     if report.quantization is not None:
         facts["Quantised"] = report.quantization
-    facts["Weights"] = f"{size_text(report.weights_bytes)} in {plural(len(report.files), 'file')}"
+    in_files = f"{size_text(report.weights_bytes)} in {plural(len(report.files), 'file')}"
+    facts["Weights"] = in_files if report.files else "none here"
     facts["Tokenizer"] = ", ".join(report.tokenizer) or "none"
     for name, value in facts.items():
         table.add_row(name, Text(printable(value)))
@@ -74,7 +79,7 @@ def _architecture_facts(values: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _memory_table(report: Report, length: int) -> Table:
-    table = _table("Memory for inference, without activations")
+    table = new_table("Memory for inference, without activations")
     table.add_column("precision", style="cyan")
     for heading in ("weights", "cache per token", f"with {plural(length, 'token')}"):
         table.add_column(heading, justify="right")
@@ -89,7 +94,7 @@ def _memory_table(report: Report, length: int) -> Table:
 
 
 def _file_table(files: Sequence[FileReport]) -> Table:
-    table = _table("Files with weights")
+    table = new_table("Files with weights")
     table.add_column("name", overflow="fold")
     table.add_column("size", justify="right")
     table.add_column("tensors", justify="right")
@@ -102,10 +107,6 @@ def _file_table(files: Sequence[FileReport]) -> Table:
     if len(shown) < len(files):
         table.caption = f"and {plural(len(files) - len(shown), 'file')} more"
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=SIMPLE_HEAD)
 
 
 def _sentences(title: str, sentences: Sequence[str], style: str) -> Table:

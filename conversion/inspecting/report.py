@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
+from ..sizing.devices import Sizing
 from .memory import Memory
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Report:
         problems: what is missing or damaged, so that the checkpoint can't be used as it is.
         remarks: what is odd, although the checkpoint can be used.
         scanned: whether values were read.
+        sizing: devices that are needed, where that was asked.
     """
 
     path: str
@@ -61,10 +63,14 @@ class Report:
     problems: list[str]
     remarks: list[str]
     scanned: bool
+    sizing: Sizing | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as dictionaries, lists, texts and numbers."""
-        return asdict(self)
+        """The same as dictionaries, lists, texts and numbers; `sizing` only where there is one."""
+        values = asdict(self)
+        if self.sizing is None:
+            del values["sizing"]
+        return values
 
 
 @dataclass

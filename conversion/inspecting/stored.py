@@ -32,6 +32,10 @@ class Part:
 class StoredWeights:
     """What the files of a checkpoint hold.
 
+    Args:
+        path: folder, single file of weights, or a configuration.
+        optional: that there are none is no problem.
+
     Attributes:
         parts: the files, also the missing ones.
         places: tensor -> file, as the index says; None without an index.
@@ -39,13 +43,14 @@ class StoredWeights:
         infos: name -> tensor. As in `Weights`, the names of LLaMA's original format begin with the number of the file.
     """
 
-    def __init__(self, path: Path, findings: Findings):
+    def __init__(self, path: Path, findings: Findings, optional: bool = False):
         self.folder = path if path.is_dir() else path.parent
         self.places: dict[str, str] | None = None
         self.total_size: Any = None
         self.infos: dict[str, TensorInfo] = {}
-        self._findings = findings
-        names = sorted(entry.name for entry in self.folder.iterdir()) if path.is_dir() else [path.name]
+        self._findings, self._optional = findings, optional
+        single = [] if path.suffix == ".json" else [path.name]
+        names = sorted(entry.name for entry in self.folder.iterdir()) if path.is_dir() else single
         pointers = [name for name in names if is_pointer(self.folder / name)]
         used = self._find_names(names) if path.is_dir() else names
         self.parts = [self._open(self.folder / name) for name in used]
@@ -79,9 +84,11 @@ class StoredWeights:
             return [f"consolidated.{number:02d}.pth" for number in range(max(numbers) + 1)]
         if ADAPTER_CONFIG in names and (adapters := [name for name in ADAPTERS if name in names]):
             return adapters[:1]
-        self._findings.problems.append(
-            f"No weights are in {self.folder}: no {SAFETENSORS}, no {PICKLE}, no consolidated.00.pth. Download them."
-        )
+        if not self._optional:
+            self._findings.problems.append(
+                f"No weights are in {self.folder}: no {SAFETENSORS}, no {PICKLE}, no consolidated.00.pth. "
+                "Download them."
+            )
         return []
 
     def _open(self, path: Path) -> Part:

@@ -27,18 +27,23 @@ def share_memory(infos: Mapping[str, TensorInfo], first: str, second: str) -> bo
 class Subject:
     """A checkpoint that is inspected.
 
+    Args:
+        path: folder, single file of weights, or a `config.json` alone.
+        without_weights: none need be there.
+
     Attributes:
         kind: format, None while it is unknown.
         config: `config.json` or `params.json`, as far as there is one.
         architecture: None where it can't be read.
     """
 
-    def __init__(self, path: Path, params: Path | None):
+    def __init__(self, path: Path, params: Path | None, without_weights: bool = False):
         self.path = path
+        self.is_config = path.is_file() and path.suffix == ".json"
         self.folder = path if path.is_dir() else path.parent
         self.params = params
         self.findings = Findings()
-        self.stored = StoredWeights(path, self.findings)
+        self.stored = StoredWeights(path, self.findings, without_weights or self.is_config)
         self.kind: Kind | None = None
         self.config: dict[str, Any] = {}
         self.architecture: Architecture | None = None
@@ -47,6 +52,12 @@ class Subject:
     def is_qwen(self) -> bool:
         """Whether it is QWen, of whatever release."""
         return self.kind is not None and self.kind.is_qwen
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the configuration makes room for; None where it doesn't say so."""
+        found = (self.config.get(name) for name in ("max_position_embeddings", "n_positions"))
+        return next((value for value in found if type(value) is int), None)
 
     @cached_property
     def quantization(self) -> str | None:

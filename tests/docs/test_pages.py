@@ -43,6 +43,29 @@ def test_the_table_of_speed_is_what_was_measured():
     assert done.stdout in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("script", "command", "page"),
+    [
+        ("memory.py", "table", "memory.md"),
+        ("memory.py", "models", "memory.md"),
+        ("long_context.py", "table", "long-context.md"),
+    ],
+)
+def test_tables_of_other_pages_are_those_of_their_scripts(script, command, page):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), command], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_calculated_memory_is_within_a_tenth_of_what_was_measured():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8").partition("## Measured")[2]
+    ratios = [float(ratio) for ratio in re.findall(r"\| \*\*([0-9.]+)\*\* \|", page)]
+    assert len(ratios) > 10
+    assert [ratio for ratio in ratios if not 0.9 <= ratio <= 1.1] == []
+
+
 def test_figures_of_the_readme_are_those_of_the_table():
     measured = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
