@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, QuantizedLayer
 
 from .arguments_qwen import CACHE_NAME
 from .ntk_qwen import NTKRows, set_ntk_alpha
@@ -466,6 +466,35 @@ def named_cache(config: PreTrainedConfig, settings: Mapping[str, Any] | None) ->
             f"q_group_size is known to {GROUPED_BACKEND!r}."
         )
     return QWenInt8Cache(config) if group_size is None else QWenGroupedInt8Cache(config, group_size)
+
+
+def refuse_quantized(config: PreTrainedConfig, given: Any, settings: Mapping[str, Any], searched: bool) -> None:
+    """Refuse what transformers' own quantised caches get wrong, or fail at with an error that names nothing.
+
+    Args:
+        given: a cache, or None where `settings`, a `cache_config` of `generate`, describe one.
+        searched: whether beams rearrange its rows, or drafts are cut off again.
+
+    Raises:
+        ValueError: beams or drafts on a release (5.4) whose layers know neither; groups that hqq can't pack.
+    """
+    of_release = QuantizedLayer.reorder_cache is DynamicLayer.reorder_cache
+    if searched and of_release and (given is None or isinstance(given, QuantizedCache)):
+        raise ValueError(
+            "The quantised caches of this release of transformers follow neither beams nor drafts: leave out "
+            f"num_beams, prompt_lookup_num_tokens and assistants, update transformers, or use {GROUPED_BACKEND!r}."
+        )
+    if given is not None or settings.get("backend") != "hqq":
+        return
+    bits, size = settings.get("nbits") or 4, settings.get("q_group_size") or 64
+    values = config.num_key_value_heads * config.head_dim
+    in_rows = 1 in (settings.get("axis_key"), settings.get("axis_value"))
+    packed = 8 // bits if in_rows and bits in (1, 2, 4) else 1  # groups of 3 bits it fills up itself
+    if values % (size * packed):
+        raise ValueError(
+            f"hqq can't pack the {values} values of a token in groups of q_group_size={size} with nbits={bits}: "
+            f"q_group_size times {packed} must divide {values}."
+        )
 
 
 def continues(kept: Any, wanted: Cache) -> bool:

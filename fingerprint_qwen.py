@@ -22,6 +22,9 @@ turned at once don't cancel each other, and many, which torch adds up as quickly
 _LIBRARIES = ("transformers", "torch", "accelerate")
 """Whose hooks compute nothing else than the weights say: they collect outputs, move and gather weights."""
 
+_OF_A_CALL = frozenset({"idx", "subB", "is_training"})
+"""What bitsandbytes leaves of the last call beside the scales of a layer."""
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -43,7 +46,9 @@ def fingerprint(model: nn.Module) -> bytes | None:
         if not all(map(_is_of_a_library, _functions_inside(module))):
             return None
         digest.update(repr(_settings(module)).encode())
-        for name, tensor in _tensors(module):
+        scales, settings = _beside_weights(module)
+        digest.update(repr(settings).encode())
+        for name, tensor in (*_tensors(module), *scales):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
             parts = _checksum(_at_hand(module, name, tensor))
             if parts is None:
@@ -98,6 +103,38 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
     yield from ((name, held) for name, held in vars(module).items() if isinstance(held, torch.Tensor))
+
+
+def _beside_weights(module: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, Any]]]:
+    """Tensors and settings that lie on the weights of a module, or in objects of the library that its class is from:
+    few-bit layers keep scales there, and move them between both places.
+    """
+    library = _library_of(module)
+    weights = [weight for weight in module.parameters(recurse=False) if type(weight).__module__ != "torch.nn.parameter"]
+    weights = [weight for weight in weights if not hasattr(weight, "__tensor_flatten__")]
+    objects = [value for value in vars(module).values() if _library_of(value) == library]
+    found = [leaf for holder in (*weights, *objects) for leaf in _leaves(holder)]
+    known = {weight.data_ptr() for weight in weights}
+    scales = [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+    return (
+        [(name, tensor) for name, tensor in scales if tensor.data_ptr() not in known],
+        [(name, _plain(value)) for name, value in found if not isinstance(value, torch.Tensor)],
+    )
+
+
+def _library_of(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _leaves(holder: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Tensors, numbers and names in an object and in those that it holds."""
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if name.startswith("_") or name in _OF_A_CALL or value is None:
+            continue
+        if isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype)):
+            yield name, value
+        elif depth and not isinstance(value, nn.Module) and not callable(value):
+            yield from _leaves(value, depth - 1)
 
 
 def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
-from .cache_qwen import continues, named_cache, new_cache
+from .cache_qwen import continues, named_cache, new_cache, refuse_quantized
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
 
@@ -213,10 +213,16 @@ class QWenGenerationMixin(_GenerativeModel):
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
+        if isinstance(kwargs.get("cache_config"), dict):
+            kwargs["cache_config"] = dict(kwargs["cache_config"])  # transformers 5.4 takes keys out of it
         wanted = cache_of_settings(self, settings)
         cache = wanted if given is None else given
         if wanted is not None and continues(cache, wanted) and settings["cache_implementation"] is not None:
             kwargs["cache_implementation"] = None  # it is this cache
+        if cache is not None or settings["cache_implementation"] == "quantized":
+            drafted = any(settings[name] is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+            searched = drafted or assistant_model is not None or (settings["num_beams"] or 1) > 1
+            refuse_quantized(self.config, cache, settings["cache_config"] or {}, searched)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
         kwargs |= self._alpha_argument(prompt, cache, named)
