@@ -85,19 +85,21 @@ def weights_row(
     per_kind: int,
 ) -> None:
     """Print one line: memory, file, both errors, examination."""
-    models, dtype = {}, torch.bfloat16
+    models, folders = [], []
     for cls, folder in sides.items():
         made = work / f"{name}-{cls.__name__}".replace(" ", "-")
         made.mkdir()
-        arguments: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
-        models[cls] = (
-            cls.from_pretrained(folder, **arguments).eval() if way is None else way.load(cls, folder, made, **arguments)
-        )
-    ours, theirs = models.values()
+        arguments: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu"}
+        model = cls.from_pretrained(folder, **arguments) if way is None else way.load(cls, folder, made, **arguments)
+        models.append(model.eval())
+        folders.append(made)
+    ours, theirs = models
     errors = [logits_error(model, ids, exact) for model in (ours, theirs)]
     size = bytes_of([ours, dict(ours.named_parameters()), dict(ours.named_buffers())])
     file = "not saved"
-    if way is None or way.saves:
+    if way is not None and way.scheme is not None:  # what it saves again are whole weights
+        file = f"{file_bytes(folders[0]) / 1e6:.2f} MB"
+    elif way is None or way.saves:
         saved = work / f"{name}-saved".replace(" ", "-")
         ours.save_pretrained(saved)
         file = f"{file_bytes(saved) / 1e6:.2f} MB"
@@ -156,10 +158,17 @@ def fill(cache: Cache, read: QWenCache) -> Cache:
     return cache
 
 
+def branch(cache: Cache) -> Cache:
+    """Another cache that goes on from there. Layers replace what they hold, and quanto's tensors can't be copied."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
 def held_error(cache: Cache, read: QWenCache) -> float:
     """Relative error of the keys and values of a prompt, as attention gets them with the next token."""
     errors = []
-    for layer, exact in zip(copy.deepcopy(cache).layers, read.layers, strict=True):
+    for layer, exact in zip(branch(cache).layers, read.layers, strict=True):
         token = exact.keys[:, :, :1], exact.values[:, :, :1]
         for got, held in zip(layer.update(*token), (exact.keys, exact.values), strict=True):
             errors.append(relative_error(got[:, :, :-1], held))
@@ -215,7 +224,7 @@ def caches_at(model: Any, length: int, rounds: int) -> None:
     for name, cache in made.items():
         held = cache.layers if name != "growing (QWenCache)" else [(layer.keys, layer.values) for layer in cache.layers]
         error = held_error(cache, read)
-        found[name] = (bytes_of(held), error, relative_error(step_logits(model, copy.deepcopy(cache), steps), exact))
+        found[name] = (bytes_of(held), error, relative_error(step_logits(model, branch(cache), steps), exact))
     times = step_times(model, made, ids[:, length:], rounds)
     plain = times["growing (QWenCache)"]
     print(
