@@ -339,7 +339,7 @@ class QWenGroupedInt8Layer(_CodesLayer):
         """Empty storage on the device of the first chunk."""
         self.dtype, self.device = key_states.dtype, key_states.device
         for name in self._STORED:
-            dtype = torch.bfloat16 if name.endswith("_scale") else torch.int8
+            dtype = torch.bfloat16 if "scale" in name else torch.int8
             setattr(self, name, torch.empty(0, dtype=dtype, device=self.device))
         self.is_initialized = True
 

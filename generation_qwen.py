@@ -213,16 +213,8 @@ class QWenGenerationMixin(_GenerativeModel):
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
-        if isinstance(kwargs.get("cache_config"), dict):
-            kwargs["cache_config"] = dict(kwargs["cache_config"])  # transformers 5.4 takes keys out of it
-        wanted = cache_of_settings(self, settings)
-        cache = wanted if given is None else given
-        if wanted is not None and continues(cache, wanted) and settings["cache_implementation"] is not None:
-            kwargs["cache_implementation"] = None  # it is this cache
-        if cache is not None or settings["cache_implementation"] == "quantized":
-            drafted = any(settings[name] is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
-            searched = drafted or assistant_model is not None or (settings["num_beams"] or 1) > 1
-            refuse_quantized(self.config, cache, settings["cache_config"] or {}, searched)
+        cache, named_by = _cache_of_generation(self, given, settings, assistant_model)
+        kwargs |= named_by
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
         kwargs |= self._alpha_argument(prompt, cache, named)
@@ -279,6 +271,24 @@ class QWenGenerationMixin(_GenerativeModel):
         if held is None and cache is not None:
             set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)
         return {}
+
+
+def _cache_of_generation(
+    model: Any, given: Any, settings: GenerationSettings, assistant_model: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The cache of a call, None for one that transformers makes; and the settings of `generate` that go with it."""
+    wanted = cache_of_settings(model, settings)
+    cache = wanted if given is None else given
+    named_by: dict[str, Any] = {}
+    if settings["cache_config"] is not None:
+        named_by["cache_config"] = copy.copy(settings["cache_config"])  # transformers 5.4 takes keys out of it
+    if wanted is not None and continues(cache, wanted) and settings["cache_implementation"] is not None:
+        named_by["cache_implementation"] = None  # it is this cache
+    if cache is not None or settings["cache_implementation"] == "quantized":
+        drafted = any(settings[name] is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+        searched = drafted or assistant_model is not None or (settings["num_beams"] or 1) > 1
+        refuse_quantized(model.config, cache, settings["cache_config"] or {}, searched)
+    return cache, named_by
 
 
 def cache_of_settings(model: Any, settings: GenerationSettings) -> Cache | None:
