@@ -102,7 +102,6 @@ def test_any_change_of_codes_or_scales_is_another_model(in_few_bits, used):
         assert None is not before != fingerprint(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*merge.*:UserWarning")
 def test_it_is_saved_and_loaded(in_few_bits, way, tmp_path):
     model = in_few_bits()
     expected = logits_of(model)
