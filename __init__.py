@@ -9,7 +9,7 @@ from .versions_qwen import check_versions as check_versions  # first: older vers
 # isort: split
 
 from .auto_classes import register
-from .cache_qwen import QWenCache, QWenInt8Cache
+from .cache_qwen import QWenCache, QWenGroupedInt8Cache, QWenInt8Cache
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import (
     FlashSelfAttention,
@@ -55,6 +55,7 @@ __all__ = [
     "QWenForQuestionAnswering",
     "QWenForSequenceClassification",
     "QWenForTokenClassification",
+    "QWenGroupedInt8Cache",
     "QWenInt8Cache",
     "QWenLMHeadModel",
     "QWenMLP",

@@ -6,20 +6,27 @@ Shapes: B batch, K key/value heads, T tokens of this call, S tokens in the cache
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, QuantizedLayer
 
 from .arguments_qwen import CACHE_NAME
 from .ntk_qwen import NTKRows, set_ntk_alpha
 from .positions_qwen import real_tokens
 
-INT8_BACKEND = "qwen_int8"
-"""Name of the int8 cache: `generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
+INT8_BACKEND, GROUPED_BACKEND = "qwen_int8", "qwen_int8_grouped"
+"""Names of the int8 caches, the published and the accurate one:
+`generate(cache_implementation="quantized", cache_config={"backend": "qwen_int8"})`."""
+
+_GROUPED = "grouped"
+"""Value of `use_cache_quantization` that asks for the accurate one."""
+_GROUP_SIZE = 32
+_GROUPED_MAX = 127
 
 _QMIN, _QMAX = 0, 255
 _LEAST_ROOM, _ROOM_SHARE = 64, 16
@@ -172,7 +179,57 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dty
     return (scale * (codes - zero)).to(dtype)
 
 
-class QWenInt8Layer(DynamicLayer):
+class _CodesLayer(DynamicLayer):
+    """What a layer does that holds its keys and values as codes with scales: several tensors, (B, K, S, ...) each."""
+
+    _STORED: tuple[str, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def _replace_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            for name in self._STORED:
+                setattr(self, name, change(getattr(self, name)))
+
+    def offload(self) -> None:
+        """Move the stored tensors to the CPU."""
+        self._replace_each(lambda stored: stored.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the stored tensors back to the layer's device."""
+        self._replace_each(lambda stored: stored.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget every token and the shape of the batch."""
+        for name in self._STORED:
+            setattr(self, name, None)
+        self.is_initialized = False
+
+    def get_seq_length(self) -> int:
+        """Number of tokens stored."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def crop(self, *args: int) -> None:
+        """Drop the last tokens, counted as `DynamicLayer.crop` counts them in the transformers installed."""
+        if self.is_initialized:
+            super().crop(*args)  # of keys and values
+            kept = self.keys.shape[-2]
+            self._replace_each(lambda stored: stored[..., :kept, :])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearrange the rows for beam search, (B,) indices."""
+        self._replace_each(lambda stored: stored.index_select(0, beam_idx.to(stored.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._replace_each(lambda stored: stored.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that `indices` names."""
+        self._replace_each(lambda stored: stored[indices, ...])
+
+
+class QWenInt8Layer(_CodesLayer):
     """Keys and values of one layer as uint8 codes, with a scale and a zero point per head and appended chunk.
 
     The chunk that is being appended is attended in its quantised form too, as in the published code, so a text gives
@@ -180,8 +237,6 @@ class QWenInt8Layer(DynamicLayer):
     """
 
     _STORED = ("keys", "values", "key_scale", "key_zero", "value_scale", "value_zero")
-    keys: torch.Tensor
-    values: torch.Tensor
     key_scale: torch.Tensor
     key_zero: torch.Tensor
     value_scale: torch.Tensor
@@ -227,47 +282,94 @@ class QWenInt8Layer(DynamicLayer):
             dequantize(self.values, self.value_scale, self.value_zero, self.dtype),
         )
 
-    def _replace_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
-            for name in self._STORED:
-                setattr(self, name, change(getattr(self, name)))
+
+def group_size_for(head_dim: int, wanted: int = _GROUP_SIZE) -> int:
+    """Values of a head that share a scale: the most that divide it evenly, up to `wanted`."""
+    return next(size for size in range(min(wanted, head_dim), 0, -1) if head_dim % size == 0)
+
+
+def round_groups(states: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise keys or values with one scale for each token, head and group of values, rounding to the nearest code.
+
+    The error is at most half the scale, and a token has the same codes whatever else is in its chunk or batch.
+
+    Args:
+        states: (B, K, T, D), floating point.
+        group_size: divides D.
+
+    Returns:
+        codes (B, K, T, D) int8, -127 to 127; scales (B, K, T, D / group_size) bfloat16, which has the range of float32.
+    """
+    groups = states.float().unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1)
+    # Codes are made with the scale that is stored, so its own rounding, at most 2^-9, costs no accuracy: the largest
+    # value may come to 127.25 of it, which is still nearest to 127.
+    scale = (largest / _GROUPED_MAX).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    codes = (groups / scale.float()[..., None]).round().clamp(-_GROUPED_MAX, _GROUPED_MAX).to(torch.int8)
+    return codes.flatten(-2), scale
+
+
+def restore_groups(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `round_groups` up to its rounding and that to `dtype`: (B, K, S, D)."""
+    # Codes and scales are exact in every dtype, so that the product is rounded once.
+    groups = codes.unflatten(-1, (scale.shape[-1], -1))
+    return (groups.to(dtype) * scale.to(dtype)[..., None]).flatten(-2)
+
+
+class QWenGroupedInt8Layer(_CodesLayer):
+    """Keys and values of one layer as int8 codes, with a scale for each token, head and group of values.
+
+    The chunk that is being appended is attended in its quantised form too. As no token's codes depend on others, a text
+    gives the same logits however it is cut into chunks.
+
+    Args:
+        group_size: values of a head that share a scale; fewer, where it doesn't divide the head.
+    """
+
+    _STORED = ("keys", "values", "key_scale", "value_scale")
+    key_scale: torch.Tensor
+    value_scale: torch.Tensor
+
+    def __init__(self, group_size: int = _GROUP_SIZE) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self._buffers: dict[str, _Buffer] = {}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Empty storage on the device of the first chunk."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for name in self._STORED:
+            dtype = torch.bfloat16 if "scale" in name else torch.int8
+            setattr(self, name, torch.empty(0, dtype=dtype, device=self.device))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one chunk, (B, K, T, D) each, and return all keys and values, (B, K, S + T, D), dequantised."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        chunk: dict[str, torch.Tensor] = {}
+        for states, data, scale in ((key_states, "keys", "key_scale"), (value_states, "values", "value_scale")):
+            chunk[data], chunk[scale] = round_groups(states.detach(), group_size_for(states.shape[-1], self.group_size))
+        grown = {name: _append(self._buffers.get(name), getattr(self, name), part) for name, part in chunk.items()}
+        self._buffers = {name: buffer for name, (buffer, _) in grown.items()}  # not those of a copy
+        for name, (_, view) in grown.items():
+            setattr(self, name, view)
+        return (
+            restore_groups(self.keys, self.key_scale, key_states.dtype),
+            restore_groups(self.values, self.value_scale, value_states.dtype),
+        )
 
     def offload(self) -> None:
-        """Move the stored tensors to the CPU."""
-        self._replace_each(lambda stored: stored.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move the stored tensors back to the layer's device."""
-        self._replace_each(lambda stored: stored.to(self.device, non_blocking=True))
+        """Move the stored tensors to the CPU, and free the buffers."""
+        super().offload()
+        self._buffers = {}
 
     def reset(self) -> None:
         """Forget every token and the shape of the batch."""
-        for name in self._STORED:
-            setattr(self, name, None)
-        self.is_initialized = False
-
-    def get_seq_length(self) -> int:
-        """Number of tokens stored."""
-        return self.keys.shape[-2] if self.is_initialized else 0
-
-    def crop(self, *args: int) -> None:
-        """Drop the last tokens, counted as `DynamicLayer.crop` counts them in the transformers installed."""
-        if self.is_initialized:
-            super().crop(*args)  # of keys and values
-            kept = self.keys.shape[-2]
-            self._replace_each(lambda stored: stored[..., :kept, :])
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rearrange the rows for beam search, (B,) indices."""
-        self._replace_each(lambda stored: stored.index_select(0, beam_idx.to(stored.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        self._replace_each(lambda stored: stored.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that `indices` names."""
-        self._replace_each(lambda stored: stored[indices, ...])
+        super().reset()
+        self._buffers = {}
 
 
 def _with_room(layer: DynamicLayer) -> QWenGrowingLayer:
@@ -315,11 +417,89 @@ class QWenInt8Cache(NTKRows, Cache):
         return super().update(key_states, value_states, layer_idx, *args, real_tokens=real, **kwargs)
 
 
+class QWenGroupedInt8Cache(NTKRows, Cache):
+    """Accurate key/value cache in int8, about half the size of a half-precision one: rounded, with a scale for each
+    token, head and group of values; the default of a model whose configuration has `use_cache_quantization="grouped"`,
+    and usable with any model by name.
+
+    Args:
+        config: configuration of the model, for its number of layers; without one, layers are added as they come.
+        group_size: values of a head that share a scale.
+
+    Raises:
+        ValueError: a group size that is no positive integer.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, group_size: int = _GROUP_SIZE) -> None:
+        if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+            raise ValueError(f"group_size={group_size!r} must be a positive integer: values that share a scale.")
+        self.group_size = group_size
+        if config is None:
+            replicated: Any = partial(QWenGroupedInt8Layer, group_size)  # called as a class is
+            super().__init__(layer_class_to_replicate=replicated)
+        else:
+            super().__init__(layers=[QWenGroupedInt8Layer(group_size) for _ in range(config.num_hidden_layers)])
+
+
 def new_cache(model: Any) -> Cache:
     """Empty cache of the kind that a configuration asks for: int8, except in training, or a growing one."""
-    if model.config.use_cache_quantization and not model.training:  # codes carry no gradient
-        return QWenInt8Cache(model.config)
-    return QWenCache(config=model.config)
+    wanted = model.config.use_cache_quantization and not model.training  # codes carry no gradient
+    if not wanted:
+        return QWenCache(config=model.config)
+    return (QWenGroupedInt8Cache if model.config.use_cache_quantization == _GROUPED else QWenInt8Cache)(model.config)
+
+
+def named_cache(config: PreTrainedConfig, settings: Mapping[str, Any] | None) -> Cache | None:
+    """Empty cache of ours that a `cache_config` of `generate` names as its `backend`; None where it names another.
+
+    Raises:
+        ValueError: it sets what that cache doesn't know.
+    """
+    values = dict(settings or {})
+    backend = values.pop("backend", None)
+    if backend not in (INT8_BACKEND, GROUPED_BACKEND):
+        return None
+    group_size = values.pop("q_group_size", _GROUP_SIZE) if backend == GROUPED_BACKEND else None
+    if values:
+        raise ValueError(
+            f"The cache {backend!r} has no {', '.join(values)}: leave that out of cache_config. It holds 8 bits; "
+            f"q_group_size is known to {GROUPED_BACKEND!r}."
+        )
+    return QWenInt8Cache(config) if group_size is None else QWenGroupedInt8Cache(config, group_size)
+
+
+def refuse_quantized(config: PreTrainedConfig, given: Any, settings: Mapping[str, Any], searched: bool) -> None:
+    """Refuse what transformers' own quantised caches get wrong, or fail at with an error that names nothing.
+
+    Args:
+        given: a cache, or None where `settings`, a `cache_config` of `generate`, describe one.
+        searched: whether beams rearrange its rows, or drafts are cut off again.
+
+    Raises:
+        ValueError: beams or drafts on a release (5.4) whose layers know neither; groups that hqq can't pack.
+    """
+    of_release = QuantizedLayer.reorder_cache is DynamicLayer.reorder_cache
+    if searched and of_release and (given is None or isinstance(given, QuantizedCache)):
+        raise ValueError(
+            "The quantised caches of this release of transformers follow neither beams nor drafts: leave out "
+            f"num_beams, prompt_lookup_num_tokens and assistants, update transformers, or use {GROUPED_BACKEND!r}."
+        )
+    if given is not None or settings.get("backend") != "hqq":
+        return
+    bits, size = settings.get("nbits") or 4, settings.get("q_group_size") or 64
+    values = config.num_key_value_heads * config.head_dim
+    in_rows = 1 in (settings.get("axis_key"), settings.get("axis_value"))
+    packed = 8 // bits if in_rows and bits in (1, 2, 4) else 1  # groups of 3 bits it fills up itself
+    if values % (size * packed):
+        raise ValueError(
+            f"hqq can't pack the {values} values of a token in groups of q_group_size={size} with nbits={bits}: "
+            f"q_group_size times {packed} must divide {values}."
+        )
+
+
+def continues(kept: Any, wanted: Cache) -> bool:
+    """Whether what a cache holds is held as in another one: by the same class, in groups of the same size."""
+    return type(kept) is type(wanted) and getattr(kept, "group_size", None) == getattr(wanted, "group_size", None)
 
 
 def cache_of_call(

@@ -16,12 +16,12 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAMES, cache_argument
-from .cache_qwen import QWenCache
-from .generation_qwen import GenerationSettings, eos_sequences, sequences_of
-from .kept_qwen import KeptCache, cache_of_turn
+from .generation_qwen import GenerationSettings, cache_of_settings, eos_sequences, sequences_of
+from .kept_qwen import KEPT, KeptCache, cache_of_turn
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     DEFAULT_WINDOW,
@@ -66,7 +66,7 @@ class ChatCall:
         cut: token sequences that end a reply and are no part of it.
         kept: those that are, stop words as published.
         window: tokens of context.
-        default_cache: whether keys and values are in a growing cache of one sequence, which a history can carry.
+        carried: whether keys and values are in a cache of one sequence that a history can carry.
         stop_text: a text that ends a reply, whichever tokens it is made of.
     """
 
@@ -77,7 +77,7 @@ class ChatCall:
     cut: list[TokensType]
     kept: list[TokensType]
     window: int
-    default_cache: bool
+    carried: bool
     stop_text: str | None = None
 
     @classmethod
@@ -126,7 +126,7 @@ class ChatCall:
         if not isinstance(window, int):
             raise ValueError(f"max_window_size={window!r} must be a whole number of tokens.")
         cut, kept = (ends, words) if choices.keep_stop_words and not has_tools else (ends + words, [])
-        carried = _has_default_cache(model, effective, other_kwargs)
+        carried = _can_carry_cache(model, effective, other_kwargs)
         return cls(model, tokenizer, settings, other_kwargs, cut, kept, window, carried)
 
     def answer(
@@ -209,11 +209,12 @@ class ChatCall:
             return texts
         return [text.partition(self.stop_text)[0].rstrip() for text in texts]
 
-    def cache(self, history: Iterable[Sequence[str]] | None, context: TokensType) -> QWenCache | None:
+    def cache(self, history: Iterable[Sequence[str]] | None, context: TokensType) -> Cache | None:
         """A branch of what the history carries, or an empty cache; None where none can be kept or others are used."""
-        if not self.default_cache or self.model.training:
+        if not self.carried or self.model.training:
             return None
-        return cache_of_turn(self.model, getattr(history, "kept", None), context)
+        empty = cache_of_settings(self.model, GenerationSettings(self.model, self.generation_config))
+        return cache_of_turn(self.model, getattr(history, "kept", None), context, empty)
 
 
 if TYPE_CHECKING:
@@ -383,12 +384,11 @@ def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _has_default_cache(model: Any, settings: GenerationSettings, other_kwargs: dict[str, Any]) -> bool:
-    """Whether generation keeps one sequence in the model's growing cache and nothing else."""
-    others = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
+def _can_carry_cache(model: Any, settings: GenerationSettings, other_kwargs: dict[str, Any]) -> bool:
+    """Whether generation keeps one sequence in a cache of the model's own that may be cut short, and nothing else."""
+    others = ("prompt_lookup_num_tokens", "assistant_early_exit")
     return (
-        not model.config.use_cache_quantization
-        and settings["use_cache"] is not False
+        isinstance(cache_of_settings(model, settings), KEPT)
         and all(settings[name] is None for name in others)
         and all((settings[name] or 1) == 1 for name in ("num_beams", "num_return_sequences"))
         and not {*CACHE_NAMES, "assistant_model", "custom_generate"} & other_kwargs.keys()

@@ -94,7 +94,6 @@ _SWITCHES = (
     "use_dynamic_ntk",
     "use_logn_attn",
     "no_bias",
-    "use_cache_quantization",
     "softmax_in_fp32",
 )
 
@@ -146,7 +145,8 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
         seq_length: length in tokens that the model was trained on; NTK and LogN begin beyond it.
         n_positions: longest text in tokens that the checkpoint is meant for; nothing is allocated from it.
         padded_vocab_size: rows of the embedding where that is more than `vocab_size`.
-        use_cache_quantization: keep keys and values as int8 (`QWenInt8Cache`).
+        use_cache_quantization: keep keys and values as int8: True as published (`QWenInt8Cache`), "grouped" accurately
+            (`QWenGroupedInt8Cache`).
         softmax_in_fp32: compute attention scores and softmax in float32 (`_upcast_and_reordered_attn`).
         bos_token_id, pad_token_id: ids that begin and fill up a text, where there are any.
         kwargs: other spellings; `rope_parameters` (or `rope_scaling`), whose `rope_type` "linear", "dynamic" or "yarn"
@@ -305,8 +305,10 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
         _check_heads(self)
         refuse_foreign(vars(self))
         self.precision_flag()
-        if self.use_flash_attn not in (True, False, None, "auto") or type(self.use_flash_attn) is int:
-            raise ValueError(f"use_flash_attn={self.use_flash_attn!r} is unknown: use True, False or 'auto'.")
+        for name, word in (("use_flash_attn", "auto"), ("use_cache_quantization", "grouped")):
+            value = getattr(self, name)
+            if value not in (True, False, None, word) or type(value) is int:
+                raise ValueError(f"{name}={value!r} is unknown: use True, False or {word!r}.")
         if self.use_logn_attn and self.seq_length < 2:
             raise ValueError(f"seq_length={self.seq_length} with use_logn_attn=True divides by log(1): use 2 or more.")
         if self.rotary_scaling.kind == "dynamic" and self.seq_length < self.n_positions:

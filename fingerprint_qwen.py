@@ -19,8 +19,12 @@ _STRANDS = 255
 """In how many parts the words of a tensor lie above one another to be added up: an odd number, so that as many signs
 turned at once don't cancel each other, and many, which torch adds up as quickly as it reads."""
 
-_LIBRARIES = ("transformers", "torch", "accelerate")
-"""Whose hooks compute nothing else than the weights say: they collect outputs, move and gather weights."""
+_FEW_BITS = "compressed_tensors"
+_LIBRARIES = ("transformers", "torch", "accelerate", _FEW_BITS)
+"""Whose hooks compute nothing else than the weights say: they collect outputs, move, gather and round weights."""
+
+_OF_A_CALL = frozenset({"idx", "subB", "is_training"})
+"""What bitsandbytes leaves of the last call beside the scales of a layer."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -43,7 +47,9 @@ def fingerprint(model: nn.Module) -> bytes | None:
         if not all(map(_is_of_a_library, _functions_inside(module))):
             return None
         digest.update(repr(_settings(module)).encode())
-        for name, tensor in _tensors(module):
+        scales, settings = _beside_weights(module)
+        digest.update(repr(settings).encode())
+        for name, tensor in (*_tensors(module), *scales):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
             parts = _checksum(_at_hand(module, name, tensor))
             if parts is None:
@@ -66,8 +72,21 @@ def _functions_inside(module: nn.Module) -> Iterator[Callable[..., Any]]:
     # Where accelerate moves the weights of a module, it calls what was there before.
     replaced = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
     original = getattr(replaced, "_torchdynamo_orig_callable", replaced)
-    if original is not None and getattr(original, "__func__", None) is not type(module).forward:
+    if original is not None and _unwrapped(original) is not type(module).forward:
         yield original
+
+
+def _unwrapped(method: Any) -> Any:
+    """The function of a method, or where compressed-tensors has wrapped it to round or place weights, the one inside,
+    whose name its wrapper goes by.
+    """
+    function = getattr(method, "__func__", None)
+    while getattr(function, "__globals__", {}).get("__name__", "").startswith(_FEW_BITS):
+        inside = getattr(function, "__wrapped__", None)
+        if inside is None:
+            break
+        function = getattr(inside, "__func__", inside)
+    return function
 
 
 def _is_of_a_library(function: Any) -> bool:
@@ -98,6 +117,38 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
     yield from ((name, held) for name, held in vars(module).items() if isinstance(held, torch.Tensor))
+
+
+def _beside_weights(module: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, Any]]]:
+    """Tensors and settings that lie on the weights of a module, or in objects of the library that its class is from:
+    few-bit layers keep scales there, and move them between both places.
+    """
+    library = _library_of(module)
+    weights = [weight for weight in module.parameters(recurse=False) if type(weight).__module__ != "torch.nn.parameter"]
+    weights = [weight for weight in weights if not hasattr(weight, "__tensor_flatten__")]
+    objects = [value for value in vars(module).values() if _library_of(value) in (library, _FEW_BITS)]
+    found = [leaf for holder in (*weights, *objects) for leaf in _leaves(holder)]
+    known = {weight.data_ptr() for weight in weights}
+    scales = [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
+    return (
+        [(name, tensor) for name, tensor in scales if tensor.data_ptr() not in known],
+        [(name, _plain(value)) for name, value in found if not isinstance(value, torch.Tensor)],
+    )
+
+
+def _library_of(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _leaves(holder: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Tensors, numbers and names in an object and in those that it holds."""
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if name.startswith("_") or name in _OF_A_CALL or value is None:
+            continue
+        if isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype)):
+            yield name, value
+        elif depth and not isinstance(value, nn.Module) and not callable(value):
+            yield from _leaves(value, depth - 1)
 
 
 def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:

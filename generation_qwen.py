@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
-from .cache_qwen import INT8_BACKEND, QWenInt8Cache, new_cache
+from .cache_qwen import continues, named_cache, new_cache, refuse_quantized
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
 
@@ -213,9 +213,8 @@ class QWenGenerationMixin(_GenerativeModel):
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
-        cache = self._default_cache(settings) if given is None else given
-        if given is None and cache is not None and settings["cache_implementation"] is not None:
-            kwargs["cache_implementation"] = None  # it is this cache
+        cache, named_by = _cache_of_generation(self, given, settings, assistant_model)
+        kwargs |= named_by
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
         kwargs |= self._alpha_argument(prompt, cache, named)
@@ -257,16 +256,6 @@ class QWenGenerationMixin(_GenerativeModel):
             continuous_batching_config.allow_block_sharing = False
         return super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
 
-    def _default_cache(self, settings: GenerationSettings) -> Cache | None:
-        """The model's own cache where nothing else is asked for, or the int8 cache by its name."""
-        if settings["use_cache"] is False:
-            return None
-        if settings["cache_implementation"] in (None, "dynamic"):
-            return new_cache(self.transformer)
-        backend = (settings["cache_config"] or {}).get("backend")
-        named = settings["cache_implementation"] == "quantized" and backend == INT8_BACKEND
-        return QWenInt8Cache(self.config) if named else None
-
     def _alpha_argument(self, prompt: Prompt, cache: Cache | None, named: bool) -> dict[str, torch.Tensor]:
         """The alpha of each row as an argument of `forward`, (B, 1), which doesn't see the whole prompt in chunks,
         behind drafts or without a cache; kept by the cache alone where `forward` can't be given it.
@@ -282,6 +271,35 @@ class QWenGenerationMixin(_GenerativeModel):
         if held is None and cache is not None:
             set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)
         return {}
+
+
+def _cache_of_generation(
+    model: Any, given: Any, settings: GenerationSettings, assistant_model: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The cache of a call, None for one that transformers makes; and the settings of `generate` that go with it."""
+    wanted = cache_of_settings(model, settings)
+    cache = wanted if given is None else given
+    named_by: dict[str, Any] = {}
+    if settings["cache_config"] is not None:
+        named_by["cache_config"] = copy.copy(settings["cache_config"])  # transformers 5.4 takes keys out of it
+    if wanted is not None and continues(cache, wanted) and settings["cache_implementation"] is not None:
+        named_by["cache_implementation"] = None  # it is this cache
+    if cache is not None or settings["cache_implementation"] == "quantized":
+        drafted = any(settings[name] is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+        searched = drafted or assistant_model is not None or (settings["num_beams"] or 1) > 1
+        refuse_quantized(model.config, cache, settings["cache_config"] or {}, searched)
+    return cache, named_by
+
+
+def cache_of_settings(model: Any, settings: GenerationSettings) -> Cache | None:
+    """Empty cache of ours: the model's own where nothing else is asked for, or an int8 cache by its name; else None."""
+    if settings["use_cache"] is False:
+        return None
+    if settings["cache_implementation"] in (None, "dynamic"):
+        return new_cache(model.transformer)
+    if settings["cache_implementation"] == "quantized":
+        return named_cache(model.config, settings["cache_config"])
+    return None
 
 
 def sequences_of(output: Any) -> torch.Tensor:

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
-from .cache_qwen import QWenCache
+from .cache_qwen import QWenCache, QWenGroupedInt8Cache, continues
 from .fingerprint_qwen import fingerprint
 from .ntk_qwen import NTKState, set_ntk_alpha
 
+KEPT = (QWenCache, QWenGroupedInt8Cache)
+"""Caches in which a token is held in the same way whatever was read together with it."""
 
-def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int]) -> QWenCache | None:
+
+def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int], empty: Any) -> Cache | None:
     """The cache that a turn begins with, a branch of what is kept or an empty one; None where it couldn't be kept.
 
     It carries the fingerprint that the model has now, so weights that change while the turn is written end it too.
@@ -23,12 +27,13 @@ def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int]) -> 
         model: a `QWenLMHeadModel`.
         kept: of the turn before, or None.
         prompt: token ids of the whole prompt.
+        empty: a new cache of the kind that this turn asks for, one of `KEPT`.
     """
     made_by = fingerprint(model)
     if made_by is None:
         return None
-    branch = None if kept is None else kept.branch(model, made_by, prompt)
-    cache = QWenCache(config=model.config) if branch is None else branch
+    branch = None if kept is None or not kept.is_held_as(empty) else kept.branch(model, made_by, prompt)
+    cache: Cache = empty if branch is None else branch
     cache.made_by = made_by  # type: ignore[attr-defined]
     return cache
 
@@ -42,12 +47,12 @@ class KeptCache:
         cache: of one sequence, from `cache_of_turn`, which nobody uses from now on.
     """
 
-    def __init__(self, model: Any, ids: Sequence[int], cache: QWenCache):
+    def __init__(self, model: Any, ids: Sequence[int], cache: Cache):
         self._model = weakref.ref(model)
         self._ids = list(ids[: cache.get_seq_length()])
         self._cache = cache
 
-    def branch(self, model: Any, made_by: bytes, prompt: Sequence[int]) -> QWenCache | None:
+    def branch(self, model: Any, made_by: bytes, prompt: Sequence[int]) -> Cache | None:
         """A cache with as much of the beginning of a prompt as is kept, or None where nothing of it can be used.
 
         At least the last token of the prompt is left to be read. Nothing is used if anything of the model has changed,
@@ -70,6 +75,10 @@ class KeptCache:
         if (state := getattr(branch, "qwen_ntk", None)) is not None:
             set_ntk_alpha(branch, state.alpha)
         return branch
+
+    def is_held_as(self, wanted: Cache) -> bool:
+        """Whether keys and values are in the form of another cache: a turn may ask for fewer bits than the last."""
+        return continues(self._cache, wanted)
 
     def _is_rotated_as(self, model: Any, length: int) -> bool:
         """Whether "dynamic" scaling, which goes by the length that a text had when a key was made, hasn't begun."""

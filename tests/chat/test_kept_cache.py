@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 
-from qwen1 import ChatHistory, make_context
+from qwen1 import ChatHistory, QWenCache, QWenGroupedInt8Cache, make_context
+from qwen1.cache_qwen import GROUPED_BACKEND
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.kept_qwen import _common_length
 from qwen1.ntk_qwen import ntk_alpha
@@ -238,9 +239,65 @@ def test_other_caches_are_not_carried(model, byte_tokenizer, settings):
     assert isinstance(history, ChatHistory) and history.kept is None
 
 
-def test_int8_keys_are_not_carried(model, byte_tokenizer):
+def test_published_int8_keys_are_not_carried(model, byte_tokenizer):
+    """What they are depends on what was read together."""
     model.config.use_cache_quantization = True
     assert talk(model, byte_tokenizer, "first").kept is None
+
+
+GROUPED = {"cache_implementation": "quantized", "cache_config": {"backend": GROUPED_BACKEND}}
+
+
+@pytest.mark.parametrize("by", ["configuration", "arguments", "settings"])
+def test_grouped_int8_keys_are_carried(model, byte_tokenizer, read, by):
+    """Replies are those of a conversation that is read anew with the same cache, in streams and batches too."""
+    model.double()
+    asked = GROUPED if by == "arguments" else {}
+    if by == "configuration":
+        model.config.use_cache_quantization = "grouped"
+    elif by == "settings":
+        model.generation_config.update(**GROUPED)
+    plain, history = None, None
+    for query in ("What is this?", "你好", "And then?"):
+        expected, plain = model.chat(byte_tokenizer, query, plain, reuse_cache=False, max_new_tokens=8, **asked)
+        full = read()
+        before = None if history is None else history.copy()
+        reply, history = model.chat(byte_tokenizer, query, history, max_new_tokens=8, **asked)
+        assert (reply, history) == (expected, plain)
+        assert read() < full or len(history) == 1
+        assert type(history.kept._cache) is QWenGroupedInt8Cache
+        assert list(model.chat_stream(byte_tokenizer, query, before, max_new_tokens=8, **asked))[-1] == expected
+        read()
+    earlier = plain[:-1]
+    replies, _ = model.batch_chat(byte_tokenizer, ["And then?", "Hi"], [earlier, None], max_new_tokens=8, **asked)
+    assert replies[0] == expected
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, GROUPED), (GROUPED, {})], ids=["fewer bits", "more bits"])
+def test_keys_in_other_bits_are_read_anew(model, byte_tokenizer, read, first, second):
+    history = talk(model, byte_tokenizer, "first", max_new_tokens=4, **first)
+    read()
+    history = talk(model, byte_tokenizer, "second", history=history, max_new_tokens=4, **second)
+    assert read() >= prompt_length(byte_tokenizer, "second", history[:1])
+    assert type(history.kept._cache) is (QWenGroupedInt8Cache if second else QWenCache)
+
+
+def test_groups_of_another_size_are_read_anew(model, byte_tokenizer, read):
+    history = talk(model, byte_tokenizer, "first", max_new_tokens=4, **GROUPED)
+    read()
+    smaller = {**GROUPED, "cache_config": {"backend": GROUPED_BACKEND, "q_group_size": 8}}
+    history = talk(model, byte_tokenizer, "second", history=history, max_new_tokens=4, **smaller)
+    assert read() >= prompt_length(byte_tokenizer, "second", history[:1])
+
+
+def test_another_ntk_band_reads_grouped_keys_anew(model, byte_tokenizer, read):
+    model.config.seq_length = 200
+    history = talk(model, byte_tokenizer, "a" * 100, max_new_tokens=4, **GROUPED)
+    read()
+    expected, _ = model.chat(byte_tokenizer, "b" * 100, list(history), max_new_tokens=4, reuse_cache=False, **GROUPED)
+    full = read()
+    assert model.chat(byte_tokenizer, "b" * 100, history, max_new_tokens=4, **GROUPED)[0] == expected
+    assert read() == full
 
 
 def test_it_goes_with_the_history_and_on_request(model, byte_tokenizer):
