@@ -53,6 +53,7 @@ from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
 from .ntk_qwen import alpha_of_call, choose_alpha, stretched_base
+from .parallel_qwen import HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_lengths, text_starts
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -320,14 +321,15 @@ class QWenAttention(nn.Module):
             attention_mask: in the form that the attention implementation takes.
             past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
+        # Engines such as vLLM, which share heads among processes, put their own sizes in the place of these.
         query, key, value = self.c_attn(hidden_states).split(
             (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
         )
-        query = self._split_heads(query, self.num_heads, self.head_dim)
-        key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
         if value.requires_grad:
             value = value.contiguous()  # what is kept for the backward pass would hold all three parts of the product
-        value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
+        query, key, value = (
+            self._split_heads(part, part.shape[-1] // self.head_dim, self.head_dim) for part in (query, key, value)
+        )
 
         cos, sin, logn = position_embeddings
         query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
@@ -344,8 +346,7 @@ class QWenAttention(nn.Module):
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         # Engines such as vLLM return (B * T, H * D).
-        attn_output = attn_output.reshape(*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
+        return self.c_proj(attn_output.reshape(*hidden_states.shape[:-1], query.shape[1] * self.head_dim)), attn_weights
 
 
 class QWenMLP(nn.Module):
@@ -519,6 +520,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_load_unexpected = LEFTOVERS
+    _tp_plan = HEAD_TENSOR_PLAN
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
