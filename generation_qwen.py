@@ -26,6 +26,8 @@ from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
 from .cache_qwen import INT8_BACKEND, QWenInt8Cache, new_cache
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
+from .shards_qwen import draw_alike
+from .tensor_parallel_qwen import shares_of_process
 
 _EXTRAS = ("stop_words_ids", "seed")
 """Settings that `generate` knows beyond those of transformers."""
@@ -210,6 +212,8 @@ class QWenGenerationMixin(_GenerativeModel):
             # Another program runs these, which reads prompts and settings itself.
             arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
+        if settings["do_sample"]:
+            draw_alike(self)
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
@@ -237,6 +241,14 @@ class QWenGenerationMixin(_GenerativeModel):
         return inputs
 
     _cache = _CacheOfCall()
+
+    def _get_static_cache_init_shape(self) -> tuple[int, int] | None:
+        """As in transformers, which knows the heads of this process by names of other models' projections only."""
+        shape = super()._get_static_cache_init_shape()
+        if shape is None:
+            return None
+        projection = self.transformer.h[0].attn.c_attn
+        return *shares_of_process(projection, self.config.num_key_value_heads), self.config.kv_channels
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Transformers puts temperature, top_k and so on behind what it is given; a seed draws from their result."""

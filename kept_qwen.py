@@ -12,6 +12,7 @@ import torch
 from .cache_qwen import QWenCache
 from .fingerprint_qwen import fingerprint
 from .ntk_qwen import NTKState, set_ntk_alpha
+from .shards_qwen import agreed
 
 
 def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int]) -> QWenCache | None:
@@ -24,7 +25,7 @@ def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int]) -> 
         kept: of the turn before, or None.
         prompt: token ids of the whole prompt.
     """
-    made_by = fingerprint(model)
+    made_by = agreed(model, fingerprint(model))
     if made_by is None:
         return None
     branch = None if kept is None else kept.branch(model, made_by, prompt)

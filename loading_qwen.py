@@ -17,6 +17,7 @@ from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
 from .saving_qwen import saved_as_published
 from .shards_qwen import gather_weights, needs_gathering
+from .tensor_parallel_qwen import complete_plan
 
 logger = logging.get_logger(__name__)
 
@@ -111,6 +112,11 @@ class LoadingMixin(_Base):
     config_class: Any
     home: str
     """Name of the module in which the published classes are defined."""
+
+    def post_init(self) -> None:
+        """As in transformers; early releases lose a part of the plan of tensor parallel here."""
+        super().post_init()
+        complete_plan(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):

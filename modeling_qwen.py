@@ -64,6 +64,7 @@ from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
 from .streaming_qwen import stream_tokens as stream_tokens
+from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
 
 
@@ -130,12 +131,9 @@ class RotaryEmbedding(nn.Module):
         if self.scaling.kind == "dynamic":
             alpha = dynamic_alpha(text_lengths(position_ids), self.scaling)
         exponents = torch.arange(0, self.dim, 2, device=position_ids.device).float() / self.dim
-        periods = (
-            self.base**exponents
-            if alpha is None
-            else stretched_base(self.base, alpha, self.dim)[..., None] ** exponents
-        )
-        freqs = position_ids[..., None].float() * scaled_frequencies(periods, self.base, self.scaling)  # (B, T, R / 2)
+        base = self.base if alpha is None else stretched_base(self.base, alpha, self.dim)[..., None]
+        frequencies = scaled_frequencies(base**exponents, self.base, self.scaling)
+        freqs = position_ids[..., None].float() * frequencies  # (B, T, R / 2)
         return torch.cat((freqs, freqs), dim=-1)[:, :, None, :]
 
     def cos_sin(
@@ -237,6 +235,7 @@ class QWenAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
 
         self.c_attn = nn.Linear(self.hidden_size, self.projection_size + 2 * self.kv_projection_size)
+        self.c_attn.heads = self.num_heads, self.num_key_value_heads, self.num_key_value_heads  # type: ignore[assignment]
         self.c_proj = nn.Linear(self.projection_size, self.hidden_size, bias=not config.no_bias)
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
@@ -321,10 +320,8 @@ class QWenAttention(nn.Module):
             attention_mask: in the form that the attention implementation takes.
             past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
-        # Engines such as vLLM, which share heads among processes, put their own sizes in the place of these.
-        query, key, value = self.c_attn(hidden_states).split(
-            (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
-        )
+        width, kv_width = shares_of_process(self.c_attn, self.projection_size, self.kv_projection_size)
+        query, key, value = self.c_attn(hidden_states).split((width, kv_width, kv_width), dim=-1)
         if value.requires_grad:
             value = value.contiguous()  # what is kept for the backward pass would hold all three parts of the product
         query, key, value = (
