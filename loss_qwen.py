@@ -22,8 +22,6 @@ def holds_its_weight(head: nn.Module) -> bool:
     """Whether a head is a plain matrix at hand: without an adapter or a hook, not in few bits, not in shards."""
     if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
         return False
-    if head._forward_hooks or head._forward_pre_hooks:  # of tensor parallel, where shards are plain tensors
-        return False
     return type(head.weight) is nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
 
 
