@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
 from .saving_qwen import saved_as_published
-from .shards_qwen import gather_weights, needs_gathering
+from .shards_qwen import gather_weights, needs_gathering, sharing_group, weights_once
 from .tensor_parallel_qwen import complete_plan
 
 logger = logging.get_logger(__name__)
@@ -179,6 +179,8 @@ class LoadingMixin(_Base):
             state_dict = gather_weights(self)
             if torch.distributed.get_rank() != 0:
                 return
+        if state_dict is None and not kwargs.get("distributed_checkpoint") and sharing_group(self) is not None:
+            state_dict = weights_once(self)
         if self.config.precision_flag() is not None:
             for flag, dtype in _DTYPES.items():
                 setattr(self.config, flag, self.dtype == dtype)

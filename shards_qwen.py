@@ -29,6 +29,12 @@ def gather_weights(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def weights_once(model: Any) -> dict[str, Any]:
+    """The weights of a model, shards as they are, each under one name: put together one by one, two that are tied would
+    no longer be known as the same."""
+    return {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
 def sharing_group(model: Any) -> Any:
     """The group of processes that compute each token together, by tensor parallel; None for this process alone."""
     mesh = getattr(model, "_device_mesh", None)
