@@ -5,8 +5,9 @@ own styles cut a matrix into equal contiguous parts, or into two such parts, so 
 
 - As many key/value heads as heads, as in all published models: each process has three parts of weight and bias, and
   nothing is exchanged.
-- Fewer key/value heads, or a transformers that can't cut so (5.4, whose shards are plain tensors): each process has an
-  equal contiguous part, and what the processes compute is exchanged, numbers as many as one product of `c_attn`.
+- Fewer key/value heads; or FSDP2 beside it, whose shards of three parts torch (2.13) puts together in a wrong order; or
+  a transformers that can't cut so (5.4, whose shards are plain tensors): each process has an equal contiguous part, and
+  what the processes compute is exchanged, numbers as many as one product of `c_attn`.
 
 Shapes: B batch, T tokens, W rows of `c_attn`, H heads, K key/value heads, P processes.
 """
@@ -92,7 +93,8 @@ if ON_DTENSORS and torch.distributed.is_available():
                     "that are not quantised, or convert the checkpoint to Qwen2 and serve that."
                 )
             placements = [Shard(0)]
-            if _in_three_parts(module):
+            module.in_three_parts = len(set(module.heads)) == 1 and mesh.size() == torch.distributed.get_world_size()
+            if module.in_three_parts:
                 if param == "weight":
                     return styles.PackedColwiseParallel(split_factor=3).shard_param(module, param, mesh)
                 placements = module.weight.placements
@@ -109,15 +111,12 @@ if ON_DTENSORS and torch.distributed.is_available():
 
         def transform_output_post_forward(self, module: Any, output: torch.Tensor, mesh: Any) -> torch.Tensor:
             """What the rows here give, (B, T, W / P) -> the heads of this process, (B, T, W / P)."""
-            if _in_three_parts(module):
+            if module.in_three_parts:
                 return output
             shard = DTensor.from_local(output, mesh, [Shard(-1)], run_check=False)
             # Each process has the gradients of its own heads.
             packed = shard.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
             return heads_of_process(packed, module.heads, mesh.get_local_rank(), mesh.size())
-
-    def _in_three_parts(projection: Any) -> bool:
-        return len(set(projection.heads)) == 1
 
     styles.ALL_PARALLEL_STYLES.register(HEADS_STYLE, HeadsParallel())  # type: ignore[arg-type]
 
