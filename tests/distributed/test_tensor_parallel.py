@@ -112,6 +112,13 @@ def share(folder, shapes):
     return {name: look_at(folder / name, ways[number % len(ways)]) for number, name in enumerate(shapes)}
 
 
+def share_and_shard(folder):
+    """Two by two processes, which share the model and have shards of the shares."""
+    both = DistributedConfig(tp_size=2, fsdp_size=2)
+    model = QWenLMHeadModel.from_pretrained(folder, distributed_config=both)
+    return train(model, folder.with_name(f"{folder.name}-by-four"))
+
+
 def talk(model, tokenizer, reads, **settings):
     """Three turns: the reply, and how many tokens were read before it; and the history."""
     turns, history = [], None
@@ -216,23 +223,33 @@ def test_memory_of_the_weights(shared):
     assert max(of_process["numbers"] for of_process in found) < 1.04 * whole / processes
 
 
+def check_step(model, losses, begun, saved):
+    """A step that processes have made and saved is that of this model."""
+    files = [load_file(folder / "model.safetensors") for folder in (begun, saved)]
+    assert files[0].keys() == files[1].keys()
+    assert "distributed" not in (saved / "config.json").read_text()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = train(model)
+    for of_process in losses:
+        torch.testing.assert_close(of_process, loss, atol=0, rtol=1e-6)
+    trained = QWenLMHeadModel.from_pretrained(saved).state_dict()
+    for key, expected in model.state_dict().items():
+        assert not torch.equal(expected, before[key]), f"{key} has no gradient"
+        error = (trained[key] - expected).abs().max()
+        assert error < 2e-6, f"{key} is {error} off"
+
+
 def test_loss_gradients_and_what_is_saved(shared, folder, request):
     _, found, model = shared
-    begun = {name: value.clone() for name, value in model.state_dict().items()}
-    loss = train(model)
-    for of_process in found:
-        torch.testing.assert_close(of_process["loss"], loss, atol=0, rtol=1e-6)
     name = request.node.callspec.params["shared"][1]
-    saved = folder / f"{name}-trained"
-    assert "distributed" not in (saved / "config.json").read_text()
-    trained = QWenLMHeadModel.from_pretrained(saved).state_dict()
-    files = [load_file(folder / of / "model.safetensors") for of in (name, saved.name)]
-    assert files[0].keys() == files[1].keys()
-    for key, expected in model.state_dict().items():
-        assert not torch.equal(expected, begun[key]), f"{key} has no gradient"
-        torch.testing.assert_close(
-            trained[key], expected, atol=2e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    check_step(model, [of_process["loss"] for of_process in found], folder / name, folder / f"{name}-trained")
+
+
+@pytest.mark.skipif(not ON_DTENSORS, reason="transformers 5.4 does not shard so")
+def test_shards_of_shares(folder, in_processes):
+    model = QWenLMHeadModel.from_pretrained(folder / "plain")
+    losses = in_processes(share_and_shard, folder / "plain", count=4)
+    check_step(model, losses, folder / "plain", folder / "plain-by-four")
 
 
 def test_classes(found, folder):
