@@ -156,9 +156,11 @@ def _with_stop_words(
 
 
 def _with_seed(
-    processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
+    model: Any, processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
 ) -> LogitsProcessorList | None:
     seed = settings["seed"]
+    if settings["do_sample"]:
+        draw_alike(model)
     if seed is None or not settings["do_sample"]:
         return processors
     if (settings["num_beams"] or 1) > 1:
@@ -212,11 +214,9 @@ class QWenGenerationMixin(_GenerativeModel):
             # Another program runs these, which reads prompts and settings itself.
             arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
-        if settings["do_sample"]:
-            draw_alike(self)
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
-        arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
+        arguments["logits_processor"] = _with_seed(self, logits_processor, settings, prompt)
         cache = self._default_cache(settings) if given is None else given
         if given is None and cache is not None and settings["cache_implementation"] is not None:
             kwargs["cache_implementation"] = None  # it is this cache
