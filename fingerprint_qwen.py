@@ -161,7 +161,8 @@ def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
 def _checksum(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     """Sums over all bytes of a tensor, () int64 each, on its device; None where the bytes can't be read."""
     if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors
-        inner = [_checksum(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        inner = [_checksum(value) for value in held if isinstance(value, torch.Tensor)]  # no mesh of processes
         return None if None in inner else [part for parts in inner if parts for part in parts]
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return None

@@ -26,6 +26,8 @@ from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
 from .cache_qwen import continues, named_cache, new_cache, refuse_quantized
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
+from .shards_qwen import draw_alike
+from .tensor_parallel_qwen import shares_of_process
 
 _EXTRAS = ("stop_words_ids", "seed")
 """Settings that `generate` knows beyond those of transformers."""
@@ -154,9 +156,11 @@ def _with_stop_words(
 
 
 def _with_seed(
-    processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
+    model: Any, processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
 ) -> LogitsProcessorList | None:
     seed = settings["seed"]
+    if settings["do_sample"]:
+        draw_alike(model)
     if seed is None or not settings["do_sample"]:
         return processors
     if (settings["num_beams"] or 1) > 1:
@@ -212,7 +216,7 @@ class QWenGenerationMixin(_GenerativeModel):
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
-        arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
+        arguments["logits_processor"] = _with_seed(self, logits_processor, settings, prompt)
         cache, named_by = _cache_of_generation(self, given, settings, assistant_model)
         kwargs |= named_by
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
@@ -236,6 +240,14 @@ class QWenGenerationMixin(_GenerativeModel):
         return inputs
 
     _cache = _CacheOfCall()
+
+    def _get_static_cache_init_shape(self) -> tuple[int, int] | None:
+        """As in transformers, which knows the heads of this process by names of other models' projections only."""
+        shape = super()._get_static_cache_init_shape()
+        if shape is None:
+            return None
+        projection = self.transformer.h[0].attn.c_attn
+        return *shares_of_process(projection, self.config.num_key_value_heads), self.config.kv_channels
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Transformers puts temperature, top_k and so on behind what it is given; a seed draws from their result."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from .cache_qwen import QWenCache, QWenGroupedInt8Cache, continues
 from .fingerprint_qwen import fingerprint
 from .ntk_qwen import NTKState, set_ntk_alpha
+from .shards_qwen import agreed
 
 KEPT = (QWenCache, QWenGroupedInt8Cache)
 """Caches in which a token is held in the same way whatever was read together with it."""
@@ -29,7 +30,7 @@ def cache_of_turn(model: Any, kept: KeptCache | None, prompt: Sequence[int], emp
         prompt: token ids of the whole prompt.
         empty: a new cache of the kind that this turn asks for, one of `KEPT`.
     """
-    made_by = fingerprint(model)
+    made_by = agreed(model, fingerprint(model))
     if made_by is None:
         return None
     branch = None if kept is None or not kept.is_held_as(empty) else kept.branch(model, made_by, prompt)

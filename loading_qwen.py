@@ -16,7 +16,8 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
 from .saving_qwen import saved_as_published
-from .shards_qwen import gather_weights, needs_gathering
+from .shards_qwen import gather_weights, needs_gathering, sharing_group, weights_once
+from .tensor_parallel_qwen import complete_plan
 
 logger = logging.get_logger(__name__)
 
@@ -112,6 +113,11 @@ class LoadingMixin(_Base):
     home: str
     """Name of the module in which the published classes are defined."""
 
+    def post_init(self) -> None:
+        """As in transformers; early releases lose a part of the plan of tensor parallel here."""
+        super().post_init()
+        complete_plan(self)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers, with the published flags, in the configuration or as arguments.
@@ -173,6 +179,8 @@ class LoadingMixin(_Base):
             state_dict = gather_weights(self)
             if torch.distributed.get_rank() != 0:
                 return
+        if state_dict is None and not kwargs.get("distributed_checkpoint") and sharing_group(self) is not None:
+            state_dict = weights_once(self)
         if self.config.precision_flag() is not None:
             for flag, dtype in _DTYPES.items():
                 setattr(self.config, flag, self.dtype == dtype)

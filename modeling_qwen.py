@@ -53,6 +53,7 @@ from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
 from .ntk_qwen import alpha_of_call, choose_alpha, stretched_base
+from .parallel_qwen import HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_lengths, text_starts
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -63,6 +64,7 @@ from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
 from .streaming_qwen import stream_tokens as stream_tokens
+from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
 
 
@@ -129,12 +131,9 @@ class RotaryEmbedding(nn.Module):
         if self.scaling.kind == "dynamic":
             alpha = dynamic_alpha(text_lengths(position_ids), self.scaling)
         exponents = torch.arange(0, self.dim, 2, device=position_ids.device).float() / self.dim
-        periods = (
-            self.base**exponents
-            if alpha is None
-            else stretched_base(self.base, alpha, self.dim)[..., None] ** exponents
-        )
-        freqs = position_ids[..., None].float() * scaled_frequencies(periods, self.base, self.scaling)  # (B, T, R / 2)
+        base = self.base if alpha is None else stretched_base(self.base, alpha, self.dim)[..., None]
+        frequencies = scaled_frequencies(base**exponents, self.base, self.scaling)
+        freqs = position_ids[..., None].float() * frequencies  # (B, T, R / 2)
         return torch.cat((freqs, freqs), dim=-1)[:, :, None, :]
 
     def cos_sin(
@@ -236,6 +235,7 @@ class QWenAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
 
         self.c_attn = nn.Linear(self.hidden_size, self.projection_size + 2 * self.kv_projection_size)
+        self.c_attn.heads = self.num_heads, self.num_key_value_heads, self.num_key_value_heads  # type: ignore[assignment]
         self.c_proj = nn.Linear(self.projection_size, self.hidden_size, bias=not config.no_bias)
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
@@ -320,14 +320,13 @@ class QWenAttention(nn.Module):
             attention_mask: in the form that the attention implementation takes.
             past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
-        query, key, value = self.c_attn(hidden_states).split(
-            (self.projection_size, self.kv_projection_size, self.kv_projection_size), dim=-1
-        )
-        query = self._split_heads(query, self.num_heads, self.head_dim)
-        key = self._split_heads(key, self.num_key_value_heads, self.head_dim)
+        width, kv_width = shares_of_process(self.c_attn, self.projection_size, self.kv_projection_size)
+        query, key, value = self.c_attn(hidden_states).split((width, kv_width, kv_width), dim=-1)
         if value.requires_grad:
             value = value.contiguous()  # what is kept for the backward pass would hold all three parts of the product
-        value = self._split_heads(value, self.num_key_value_heads, self.head_dim)
+        query, key, value = (
+            self._split_heads(part, part.shape[-1] // self.head_dim, self.head_dim) for part in (query, key, value)
+        )
 
         cos, sin, logn = position_embeddings
         query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
@@ -344,8 +343,7 @@ class QWenAttention(nn.Module):
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         # Engines such as vLLM return (B * T, H * D).
-        attn_output = attn_output.reshape(*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        return self.c_proj(self._merge_heads(attn_output, self.num_heads, self.head_dim)), attn_weights
+        return self.c_proj(attn_output.reshape(*hidden_states.shape[:-1], query.shape[1] * self.head_dim)), attn_weights
 
 
 class QWenMLP(nn.Module):
@@ -519,6 +517,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_load_unexpected = LEFTOVERS
+    _tp_plan = HEAD_TENSOR_PLAN
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)

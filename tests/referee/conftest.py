@@ -4,12 +4,15 @@ The package `transformers` leaves its tests out, so they are fetched from the pa
 kept in the user's cache folder. `QWEN_TRANSFORMERS_TESTS` may name an unpacked source distribution instead.
 """
 
+import datetime
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+import torch.distributed as dist
 import transformers
 from filelock import FileLock
 
@@ -28,9 +32,44 @@ def _several_processes(*args, **kwargs):
     raise unittest.SkipTest("runs in several processes, for which the source distribution lacks a helper")
 
 
+def run_distributed(world_size):
+    """Call a function of theirs, (rank, *arguments), in so many processes, which are copies of this one."""
+
+    def run_function(function):
+        def run(*arguments):
+            with tempfile.TemporaryDirectory() as folder:
+                context = multiprocessing.get_context("fork")
+                one = (folder, world_size, function, arguments)
+                started = [context.Process(target=_one_process, args=(rank, *one)) for rank in range(world_size)]
+                for process in started:
+                    process.start()
+                for process in started:
+                    process.join()
+                reports = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.log")))
+                assert not any(process.exitcode for process in started), reports
+
+        return run
+
+    return run_function
+
+
+def _one_process(rank, folder, world_size, function, arguments):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        limit = datetime.timedelta(seconds=60)  # for what waits for another process, which may have failed
+        where = f"file://{folder}/group"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size, timeout=limit)
+        function(rank, *arguments)
+    except BaseException:
+        (Path(folder) / f"{rank}.log").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # without what pytest has still to do
+
+
 STAND_INS = {
     "distributed_testing_utils": {
-        "run_distributed": _several_processes,
+        "run_distributed": run_distributed,
         "_start_rank_processes": _several_processes,
         "_get_distributed_backend": lambda: "gloo",
         "_get_distributed_device_type": lambda: "cpu",
