@@ -24,6 +24,7 @@ from .scaling_qwen import (
     plain_rope,
     take_rope,
 )
+from .shards_qwen import SHARDING_PLAN
 
 logger = logging.get_logger(__name__)
 
@@ -159,6 +160,7 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
     """
 
     model_type = "qwen"
+    base_model_fsdp_plan = SHARDING_PLAN
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",

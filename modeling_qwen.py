@@ -61,7 +61,7 @@ from .qwen_generation_utils import make_context as make_context
 from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
 from .schemas_qwen import Tool as Tool
-from .shards_qwen import gather_weights as gather_weights
+from .shards_qwen import HEAD_SHARDING_PLAN
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tools_qwen import ToolResult as ToolResult
 
@@ -109,8 +109,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000, scaling: RotaryScaling | None = None):
         super().__init__()
-        self.dim = dim
-        self.base = base
+        self.dim, self.base = dim, base
         self.scaling = scaling or RotaryScaling("default", 1.0, 0)
 
     def forward(
@@ -518,6 +517,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _fsdp_plan = HEAD_SHARDING_PLAN
     _keys_to_ignore_on_load_unexpected = LEFTOVERS
 
     def __init__(self, config: QWenConfig):

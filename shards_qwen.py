@@ -1,4 +1,4 @@
-"""Weights that several processes have in shards, put together for saving."""
+"""Weights that several processes have in shards (FSDP2): how they are cut, and who puts them together again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from typing import Any
 
 import torch
 from torch import nn
+
+SHARDING_PLAN = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+"""What transformers' FSDP2 puts together and gives up as one: each block, so that a step never has the whole model."""
+
+HEAD_SHARDING_PLAN = {"lm_head": "keep_full_weight"}
+"""The same of the head, which the backward pass needs first and so is kept until then."""
+
+
+def gathers_its_weight(head: nn.Module) -> bool:
+    """Whether a head is a plain matrix, without a bias or a hook, that FSDP2 alone has in shards or has put together.
+
+    It does so around a call of the head; outside of one the weight is that of a shard.
+    """
+    if nn.Linear not in type(head).__bases__ or head.bias is not None or hasattr(head, "_hf_hook"):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # takes long, and not every build of torch has it
+    from torch.distributed.tensor import DTensor
+
+    weight = head.weight
+    cuts = [place for place in weight.placements if not place.is_replicate()] if isinstance(weight, DTensor) else []
+    return isinstance(head, FSDPModule) and len(cuts) <= 1 and weight.shape == (head.out_features, head.in_features)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def needs_gathering(model: nn.Module) -> bool:
