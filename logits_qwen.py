@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from .arguments_qwen import KNOWN_ARGUMENTS, QWenCausalLMOutput, cache_argument
-from .loss_qwen import gives_its_weight, loss_of_head
+from .loss_qwen import gives_its_weight, logits_behind_loss, loss_of_head
 from .shards_qwen import local_part
 
 _LOOKS = 1024  # values of the head that are compared before it is used again
@@ -68,7 +68,7 @@ class _Origin:
         differentiated = states.requires_grad or not self.differentiated
         autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiated), autocast:
-            logits = self.head(states.to(self.device, self.dtype))
+            logits = logits_behind_loss(self.head, states.to(self.device, self.dtype))
             moved = states.dtype != self.dtype or states.device != self.device
             return logits.to(states.device, states.dtype) if moved else logits
 

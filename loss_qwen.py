@@ -43,6 +43,17 @@ def loss_of_head(head: nn.Linear, states: torch.Tensor, labels: torch.Tensor, **
     return head(_LossInput(states, partial(head_loss, labels=labels, **arguments)))
 
 
+def logits_behind_loss(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """The logits of a head that `gives_its_weight`, (B, T, E) -> (B, T, V), when the loss has been computed.
+
+    A second call would be the end of what FSDP2 has in one group with the head, in the middle of the backward pass; so
+    a weight that it keeps together is used without a call.
+    """
+    if type(head) is nn.Linear or type(head.weight) is not nn.Parameter:
+        return head(states)
+    return nn.functional.linear(states.to(head.weight.dtype), head.weight)
+
+
 @dataclass(eq=False)
 class _LossInput:
     """Given to a head in the place of states, it makes the call return the loss in the place of logits.

@@ -1,0 +1,220 @@
+"""Data parallel in every way, with whole weights and with shards: loss, gradients and logits of a single process.
+
+Each process has its own rows of a batch, with equally many tokens that count, so that means over the processes are means
+over the batch.
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from qwen1 import QWenLMHeadModel
+from qwen1.logits_qwen import QWenTrainingOutput
+from qwen1.modeling_qwen import QWenBlock
+
+IDS = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(0))  # beyond seq_length: NTK has its part
+LABELS = IDS.masked_fill(torch.arange(40) < 10, -100)
+SHARDS_BY_ITSELF = "fsdp_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.4 doesn't yet
+
+MODELS = ["plain", "tied", "grouped"]
+BLOCKS = [f"transformer.h.{number}" for number in range(4)]
+WAYS = {
+    "transformers": ["", *BLOCKS, "transformer.wte", "transformer.ln_f", "lm_head"],
+    "accelerate": ["", *BLOCKS],  # from 1.13 on, embedding and head too
+    "by hand": ["", *BLOCKS],
+    "head too": ["", *BLOCKS, "lm_head"],
+    "FSDP1": ["", *BLOCKS],
+    "DDP": [],
+}
+"""Way -> modules that must be wrapped, each by itself."""
+
+STEPS = {
+    "loss without logits": {},
+    "loss from logits": {"skip_logits": False},
+    "no logits at all": {"skip_logits": True},
+    "logits read late": {},
+    "loss and logits": {},
+}
+
+
+# --- in each process ---
+
+
+def load(folder, way):
+    """The model of a folder, distributed in one of the `WAYS`."""
+    if way == "transformers":
+        return QWenLMHeadModel.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    model = QWenLMHeadModel.from_pretrained(folder)
+    if way == "DDP":
+        return DistributedDataParallel(model)
+    if way == "FSDP1":
+        policy = ModuleWrapPolicy({QWenBlock})
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+    if way == "accelerate":
+        return by_accelerate(model)
+    for block in model.transformer.h:
+        fully_shard(block)
+    if way == "head too" and not model.config.tie_word_embeddings:
+        fully_shard(model.lm_head, reshard_after_forward=True)
+    return fully_shard(model)
+
+
+def by_accelerate(model):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate shards nothing over CPUs
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    return Accelerator(fsdp_plugin=plugin).prepare(model, torch.optim.SGD(model.parameters()))[0]
+
+
+def wrapped_modules(model):
+    names = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    found = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    return sorted(names + [name.replace("_fsdp_wrapped_module.", "") for name in found])
+
+
+def gradients(model):
+    """The whole gradients, by the names of a plain model."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): weight.grad.clone()
+                for name, weight in model.named_parameters()
+            }
+    found = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def custom_loss(logits):
+    return (logits.float().log_softmax(-1)[..., :-1, 5].tanh() * 3).mean()
+
+
+def train_step(model, ids, labels, step):
+    """Loss of one step, what it returned, and the gradients."""
+    model.train()
+    model.zero_grad()
+    output = model(ids, labels=labels, **STEPS[step])
+    loss = output.loss if step != "logits read late" else 0.0
+    if step in ("logits read late", "loss and logits"):
+        loss = loss + custom_loss(output.logits)
+    loss.backward()
+    return loss.detach(), type(output).__name__, {name: grad.clone() for name, grad in gradients(model).items()}
+
+
+def each_step(folder, way, saved):
+    """What this process finds out about a model and a way."""
+    rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    model, found = load(folder, way), {}
+    for step in STEPS:
+        try:
+            found[step] = train_step(model, IDS[rows], LABELS[rows], step)
+        except ValueError as error:
+            found[step] = str(error)
+    model.eval()
+    with torch.no_grad():
+        found["logits"] = model(IDS[rows]).logits
+    found["wrapped"] = wrapped_modules(model)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(saved)
+    return found
+
+
+def each_way(folders, saved, ways):
+    return {(name, way): each_step(folders[name], way, saved / f"{name} {way}") for name in MODELS for way in ways}
+
+
+# --- here ---
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def found(in_processes, model_folders, saved):
+    """(model, way) -> what each of two processes found."""
+    ways = [way for way in WAYS if SHARDS_BY_ITSELF or way != "transformers"]
+    ranks = in_processes(each_way, model_folders, saved, ways)
+    return {key: [rank[key] for rank in ranks] for key in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def alone(model_folders):
+    """(model, step) -> loss and gradients of a single process; (model, "logits") -> logits."""
+    expected = {}
+    for name in MODELS:
+        model = QWenLMHeadModel.from_pretrained(model_folders[name])
+        for step in STEPS:
+            loss, _, grads = train_step(model, IDS, LABELS, step)
+            expected[name, step] = loss, grads
+        with torch.no_grad():
+            expected[name, "logits"] = model.eval()(IDS).logits
+    return expected
+
+
+@pytest.fixture(params=[(name, way) for name in MODELS for way in WAYS], ids=lambda pair: "-".join(pair))
+def pair(request):
+    if request.param[1] == "transformers" and not SHARDS_BY_ITSELF:
+        pytest.skip("this release of transformers shards nothing by itself")
+    return request.param
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_that_of_one_process(found, alone, pair, step):
+    ranks = [rank[step] for rank in found[pair]]
+    if pair[1] == "FSDP1" and step == "no logits at all":
+        assert all("skip_logits=True needs" in rank for rank in ranks)
+        return
+    loss, expected = alone[pair[0], step]
+    torch.testing.assert_close(torch.stack([rank[0] for rank in ranks]).mean(), loss)
+    for _, _, grads in ranks:
+        assert grads.keys() == expected.keys()
+        size = torch.stack([grad.norm() for grad in expected.values()]).norm()
+        errors = {name: ((grads[name] - grad).norm() / size).item() for name, grad in expected.items()}
+        assert max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.slow
+def test_logits_are_those_of_one_process(found, alone, pair):
+    logits = torch.cat([rank["logits"] for rank in found[pair]])
+    torch.testing.assert_close(logits, alone[pair[0], "logits"])
+
+
+@pytest.mark.slow
+def test_each_block_is_wrapped_by_itself(found, pair):
+    name, way = pair
+    expected = [module for module in WAYS[way] if not (name == "tied" and module == "lm_head")]
+    for rank in found[pair]:
+        assert set(expected) <= set(rank["wrapped"])
+
+
+@pytest.mark.slow
+def test_the_loss_needs_no_logits(found, pair):
+    """Not in FSDP1, which has the head in a flat piece of memory."""
+    plain = pair[1] == "FSDP1"
+    for rank in found[pair]:
+        assert rank["loss without logits"][1] == ("QWenCausalLMOutput" if plain else QWenTrainingOutput.__name__)
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_an_ordinary_checkpoint(found, pair, saved, model_folders):
+    if pair[1] in ("DDP", "FSDP1"):
+        pytest.skip("wraps the model in another object")
+    model, original = (
+        QWenLMHeadModel.from_pretrained(place) for place in (saved / " ".join(pair), model_folders[pair[0]])
+    )
+    assert type(model) is QWenLMHeadModel and model.config.architectures == ["QWenLMHeadModel"]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in original.state_dict().items())
