@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ def gathers_its_weight(head: nn.Module) -> bool:
     weight = head.weight
     cuts = [place for place in weight.placements if not place.is_replicate()] if isinstance(weight, DTensor) else []
     return isinstance(head, FSDPModule) and len(cuts) <= 1 and weight.shape == (head.out_features, head.in_features)
+
+
+def refuse_pipeline(distributed_config: Any) -> None:
+    """Refuse transformers' own pipeline, which knows the names of other models' parts only.
+
+    Args:
+        distributed_config: of `from_pretrained`: a dictionary or an object; None for none.
+
+    Raises:
+        ValueError: names the number of parts and the ways that there are.
+    """
+    values = distributed_config if isinstance(distributed_config, Mapping) else vars(distributed_config or object)
+    if (parts := values.get("pp_size") or 1) > 1:
+        raise ValueError(
+            f"pp_size={parts} spreads blocks by the names of other models. Convert the checkpoint, after which it does "
+            "so for this one (qwen1-checkpoint convert --to qwen2), or use torch.distributed.pipelining, as "
+            "examples/pipeline.py does."
+        )
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
