@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from .shards_qwen import gathers_its_weight
+from .shards_qwen import gathers_its_weight, is_partitioned
 
 _PIECE = 512  # tokens whose logits are held at once, in the dtype of the head
 _BLOCK = 16  # tokens whose logits are held in float32
@@ -32,8 +32,12 @@ def holds_its_weight(head: nn.Module) -> bool:
 
 
 def gives_its_weight(head: nn.Module) -> bool:
-    """Whether the loss can be computed with the weight of a head: it holds it, or gets it for a call."""
-    return holds_its_weight(head) or gathers_its_weight(head)
+    """Whether the loss can be computed with the weight of a head: it holds it, or FSDP2 puts it together for a call.
+
+    ZeRO-3 would, as soon as one looks at the weight, but loses count of its parameters when a step doesn't call the
+    modules of the step before, as an evaluation does; and it goes through the output by its keys, which reads logits.
+    """
+    return not is_partitioned(head) and (holds_its_weight(head) or gathers_its_weight(head))
 
 
 def loss_of_head(head: nn.Linear, states: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:

@@ -30,6 +30,11 @@ def gathers_its_weight(head: nn.Module) -> bool:
     return isinstance(head, FSDPModule) and len(cuts) <= 1 and weight.shape == (head.out_features, head.in_features)
 
 
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has parameters of a module in parts; asked without its putting them together."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+
+
 def refuse_pipeline(distributed_config: Any) -> None:
     """Refuse transformers' own pipeline, which knows the names of other models' parts only.
 

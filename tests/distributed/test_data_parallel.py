@@ -1,9 +1,10 @@
 """Data parallel in every way, with whole weights and with shards: loss, gradients and logits of a single process.
 
-Each process has its own rows of a batch, with equally many tokens that count, so that means over the processes are means
-over the batch.
+Each process has its own rows of a batch, with equally many tokens that count, so that means over the processes are
+means over the batch. DeepSpeed is optional here (pip install deepspeed); its engine is used as the Trainer uses it.
 """
 
+import importlib.util
 import inspect
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from qwen1 import QWenLMHeadModel
+from qwen1.arguments_qwen import QWenCausalLMOutput
 from qwen1.logits_qwen import QWenTrainingOutput
 from qwen1.modeling_qwen import QWenBlock
 
@@ -35,8 +37,17 @@ WAYS = {
     "head too": ["", *BLOCKS, "lm_head"],
     "FSDP1": ["", *BLOCKS],
     "DDP": [],
+    "ZeRO-2": [],
+    "ZeRO-3": [],  # last: it puts functions of its own into torch
 }
 """Way -> modules that must be wrapped, each by itself."""
+
+STAGES = {"ZeRO-2": 2, "ZeRO-3": 3}
+WHOLE_LOGITS = ("FSDP1", "ZeRO-3")
+"""These have the head in pieces that nobody but them can put together."""
+
+OUTSIDE = ("DDP", "FSDP1", *STAGES)
+"""These wrap the model in an object of their own."""
 
 STEPS = {
     "loss without logits": {},
@@ -55,6 +66,8 @@ def load(folder, way):
     if way == "transformers":
         return QWenLMHeadModel.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     model = QWenLMHeadModel.from_pretrained(folder)
+    if way in STAGES:
+        return by_deepspeed(model, STAGES[way])
     if way == "DDP":
         return DistributedDataParallel(model)
     if way == "FSDP1":
@@ -78,6 +91,21 @@ def by_accelerate(model):
     return Accelerator(fsdp_plugin=plugin).prepare(model, torch.optim.SGD(model.parameters()))[0]
 
 
+def by_deepspeed(model, stage):
+    import deepspeed
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # kernels that take minutes to compile, in place of gloo's
+    deepspeed.init_distributed("gloo", verbose=False)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # small ones would stay whole
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
 def wrapped_modules(model):
     names = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     found = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
@@ -92,6 +120,10 @@ def gradients(model):
                 name.replace("_fsdp_wrapped_module.", ""): weight.grad.clone()
                 for name, weight in model.named_parameters()
             }
+    if hasattr(model, "zero_optimization_stage"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(weight) for name, weight in model.module.named_parameters()}
     found = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
@@ -108,8 +140,12 @@ def train_step(model, ids, labels, step):
     loss = output.loss if step != "logits read late" else 0.0
     if step in ("logits read late", "loss and logits"):
         loss = loss + custom_loss(output.logits)
-    loss.backward()
-    return loss.detach(), type(output).__name__, {name: grad.clone() for name, grad in gradients(model).items()}
+    engine = hasattr(model, "zero_optimization_stage")
+    model.backward(loss) if engine else loss.backward()
+    found = {name: grad.clone() for name, grad in gradients(model).items()}
+    if engine:
+        model.step()  # of a learning rate of 0
+    return loss.detach(), type(output).__name__, found
 
 
 def each_step(folder, way, saved):
@@ -131,10 +167,19 @@ def each_step(folder, way, saved):
 
 
 def each_way(folders, saved, ways):
-    return {(name, way): each_step(folders[name], way, saved / f"{name} {way}") for name in MODELS for way in ways}
+    return {(name, way): each_step(folders[name], way, saved / f"{name} {way}") for way in ways for name in MODELS}
 
 
 # --- here ---
+
+
+def missing(way):
+    """Why a way can't be tried here, None where it can."""
+    if way in STAGES and importlib.util.find_spec("deepspeed") is None:
+        return "needs DeepSpeed: pip install deepspeed"
+    if way == "transformers" and not SHARDS_BY_ITSELF:
+        return "this release of transformers shards nothing by itself"
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +190,8 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(in_processes, model_folders, saved):
     """(model, way) -> what each of two processes found."""
-    ways = [way for way in WAYS if SHARDS_BY_ITSELF or way != "transformers"]
-    ranks = in_processes(each_way, model_folders, saved, ways)
+    ways = [way for way in WAYS if not missing(way)]
+    ranks = in_processes(each_way, model_folders, saved, ways, environment={"DS_ACCELERATOR": "cpu"})
     return {key: [rank[key] for rank in ranks] for key in ranks[0]}
 
 
@@ -166,8 +211,8 @@ def alone(model_folders):
 
 @pytest.fixture(params=[(name, way) for name in MODELS for way in WAYS], ids=lambda pair: "-".join(pair))
 def pair(request):
-    if request.param[1] == "transformers" and not SHARDS_BY_ITSELF:
-        pytest.skip("this release of transformers shards nothing by itself")
+    if reason := missing(request.param[1]):
+        pytest.skip(reason)
     return request.param
 
 
@@ -175,7 +220,7 @@ def pair(request):
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_is_that_of_one_process(found, alone, pair, step):
     ranks = [rank[step] for rank in found[pair]]
-    if pair[1] == "FSDP1" and step == "no logits at all":
+    if pair[1] in WHOLE_LOGITS and step == "no logits at all":
         assert all("skip_logits=True needs" in rank for rank in ranks)
         return
     loss, expected = alone[pair[0], step]
@@ -203,15 +248,13 @@ def test_each_block_is_wrapped_by_itself(found, pair):
 
 @pytest.mark.slow
 def test_the_loss_needs_no_logits(found, pair):
-    """Not in FSDP1, which has the head in a flat piece of memory."""
-    plain = pair[1] == "FSDP1"
-    for rank in found[pair]:
-        assert rank["loss without logits"][1] == ("QWenCausalLMOutput" if plain else QWenTrainingOutput.__name__)
+    kind = QWenCausalLMOutput if pair[1] in WHOLE_LOGITS else QWenTrainingOutput
+    assert {rank["loss without logits"][1] for rank in found[pair]} == {kind.__name__}
 
 
 @pytest.mark.slow
 def test_what_is_saved_is_an_ordinary_checkpoint(found, pair, saved, model_folders):
-    if pair[1] in ("DDP", "FSDP1"):
+    if pair[1] in OUTSIDE:
         pytest.skip("wraps the model in another object")
     model, original = (
         QWenLMHeadModel.from_pretrained(place) for place in (saved / " ".join(pair), model_folders[pair[0]])

@@ -1,4 +1,4 @@
-"""Blocks spread over two processes: with torch's pipelining as they are, and by transformers when they are converted."""
+"""Blocks spread over two processes: with torch's pipelining as they are, by transformers when they are converted."""
 
 import inspect
 import os
