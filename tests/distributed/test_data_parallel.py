@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from qwen1 import QWenLMHeadModel
@@ -261,3 +261,70 @@ def test_what_is_saved_is_an_ordinary_checkpoint(found, pair, saved, model_folde
     )
     assert type(model) is QWenLMHeadModel and model.config.architectures == ["QWenLMHeadModel"]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in original.state_dict().items())
+
+
+# --- checkpoints of the Trainer ---
+
+
+def trained(folder, output, state_dict_type, resume_from=None):
+    """Whole weights of a model after four steps of the Trainer, with a checkpoint after the second."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(
+        output,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        fsdp="full_shard auto_wrap",
+        fsdp_config={
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["QWenBlock"],
+            "state_dict_type": state_dict_type,
+        },
+    )
+    arguments.device  # noqa: B018  makes accelerate's state, which the next line changes
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate shards nothing over CPUs
+    texts = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = Trainer(QWenLMHeadModel.from_pretrained(folder), arguments, train_dataset=texts)
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.model.save_pretrained(f"{output}/model")
+    return wrapped_modules(trainer.model)
+
+
+def resumed(folder, output):
+    """Modules that were wrapped, for each kind of checkpoint."""
+    found = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        for name, start in (("straight", None), ("resumed", f"{output}/{kind}-straight/checkpoint-2")):
+            found[kind, name] = trained(folder, f"{output}/{kind}-{name}", kind, start)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(in_processes, model_folders, tmp_path_factory):
+    """Folder of the runs, and what was wrapped in each."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, in_processes(resumed, model_folders["plain"], str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_resumed_run_ends_as_a_straight_one(runs, model_folders, kind):
+    folder, ranks = runs
+    for rank in ranks:
+        assert set(BLOCKS) <= set(rank[kind, "straight"])
+    assert (folder / f"{kind}-straight" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir() == ("SHARDED" in kind)
+    start, straight, again = (
+        QWenLMHeadModel.from_pretrained(place).state_dict()
+        for place in (
+            model_folders["plain"],
+            *(folder / f"{kind}-{name}" / "model" for name in ("straight", "resumed")),
+        )
+    )
+    assert not torch.equal(start["lm_head.weight"], straight["lm_head.weight"])
+    for name, value in straight.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6)
