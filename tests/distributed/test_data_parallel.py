@@ -6,6 +6,7 @@ means over the batch. DeepSpeed is optional here (pip install deepspeed); its en
 
 import importlib.util
 import inspect
+import os
 
 import pytest
 import torch
@@ -269,6 +270,7 @@ def test_what_is_saved_is_an_ordinary_checkpoint(found, pair, saved, model_folde
 def trained(folder, output, state_dict_type, resume_from=None):
     """Whole weights of a model after four steps of the Trainer, with a checkpoint after the second."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["FSDP_STATE_DICT_TYPE"] = state_dict_type  # which early releases read in the place of the setting
     arguments = TrainingArguments(
         output,
         max_steps=4,
