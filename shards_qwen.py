@@ -20,7 +20,8 @@ def gathers_its_weight(head: nn.Module) -> bool:
 
     It does so around a call of the head; outside of one the weight is that of a shard.
     """
-    if nn.Linear not in type(head).__bases__ or head.bias is not None or hasattr(head, "_hf_hook"):
+    derived = torch.distributed.is_available() and nn.Linear in type(head).__bases__  # as FSDP2 derives a class
+    if not derived or head.bias is not None or hasattr(head, "_hf_hook"):
         return False
     from torch.distributed.fsdp import FSDPModule  # takes long, and not every build of torch has it
     from torch.distributed.tensor import DTensor
