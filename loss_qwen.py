@@ -78,7 +78,7 @@ class _LossInput:
 pytree.register_pytree_node(
     _LossInput,
     lambda given: ([given.states], given.loss),
-    lambda children, loss: _LossInput(*children, loss),
+    lambda children, loss: _LossInput(next(iter(children)), loss),
     serialized_type_name="qwen.LossInput",
 )
 
