@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .foreign_qwen import ARITHMETIC, FOREIGN, refuse_foreign, refuse_relatives
-from .parallel_qwen import TENSOR_PLAN
+from .parallel_qwen import SHARDING_PLAN, TENSOR_PLAN
 from .saving_qwen import saved_as_published
 from .scaling_qwen import (
     ROPE_DEFAULTS,
@@ -161,6 +161,7 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
 
     model_type = "qwen"
     base_model_tp_plan = TENSOR_PLAN
+    base_model_fsdp_plan = SHARDING_PLAN
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",

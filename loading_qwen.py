@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
 from .saving_qwen import saved_as_published
-from .shards_qwen import gather_weights, needs_gathering, sharing_group, weights_once
+from .shards_qwen import gather_weights, needs_gathering, refuse_pipeline, sharing_group, weights_once
 from .tensor_parallel_qwen import complete_plan
 
 logger = logging.get_logger(__name__)
@@ -131,12 +131,13 @@ class LoadingMixin(_Base):
         - `softmax_in_fp32=True`: `eager`, the only implementation with that switch.
 
         Raises:
-            ValueError: two of the precision flags contradict each other.
+            ValueError: two of the precision flags contradict each other, or transformers' own pipeline is asked for.
             ImportError: weights in few bits, and the packages that read them are not installed.
             OSError: a pointer of Git LFS in the place of a file.
         """
         kwargs = without_resume_download(kwargs)
         refuse_pointers(pretrained_model_name_or_path)
+        refuse_pipeline(kwargs.get("distributed_config"))
         flags = {name: kwargs.pop(name) for name in _LOAD_FLAGS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
             config = effective = copy.deepcopy(config)

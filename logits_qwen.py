@@ -21,7 +21,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from .arguments_qwen import KNOWN_ARGUMENTS, QWenCausalLMOutput, cache_argument
-from .loss_qwen import head_loss, holds_its_weight
+from .loss_qwen import gives_its_weight, logits_behind_loss, loss_of_head
+from .shards_qwen import local_part
 
 _LOOKS = 1024  # values of the head that are compared before it is used again
 
@@ -42,13 +43,13 @@ class _Origin:
         self.autocast_dtype = torch.get_autocast_dtype(kind)
 
     def _look(self) -> torch.Tensor:
-        values = self.weight.detach().flatten()
+        values = local_part(self.weight.detach()).flatten()
         step = len(values) // _LOOKS | 1  # odd: of every column some
         return values[::step].clone()
 
     def _check_head(self) -> None:
         """Refuse a head that isn't the one of `forward` any more."""
-        same = holds_its_weight(self.head) and self.head.weight is self.weight
+        same = gives_its_weight(self.head) and self.head.weight is self.weight
         if same and _version_of(self.weight) == self.version and torch.equal(self._look().to(self.looks), self.looks):
             return
         raise RuntimeError(
@@ -67,7 +68,7 @@ class _Origin:
         differentiated = states.requires_grad or not self.differentiated
         autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast)
         with torch.inference_mode(False), torch.set_grad_enabled(differentiated), autocast:
-            logits = self.head(states.to(self.device, self.dtype))
+            logits = logits_behind_loss(self.head, states.to(self.device, self.dtype))
             moved = states.dtype != self.dtype or states.device != self.device
             return logits.to(states.device, states.dtype) if moved else logits
 
@@ -250,8 +251,9 @@ def training_output(
         arguments: of the loss.
     """
     states = outputs.last_hidden_state
+    loss = loss_of_head(head, states, labels, **arguments)
+    # Behind the loss: what FSDP2 has put together for it may stay so until the backward pass.
     unread = None if skip_logits else UnreadLogits.of(states, head)
-    loss = head_loss(states, head.weight, labels, **arguments)
     return QWenTrainingOutput(loss=loss, logits=unread, **beside_logits(outputs))
 
 
@@ -285,7 +287,7 @@ def skips_logits(
     """
     plain = labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
     alone = (getattr(model, "tp_size", None) or 1) == 1  # of early transformers 5 a shard looks like a whole weight
-    plain = plain and alone and holds_its_weight(model.lm_head)
+    plain = plain and alone and gives_its_weight(model.lm_head)
     if wanted and not plain:
         raise ValueError(
             "skip_logits=True needs labels, no logits_to_keep, and a head that is a plain matrix at hand, without "

@@ -8,10 +8,16 @@ torch's own `linear_cross_entropy` does the same in float32; in bfloat16 it adds
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
+
+from .shards_qwen import gathers_its_weight, is_partitioned
 
 _PIECE = 512  # tokens whose logits are held at once, in the dtype of the head
 _BLOCK = 16  # tokens whose logits are held in float32
@@ -23,6 +29,58 @@ def holds_its_weight(head: nn.Module) -> bool:
     if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
         return False
     return type(head.weight) is nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
+
+
+def gives_its_weight(head: nn.Module) -> bool:
+    """Whether the loss can be computed with the weight of a head: it holds it, or FSDP2 puts it together for a call.
+
+    ZeRO-3 would, as soon as one looks at the weight, but loses count of its parameters when a step doesn't call the
+    modules of the step before, as an evaluation does; and it goes through the output by its keys, which reads logits.
+    """
+    return not is_partitioned(head) and (holds_its_weight(head) or gathers_its_weight(head))
+
+
+def loss_of_head(head: nn.Linear, states: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """`head_loss` with the weight of a head that `gives_its_weight`."""
+    if holds_its_weight(head):
+        return head_loss(states, head.weight, labels, **arguments)
+    return head(_LossInput(states, partial(head_loss, labels=labels, **arguments)))
+
+
+def logits_behind_loss(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """The logits of a head that `gives_its_weight`, (B, T, E) -> (B, T, V), when the loss has been computed.
+
+    A second call would be the end of what FSDP2 has in one group with the head, in the middle of the backward pass; so
+    a weight that it keeps together is used without a call.
+    """
+    if type(head) is nn.Linear or type(head.weight) is not nn.Parameter:
+        return head(states)
+    return nn.functional.linear(states.to(head.weight.dtype), head.weight)
+
+
+@dataclass(eq=False)
+class _LossInput:
+    """Given to a head in the place of states, it makes the call return the loss in the place of logits.
+
+    FSDP2 puts the weight together before a call and sends its gradient away after it, for which it has to see the
+    states: this is a node of torch's trees.
+    """
+
+    states: torch.Tensor
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> torch.Tensor:
+        given, weight, _ = args  # of the linear layer's only product
+        return given.loss(given.states, weight)
+
+
+pytree.register_pytree_node(
+    _LossInput,
+    lambda given: ([given.states], given.loss),
+    lambda children, loss: _LossInput(next(iter(children)), loss),
+    serialized_type_name="qwen.LossInput",
+)
 
 
 def head_loss(

@@ -53,7 +53,7 @@ from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
 from .ntk_qwen import alpha_of_call, choose_alpha, stretched_base
-from .parallel_qwen import HEAD_TENSOR_PLAN
+from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_lengths, text_starts
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -111,8 +111,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000, scaling: RotaryScaling | None = None):
         super().__init__()
-        self.dim = dim
-        self.base = base
+        self.dim, self.base = dim, base
         self.scaling = scaling or RotaryScaling("default", 1.0, 0)
 
     def forward(
@@ -516,6 +515,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
     """QWen with a language model head, `generate` and the published `chat` interface."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _fsdp_plan = HEAD_SHARDING_PLAN
     _keys_to_ignore_on_load_unexpected = LEFTOVERS
     _tp_plan = HEAD_TENSOR_PLAN
 

@@ -1,11 +1,56 @@
-"""Weights that several processes have in shards: put together for saving; what the processes have to agree on."""
+"""Weights that several processes have in shards: who puts them together; what the processes have to agree on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def gathers_its_weight(head: nn.Module) -> bool:
+    """Whether a head is a plain matrix, without a bias or a hook, that FSDP2 alone has in shards or has put together.
+
+    It does so around a call of the head; outside of one the weight is that of a shard.
+    """
+    derived = torch.distributed.is_available() and nn.Linear in type(head).__bases__  # as FSDP2 derives a class
+    if not derived or head.bias is not None or hasattr(head, "_hf_hook"):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # takes long, and not every build of torch has it
+    from torch.distributed.tensor import DTensor
+
+    weight = head.weight
+    cuts = [place for place in weight.placements if not place.is_replicate()] if isinstance(weight, DTensor) else []
+    return isinstance(head, FSDPModule) and len(cuts) <= 1 and weight.shape == (head.out_features, head.in_features)
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has parameters of a module in parts; asked without its putting them together."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+
+
+def refuse_pipeline(distributed_config: Any) -> None:
+    """Refuse transformers' own pipeline, which knows the names of other models' parts only.
+
+    Args:
+        distributed_config: of `from_pretrained`: a dictionary or an object; None for none.
+
+    Raises:
+        ValueError: names the number of parts and the ways that there are.
+    """
+    values = distributed_config if isinstance(distributed_config, Mapping) else vars(distributed_config or object)
+    if (parts := values.get("pp_size") or 1) > 1:
+        raise ValueError(
+            f"pp_size={parts} spreads blocks by the names of other models. Convert the checkpoint, after which it does "
+            "so for this one (qwen1-checkpoint convert --to qwen2), or use torch.distributed.pipelining, as "
+            "examples/pipeline.py does."
+        )
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def needs_gathering(model: nn.Module) -> bool:

@@ -39,6 +39,7 @@ PRESUMED = {
     "docs/fine-tune.md": {"python": _FOLDER},
     "docs/long-context.md": {"python": _FOLDER},
     "docs/migrate.md": {"bash": _OLD},
+    "docs/scale.md": {"python": _FOLDER},
     "docs/serve.md": {"python": _FOLDER},
     "docs/use.md": {
         "bash": "cp qwen-tiny-chat/qwen.tiktoken . && printf 'zorvandel\\t40\\n' > words.txt",

@@ -423,19 +423,20 @@ finetuning.main([])
 
 
 @pytest.mark.slow
-def test_checkpoints_in_shards_end_in_a_whole_model(options, tmp_path, repository):
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_checkpoints_of_fsdp_end_in_a_whole_model(options, tmp_path, repository, kind):
     (tmp_path / "train.py").write_text(SHARDED)
-    config = {"version": 2, "transformer_layer_cls_to_wrap": ["QWenBlock"], "state_dict_type": "SHARDED_STATE_DICT"}
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["QWenBlock"], "state_dict_type": kind}
     (tmp_path / "fsdp.json").write_text(json.dumps(config))
     words = options("--max_steps", 2, *EACH_STEP, "--fsdp", "full_shard", "--fsdp_config", tmp_path / "fsdp.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FSDP_STATE_DICT_TYPE": kind}
     for more in ([], ["--resume_from_checkpoint", "True", "--max_steps", "3"]):
         done = subprocess.run(
             [*command, *words, *more], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "out" / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()  # or this test shows nothing
+    assert (tmp_path / "out" / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir() == (kind == "SHARDED_STATE_DICT")
     assert QWenLMHeadModel.from_pretrained(tmp_path / "out").config.architectures == ["QWenLMHeadModel"]
     code = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.py")}
     assert "modeling_qwen.py" in code
