@@ -19,7 +19,7 @@ HEAD_TENSOR_PLAN = {"lm_head": "colwise_gather_output"}
 """Tensor parallel, of the language model head; each process gets all logits."""
 
 SHARDING_PLAN = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
-"""FSDP2, of the model below the head: what transformers puts together and gives up as one: each block, so that a step never has the whole model."""
+"""FSDP2, of the model below the head: what is put together and given up as one, so that no step has the whole model."""
 
 HEAD_SHARDING_PLAN = {"lm_head": "keep_full_weight"}
-"""The same of the head, which the backward pass needs first and so is kept until then."""
+"""FSDP2, of the head, which the backward pass needs first and which is kept until then."""
