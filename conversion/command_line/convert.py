@@ -41,14 +41,18 @@ def convert_command(
     seq_length: Annotated[
         int | None, typer.Option(min=2, help="For qwen: trained length in tokens, if SRC doesn't tell.")
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make full weights of packed ones, bfloat16 without --dtype.")
+    ] = False,
     params: ParamsOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits afterwards; 3 if they differ.")] = False,
 ) -> None:
-    """Convert QWen to Qwen2, or Qwen2 and LLaMA to QWen, with tokenizer and settings."""
+    """Convert QWen to Qwen2, or Qwen2 and LLaMA to QWen, with tokenizer and settings; GPTQ and AWQ keep their bits."""
     from ..checking.logits import compare
     from ..formats.qwen2 import RopeScaling
     from ..opening.sources import open_source
     from ..planning.conversion import plan_conversion
+    from ..planning.quantised import FULL
     from ..writing.plans import write_plan
 
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
@@ -56,11 +60,13 @@ def convert_command(
         raise typer.BadParameter("YaRN changes the logits of every text, so --verify could only fail: leave it out.")
     with progress_bars() as progress:
         origin = open_source(source, params)
-        plan = plan_conversion(origin, to.value, optional_dtype(dtype), max_shard_size, scaling, seq_length)
+        rounded = optional_dtype(dtype)
+        plan = plan_conversion(origin, to.value, rounded, max_shard_size, scaling, seq_length, dequantize)
         written = write_plan(plan, target, progress)
     print_notes(plan.notes)
     out.print(f"{target}: {len(plan.files)} files written." if written else f"{target} is up to date.")
     if verify:
-        rounded = optional_dtype(dtype)
-        comparison = compare(source, target, rounded=rounded, params=params, progress=print_step)
+        comparison = compare(
+            source, target, rounded=rounded or (FULL if dequantize else None), params=params, progress=print_step
+        )
         report_comparison(comparison, as_json=False)
