@@ -15,8 +15,8 @@ from ..files.links import check_links
 from ..files.weights import Weights, open_weights
 from ..formats.architecture import Architecture
 from ..formats.companions import GENERATION_CONFIG, optional_json
-from ..formats.endings import end_ids
 from ..formats.dequantised import dequantising
+from ..formats.endings import end_ids
 from ..formats.expected import Expected, check_stored
 from ..formats.kinds import Kind, detect_kind, hidden_weights
 from ..formats.packed_values import check_groups, contradictions
