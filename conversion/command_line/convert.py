@@ -52,7 +52,7 @@ def convert_command(
     from ..formats.qwen2 import RopeScaling
     from ..opening.sources import open_source
     from ..planning.conversion import plan_conversion
-    from ..planning.quantised import FULL
+    from ..planning.dequantise import FULL
     from ..writing.plans import write_plan
 
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)

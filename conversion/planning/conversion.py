@@ -11,7 +11,7 @@ from ..formats.qwen2 import RopeScaling
 from ..opening.sources import Source
 from ..writing.plans import Plan
 from .companions import legal_files
-from .quantised import FULL, check_quantised, plan_dequantised
+from .dequantise import FULL, check_quantised, plan_dequantised
 from .to_qwen import plan_qwen
 from .to_qwen2 import plan_qwen2
 from .weights import plan_weights

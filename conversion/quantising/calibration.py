@@ -1,0 +1,102 @@
+"""Texts that GPTQ looks at, and others that its result is measured on, as rows of token ids."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..files.access import read_text
+
+OWN_TEXTS = Path(__file__).with_name("texts.jsonl")
+"""Short passages of many kinds in English and Chinese, and some code, for whoever gives none."""
+
+_LEAST_ROWS, _HELD_OUT = 8, 0.125
+_SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids, all rows of one length.
+
+    Attributes:
+        seen: (N, T) int64, what weights are rounded by.
+        held_out: (M, T) int64, what perplexity is measured on; none of it is in `seen`.
+    """
+
+    seen: torch.Tensor
+    held_out: torch.Tensor
+
+
+def read_calibration(path: Path) -> list[Any]:
+    """Texts of a file, or conversations.
+
+    Args:
+        path: JSON lines, each a string, `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}`; any other file
+            is plain text, whose empty lines part it.
+
+    Raises:
+        CheckpointError: the file can't be read, has no text, or holds something else; the message names the line.
+    """
+    content = read_text(path)
+    if path.suffix not in (".jsonl", ".json"):
+        texts: list[Any] = [part.strip() for part in content.split("\n\n") if part.strip()]
+    else:
+        texts = [_item(line, f"{path}, line {number}") for number, line in _lines(content)]
+    if not texts:
+        raise CheckpointError(f"{path} has no text to calibrate on.")
+    return texts
+
+
+def _lines(content: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+
+
+def _item(line: str, where: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON ({error}): write one value a line, or name a .txt file.") from error
+    value = value.get("text", value.get("messages")) if isinstance(value, dict) else value
+    if isinstance(value, str) and value.strip():
+        return value
+    is_turn = [isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value or ()]
+    if isinstance(value, list) and value and all(is_turn):
+        return value
+    raise CheckpointError(
+        f'{where} is no text: use "…", {{"text": "…"}} or {{"messages": [{{"role": "user", "content": "…"}}, …]}}.'
+    )
+
+
+def make_rows(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, seed: int) -> Calibration:
+    """Texts one after the other in a random order, cut into rows; an eighth of them is held out.
+
+    Args:
+        tokenizer: QWen's.
+        samples: most rows to round by.
+        length: tokens of a row; fewer, where that would give less than eight rows.
+
+    Raises:
+        CheckpointError: too little text.
+    """
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    ids: list[int] = []
+    for text in order:
+        chat = isinstance(text, list)
+        ids += tokenizer.apply_chat_template(text, return_dict=False) if chat else tokenizer(text)["input_ids"]
+        ids.append(tokenizer.eod_id)
+    length = min(length, len(ids) // _LEAST_ROWS)
+    if length < _SHORTEST:
+        raise CheckpointError(
+            f"The texts have {len(ids)} tokens, and {_LEAST_ROWS * _SHORTEST} are the least to calibrate on: give more."
+        )
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[: samples + max(1, samples // 7)]
+    held_out = max(1, round(_HELD_OUT * len(rows)))
+    return Calibration(rows[held_out:], rows[:held_out])
