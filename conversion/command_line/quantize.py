@@ -48,7 +48,7 @@ def quantize_command(
     """Round weights to 4 or 8 bits by GPTQ, in the published layout; needs gptqmodel. Prints perplexities."""
     from ..opening.sources import open_source
     from ..planning.quantise import check_quantisable
-    from ..quantising.calibration import OWN_TEXTS, make_rows, read_calibration
+    from ..quantising.calibration import OWN_TEXTS, make_rows, open_tokenizer, read_calibration
     from ..quantising.library import Settings, check_library
 
     check_device(device)
@@ -57,7 +57,7 @@ def quantize_command(
     origin = open_source(source)
     check_quantisable(origin, settings)
     check_library()
-    rows = make_rows(texts, _tokenizer(origin), samples, min(length, origin.architecture.length), seed)
+    rows = make_rows(texts, open_tokenizer(origin.folder), samples, min(length, origin.architecture.length), seed)
     if calibration is None:
         print_notes(["The texts to round by are our own, and few: --calibration names better ones."])
     with progress_bars() as progress:
@@ -116,15 +116,6 @@ def quantise_folder(
         write_plan(plan, target, progress)
         remove_work_folder(work)
     return plan
-
-
-def _tokenizer(source: Source) -> object:
-    from ...tokenization_qwen import QWenTokenizer
-    from ..formats.companions import VOCABULARY
-
-    if not (source.folder / VOCABULARY).is_file():
-        raise CheckpointError(f"{source.folder} has no {VOCABULARY}, without which no text can be read: put it there.")
-    return QWenTokenizer.from_pretrained(source.folder, local_files_only=True)
 
 
 def _perplexity(path: Path, rows: Calibration, device: str) -> float:

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from ...tokenization_qwen import QWenTokenizer
 from ..errors import CheckpointError
-from ..files.access import read_text
+from ..files.access import is_present, read_text
+from ..formats.companions import VOCABULARY
+from ..formats.endings import load_ranks
 
 OWN_TEXTS = Path(__file__).with_name("texts.jsonl")
 """Short passages of many kinds in English and Chinese, and some code, for whoever gives none."""
@@ -66,12 +69,27 @@ def _item(line: str, where: str) -> Any:
     value = value.get("text", value.get("messages")) if isinstance(value, dict) else value
     if isinstance(value, str) and value.strip():
         return value
-    is_turn = [isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value or ()]
-    if isinstance(value, list) and value and all(is_turn):
+    if isinstance(value, list) and value and all(map(_is_turn, value)):
         return value
     raise CheckpointError(
         f'{where} is no text: use "…", {{"text": "…"}} or {{"messages": [{{"role": "user", "content": "…"}}, …]}}.'
     )
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+def open_tokenizer(folder: Path) -> QWenTokenizer:
+    """The tokenizer of a QWen folder.
+
+    Raises:
+        CheckpointError: there is no vocabulary, or a damaged one.
+    """
+    if not is_present(folder / VOCABULARY):
+        raise CheckpointError(f"{folder} has no {VOCABULARY}, without which no text can be read: put it there.")
+    load_ranks(folder)
+    return QWenTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def make_rows(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, seed: int) -> Calibration:

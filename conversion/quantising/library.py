@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -31,6 +32,12 @@ class Settings:
     def published(self) -> dict[str, Any]:
         """`quantization_config` as the published checkpoints have it."""
         return {**asdict(self), "quant_method": "gptq"}
+
+
+def _show_warnings_only() -> None:
+    """Leave the library's bars on the terminal, and not the pages of settings around them."""
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("logbar").LogBar.shared().setLevel(logging.WARNING)
 
 
 def check_library() -> None:
@@ -62,6 +69,7 @@ def quantise(source: Path, target: Path, rows: torch.Tensor, settings: Settings,
     with contextlib.redirect_stdout(sys.stderr):
         try:
             library: Any = importlib.import_module("gptqmodel")
+            _show_warnings_only()
             # On the CPU it lays aside layers that it then doesn't find again.
             aside = {"offload_to_disk": device != "cpu", "offload_to_disk_path": str(scratch)}
             config = library.QuantizeConfig(**asdict(settings), **aside)

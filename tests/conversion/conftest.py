@@ -409,6 +409,16 @@ def round_folder(source, folder, settings, chosen=_LINEAR):
     return folder
 
 
+@pytest.fixture(name="round_to_nearest", scope="session")
+def _round_to_nearest():
+    return round_to_nearest
+
+
+@pytest.fixture(name="round_folder", scope="session")
+def _round_folder():
+    return round_folder
+
+
 @pytest.fixture
 def rounded(tiny_checkpoint, tmp_path):
     """Make a checkpoint twice: (settings, golden case) -> folder with `packed` and `full`."""
