@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ class Settings:
         return {**asdict(self), "quant_method": "gptq"}
 
 
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder of our own, as the library writes its logs into whichever it finds itself in."""
+    before = Path.cwd()
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _show_warnings_only() -> None:
     """Leave the library's bars on the terminal, and not the pages of settings around them."""
     with contextlib.suppress(ImportError, AttributeError):
@@ -54,11 +67,11 @@ def quantise(source: Path, target: Path, rows: torch.Tensor, settings: Settings,
     """Round the weights of a QWen folder with our code, and write what gptqmodel makes of them.
 
     Args:
-        source: with safetensors.
+        source: with safetensors; this path and the others are absolute.
         target: folder for the result, in gptqmodel's own form.
         rows: (N, T) int64, token ids to round by.
         device: "cpu", or one that torch finds.
-        scratch: folder for what the library lays aside.
+        scratch: folder for what the library lays aside, and for its logs.
 
     Raises:
         CheckpointError: whatever the library raises.
@@ -66,7 +79,7 @@ def quantise(source: Path, target: Path, rows: torch.Tensor, settings: Settings,
     # Without a bound it starts workers that wait for one another on few cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     # Progress and remarks of the library are for people, and standard output is for results.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _inside(scratch):
         try:
             library: Any = importlib.import_module("gptqmodel")
             _show_warnings_only()
