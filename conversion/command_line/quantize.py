@@ -65,9 +65,8 @@ def quantize_command(
     print_notes(plan.notes)
     out.print(f"{target}: {len(plan.files)} files written.")
     before, after = (_perplexity(path, rows, device) for path in (source, target))
-    out.print(
-        f"Perplexity on {rows.held_out.numel():,} tokens that were held out: {before:.4g} before, {after:.4g} after."
-    )
+    count = int(rows.counted[:, 1:].sum())
+    out.print(f"Perplexity on {count:,} tokens that were held out: {before:.4g} before, {after:.4g} after.")
 
 
 def quantise_folder(
@@ -129,4 +128,4 @@ def _perplexity(path: Path, rows: Calibration, device: str) -> float:
     gc.collect()  # modules and hooks refer to one another, and this model needs the memory of the one before
     print_step(f"Measuring {path}")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return perplexity(load_model(path, dtype, device), rows.held_out)
+    return perplexity(load_model(path, dtype, device), rows.held_out, rows.counted)

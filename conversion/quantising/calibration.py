@@ -31,10 +31,12 @@ class Calibration:
     Attributes:
         seen: (N, T) int64, what weights are rounded by.
         held_out: (M, T) int64, what perplexity is measured on; none of it is in `seen`.
+        counted: (M, T) bool, which tokens of these count: of a conversation those that the model is to say.
     """
 
     seen: torch.Tensor
     held_out: torch.Tensor
+    counted: torch.Tensor
 
 
 def read_calibration(path: Path) -> list[Any]:
@@ -105,16 +107,28 @@ def make_rows(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, s
     """
     order = list(texts)
     random.Random(seed).shuffle(order)
-    ids: list[int] = []
+    ids, counted = [], []
     for text in order:
-        chat = isinstance(text, list)
-        ids += tokenizer.apply_chat_template(text, return_dict=False) if chat else tokenizer(text)["input_ids"]
-        ids.append(tokenizer.eod_id)
+        tokens, said = _encoded(text, tokenizer)
+        ids += [*tokens, tokenizer.eod_id]
+        counted += [*said, isinstance(text, str)]
     length = min(length, len(ids) // _LEAST_ROWS)
     if length < _SHORTEST:
         raise CheckpointError(
             f"The texts have {len(ids)} tokens, and {_LEAST_ROWS * _SHORTEST} are the least to calibrate on: give more."
         )
-    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[: samples + max(1, samples // 7)]
+    whole, most = len(ids) // length * length, samples + max(1, samples // 7)
+    rows, marks = (torch.tensor(values[:whole]).view(-1, length)[:most] for values in (ids, counted))
     held_out = max(1, round(_HELD_OUT * len(rows)))
-    return Calibration(rows[held_out:], rows[:held_out])
+    if not marks[:held_out, 1:].any():
+        marks[:] = True
+    return Calibration(rows[held_out:], rows[:held_out], marks[:held_out])
+
+
+def _encoded(text: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of a text or a conversation, and which of them count."""
+    if isinstance(text, str):
+        ids = tokenizer(text)["input_ids"]
+        return ids, [True] * len(ids)
+    found = tokenizer.apply_chat_template(text, return_dict=True, return_assistant_tokens_mask=True)
+    return found["input_ids"], [bool(said) for said in found["assistant_masks"]]

@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """The mean number of tokens that a model wavers between, of all but the first of each row.
+def perplexity(model: PreTrainedModel, rows: torch.Tensor, counted: torch.Tensor | None = None) -> float:
+    """The mean number of tokens that a model wavers between.
 
     Args:
-        rows: (rows, tokens) int64.
+        rows: (rows, tokens) int64; the first token of each is only read.
+        counted: (rows, tokens) bool, which tokens count; None for all.
     """
+    counted = torch.ones_like(rows, dtype=torch.bool) if counted is None else counted
     total = 0.0
-    for row in rows.to(model.device):
+    for row, marks in zip(rows.to(model.device), counted.to(model.device), strict=True):
         logits = model(row[None], use_cache=False).logits[0].float()
-        total += float(cross_entropy(logits[:-1], row[1:], reduction="sum"))
-    return math.exp(min(total / (rows.shape[0] * (rows.shape[1] - 1)), 700.0))
+        total += float(cross_entropy(logits[:-1], row[1:], reduction="none")[marks[1:]].sum())
+    return math.exp(min(total / int(counted[:, 1:].sum()), 700.0))

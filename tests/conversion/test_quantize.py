@@ -249,6 +249,8 @@ def test_conversations_are_read_as_the_model_is_given_them(tokenizer):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     rows = make_rows([turns] * 40, tokenizer, 8, 32, seed=0)
     assert (rows.seen == tokenizer.im_start_id).any() and (rows.seen == tokenizer.im_end_id).any()
+    said = tokenizer.decode(rows.held_out[rows.counted])
+    assert set(said.replace("Hello.", "|").replace("<|im_end|>", "").replace("\n", "")) == {"|"}
 
 
 def test_too_little_text_is_refused(tokenizer):
@@ -272,3 +274,8 @@ def test_perplexity_is_that_of_the_loss(tiny_model):
     with torch.no_grad():
         loss = model(rows, labels=rows).loss
     assert perplexity(model, rows) == pytest.approx(loss.exp().item(), rel=1e-4)
+    counted = torch.zeros_like(rows, dtype=torch.bool)
+    counted[0, 5:] = counted[2, 0] = True
+    with torch.no_grad():
+        loss = model(rows, labels=rows.where(counted, -100)).loss
+    assert perplexity(model, rows, counted) == pytest.approx(loss.exp().item(), rel=1e-4)
