@@ -203,7 +203,11 @@ def _size(values: Mapping[str, Any], name: str, default: int | None) -> int:
     fits = value in (2, 3, 4, 5, 6, 7, 8) if name == "bits" else type(value) is int and 0 < value < 2**31 or value == -1
     if type(value) is not int or not fits:
         wanted = "2 to 8" if name == "bits" else "a positive number, or -1 for one group"
-        raise CheckpointError(f"quantization_config: {key or _SIZES[name][0]}={value!r} can't be used: {wanted} is.")
+        method = values.get("quant_method")
+        raise CheckpointError(
+            f"quantization_config{f' ({method})' if method else ''}: {key or _SIZES[name][0]}={value!r} can't be used: "
+            f"{wanted} is."
+        )
     return value
 
 

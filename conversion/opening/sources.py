@@ -194,6 +194,11 @@ class Source:
                 f"{packed[0]} is a quantised weight, but config.json has no quantization_config, and no file beside it "
                 "tells the settings (quantize_config.json, quant_config.json): download it."
             )
+        if self.packing is not None and not packed:
+            raise CheckpointError(
+                f"The weights are quantised ({self.packing.method}) according to config.json, but none of them is "
+                "stored so: take its quantization_config away, or download the weights that belong to it."
+            )
         infos = dict(self.weights.infos)
         if self.architecture.tied:
             self._check_tied(infos)
@@ -215,7 +220,7 @@ class Source:
             if name in self.weights.infos and self.weights.read(name).any():
                 raise CheckpointError(
                     f"{self.weights.infos[name]} is not zero, and the configuration leaves it out: engines differ in "
-                    "what they make of it. Set no_bias to false if it belongs to the model, or delete the tensor."
+                    "what they make of it. Mend the configuration if it belongs to the model, or delete the tensor."
                 )
 
     def contradictions(self) -> list[str]:

@@ -43,13 +43,15 @@ def plan_conversion(
     if to not in TARGETS:
         raise CheckpointError(f"Target {to!r} is unknown: use {' or '.join(TARGETS)}.")
     check_quantised(source, dequantize, dtype)
+    if scaling is not None and to != "qwen2":
+        raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
     if to == "qwen" and source.kind.is_qwen and dequantize:
+        if length is not None:
+            raise CheckpointError(f"--seq-length: {source.path} tells its trained length itself. Leave the option out.")
         return plan_dequantised(source, dtype or FULL, max_shard_size)
     if (to == "qwen2") != source.kind.is_qwen:
         remedy = "use upgrade" if source.kind.is_qwen else "only QWen becomes Qwen2"
         raise CheckpointError(f"{source.path} is {source.kind.value} and can't be converted to {to}: {remedy}.")
-    if scaling is not None and to != "qwen2":
-        raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
     if not source.path.is_dir():  # whose folder may hold much else
         check_links(source.folder, companion_names(source.folder))
     full = (dtype or FULL) if dequantize else None

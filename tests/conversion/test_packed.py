@@ -16,6 +16,7 @@ from qwen1.conversion.formats.packed import packed_hf_to_qwen, packed_qwen_to_hf
 from qwen1.conversion.formats.packed_settings import settings_for_hf, settings_for_qwen
 from qwen1.conversion.formats.quantised import read_packing
 from qwen1.conversion.formats.qwen import read_qwen
+from qwen1.conversion.formats.qwen2 import RopeScaling
 from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
 from qwen1.conversion.planning.conversion import plan_conversion
@@ -184,6 +185,8 @@ def test_a_dtype_would_change_kept_bits(rounded):
     folder = rounded()
     assert "round the scales" in refusal(folder / "packed", dtype=torch.bfloat16)
     assert "full weights already" in refusal(folder / "full", dequantize=True)
+    assert "--rope-scaling" in refusal(folder / "packed", "qwen", dequantize=True, scaling=RopeScaling("dynamic", 2.0))
+    assert "--seq-length" in refusal(folder / "packed", "qwen", dequantize=True, length=64)
 
 
 def test_zero_biases_of_autogptq_are_left_out_and_others_refused(rounded, tmp_path):
@@ -374,6 +377,13 @@ def test_missing_and_truncated_parts_are_named(rounded, settings, part):
         )
         for text in everywhere(folder):
             assert f"'{name}'" in text, (kind, text)
+
+
+def test_full_weights_under_settings_of_packed_ones_are_told(rounded):
+    folder = rounded() / "full"
+    (folder / "config.json").write_text(json.dumps({**config(folder), "quantization_config": GPTQ}))
+    for text in everywhere(folder):
+        assert "quantised (gptq) according to config.json, but none of them is stored so" in text
 
 
 @pytest.mark.parametrize("value", [-1, 2, 10**6])
