@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
-from .saving_qwen import saved_as_published
+from .saving_qwen import refuse_kernel_weights, saved_as_published
 from .shards_qwen import gather_weights, needs_gathering, refuse_pipeline, sharing_group, weights_once
 from .tensor_parallel_qwen import complete_plan
 
@@ -30,6 +30,9 @@ LEFTOVERS = [r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$"]
 
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # at most, says Git LFS
 _LOADED = (".bin", ".json", ".safetensors")
+
+_AT_TIMES = ("_cache", "peft_config")
+"""Attributes of the classes here that raise an AttributeError while there is nothing for them to give."""
 
 _PACKAGES = {
     "gptq": ("gptqmodel", "optimum"),
@@ -118,6 +121,10 @@ class LoadingMixin(_Base):
         super().post_init()
         complete_plan(self)
 
+    def __dir__(self) -> list[str]:
+        """The names of attributes that have a value: optimum reads all that this names, to find layers for GPTQ."""
+        return [name for name in super().__dir__() if name not in _AT_TIMES or hasattr(self, name)]
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As in transformers, with the published flags, in the configuration or as arguments.
@@ -173,7 +180,9 @@ class LoadingMixin(_Base):
 
         Raises:
             NotADirectoryError: there is a file of that name.
+            ValueError: weights that gptqmodel has loaded, which can't be saved right.
         """
+        refuse_kernel_weights(self)
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"{os.fspath(save_directory)} is a file: name a folder to save into.")
         if state_dict is None and not kwargs.get("distributed_checkpoint") and needs_gathering(self):

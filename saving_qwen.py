@@ -2,7 +2,8 @@
 
 `save_pretrained` copies the file that an object's class is defined in and names that class in `auto_map` and
 `architectures`. FSDP2 replaces the class by one of torch's making, and programs derive classes of their own: files that
-know nothing of this model, or are on no other machine, would travel with the weights.
+know nothing of this model, or are on no other machine, would travel with the weights. What can't be saved right is
+refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,31 @@ def published_class(cls: type, home: str) -> type:
         if base.__module__ == home or vars(base).get("_auto_class") is not None:
             return base
     raise TypeError(f"{cls.__name__} derives from no class of {home}.")
+
+
+_IN_KERNELS = ("gptq", "awq")
+"""Quantisations whose weights the kernels of gptqmodel lay out anew when a model is loaded."""
+
+
+def refuse_kernel_weights(model: Any) -> None:
+    """Refuse to save weights as a kernel has laid them out, beside settings that speak of another layout.
+
+    What transformers would write loads without a word and gives other logits. With adapters of transformers' own, only
+    these are saved.
+
+    Raises:
+        ValueError: names the quantisation and the remedies.
+    """
+    method = getattr(model, "quantization_method", None)
+    method = str(getattr(method, "value", method))
+    if method not in _IN_KERNELS or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    raise ValueError(
+        f"Weights of {method} lie in memory as the kernels want them, so what would be saved of them gives other "
+        f"logits when it is loaded: copy the folder that they came from ({model.name_or_path or 'unknown'}). For full "
+        "weights use `qwen1-checkpoint convert --dequantize`, and after a change of these `qwen1-checkpoint quantize`; "
+        "an adapter is saved by the save_pretrained of its PeftModel."
+    )
 
 
 @contextmanager

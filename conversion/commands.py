@@ -20,6 +20,7 @@ from .command_line.doctor import doctor_command
 from .command_line.inspect import inspect_command
 from .command_line.merge_lora import merge_lora_command
 from .command_line.push import push_command
+from .command_line.quantize import quantize_command
 from .command_line.terminal import reported
 from .command_line.upgrade import upgrade_command
 from .command_line.verify import verify_command
@@ -29,8 +30,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge and publish them; look for "
-    "faults of the environment.",
+    help="Look at checkpoints of QWen, Qwen2 and LLaMA; upgrade, convert, compare, merge, quantise and publish them; "
+    "look for faults of the environment.",
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
 
@@ -46,6 +47,11 @@ for name, command, example in (
     ("convert", convert_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-qwen2 --to qwen2 --verify"),
     ("verify", verify_command, "./Qwen-7B-Chat ./Qwen-7B-Chat-qwen2"),
     ("merge-lora", merge_lora_command, "./Qwen-7B-Chat ./adapter ./Qwen-7B-Chat-merged"),
+    (
+        "quantize",
+        quantize_command,
+        "./Qwen-7B-Chat ./Qwen-7B-Chat-Int4 --bits 4 --calibration texts.jsonl --device cuda",
+    ),
     ("push", push_command, "./Qwen-7B-Chat-upgraded my-name/Qwen-7B-Chat --private"),
     ("doctor", doctor_command, "./Qwen-7B-Chat-today --json"),
 ):

@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    AwqConfig,
     BitsAndBytesConfig,
+    GPTQConfig,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -223,7 +226,15 @@ def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArg
     if lora.use_lora:
         _require("peft", "--use_lora")
     options: dict[str, Any] = {"dtype": _choose_dtype(model, lora, training)}
-    if lora.q_lora:
+    packed = _packed(model.model_name_or_path)
+    if packed is not None and not lora.use_lora:
+        raise TrainingError(
+            f"The weights of {model.model_name_or_path} are quantised, so they can't be trained themselves: train an "
+            "adapter (--use_lora True), or full weights (qwen1-checkpoint convert --dequantize)."
+        )
+    if packed is not None:  # as published, --q_lora means the bits that are there
+        options |= {"quantization_config": packed, "device_map": {"": training.device}}
+    elif lora.q_lora:
         _require("bitsandbytes", "--q_lora")
         options |= {"quantization_config": _four_bits(training), "device_map": {"": training.device}}
     if model.attn_implementation:
@@ -259,14 +270,15 @@ def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *,
     """Put peft's LoRA around the layers of a model, whose own weights are frozen.
 
     A base model has hardly seen the control tokens of a chat, so its embedding and head are trained in full, unless
-    the base is in 4 bits; as published.
+    the base is in few bits; as published.
 
     Raises:
         TrainingError: the layers or the adapter don't fit the model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-    if lora.q_lora:
+    in_few_bits = lora.q_lora or getattr(model, "is_quantized", False)
+    if in_few_bits:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()  # else nothing in front of the first adapter asks for a gradient
@@ -280,7 +292,7 @@ def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *,
             lora_dropout=lora.lora_dropout,
             bias=lora.lora_bias,
             task_type="CAUSAL_LM",
-            modules_to_save=None if is_chat or lora.q_lora else ["wte", "lm_head"],
+            modules_to_save=None if is_chat or in_few_bits else ["wte", "lm_head"],
         )
         return get_peft_model(model, config)
     except (ValueError, RuntimeError) as error:
@@ -311,6 +323,27 @@ def _choose_dtype(model: ModelArguments, lora: LoraArguments, training: Training
     if lora.use_lora or training.deepspeed:
         return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     return torch.float32
+
+
+def _packed(name: str) -> Any:
+    """How to load a model that is stored in few bits, so that adapters around it are trained; None for a full one.
+
+    Raises:
+        TrainingError: stored by a method that nothing here can train on.
+    """
+    config = AutoConfig.from_pretrained(name)
+    settings = getattr(config, "quantization_config", None)
+    if not settings or settings.get("quant_method") == "bitsandbytes":  # which transformers loads as it is
+        return None
+    method = settings.get("quant_method")
+    if method not in ("gptq", "awq"):
+        raise TrainingError(
+            f"The weights of {name} are quantised ({method}), on which no adapter can be trained here: take full ones, "
+            "or those of GPTQ or AWQ."
+        )
+    # The kernels that are chosen without a word are for inference only.
+    kind: Any = GPTQConfig if method == "gptq" else AwqConfig
+    return kind(bits=settings.get("bits", 4), backend="auto_trainable")
 
 
 def _four_bits(training: TrainingArguments) -> BitsAndBytesConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from ...modeling_qwen import QWenLMHeadModel
 from ..errors import CheckpointError
 from ..files.weights import ADAPTER_CONFIG
 from ..formats.architecture import Architecture
-from ..formats.configurations import refuse_sizes
+from ..formats.configurations import quantization_method, refuse_sizes
 from ..formats.kinds import Kind
 from ..formats.names import IGNORED
+from ..formats.recipes import Recipe
 from ..opening.sources import Source, open_source
 
 
@@ -27,13 +29,15 @@ def load_model(
 ) -> PreTrainedModel:
     """A checkpoint in its own class, in eval mode and with eager attention; no code beside the weights is run.
 
+    Weights of GPTQ and AWQ are computed in float32 here, where an engine's kernels round to what they compute in.
+
     Args:
         path: QWen of any release, Qwen2 or LLaMA in Hugging Face format, LLaMA in the original format.
         params: `params.json` of a LLaMA checkpoint, where it isn't in the same folder.
         rounded: round each weight to this dtype first, as `convert --dtype` does.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged or incomplete, quantised, or an adapter.
+        CheckpointError: a checkpoint that is damaged or incomplete, quantised in an unknown way, or an adapter.
     """
     return load_opened(open_for_comparison(path, params), dtype, device, rounded)
 
@@ -44,8 +48,9 @@ def open_for_comparison(path: Path, params: Path | None) -> Source:
         raise CheckpointError(
             f"{path} holds an adapter ({ADAPTER_CONFIG}): join it to its model with merge-lora first."
         )
-    if source.config.get("quantization_config"):
-        raise CheckpointError(f"{path} is quantised, so its logits differ from all others: verify the full weights.")
+    method = quantization_method(source.config)
+    if method is not None and source.packing is None:
+        raise CheckpointError(f"{path} is quantised ({method}) in a way that is unknown here: verify the full weights.")
     refuse_sizes(source.config)
     if source.hidden_from_transformers:
         raise CheckpointError(f"{path}: {source.hidden_from_transformers}")
@@ -55,19 +60,23 @@ def open_for_comparison(path: Path, params: Path | None) -> Source:
 def load_opened(
     source: Source, dtype: torch.dtype, device: str | torch.device, rounded: torch.dtype | None
 ) -> PreTrainedModel:
-    build = _build_llama if source.kind is Kind.LLAMA_ORIGINAL else _load_folder
-    model = build(source, dtype, device)
+    if source.kind is Kind.LLAMA_ORIGINAL:
+        model = _build_llama(source, dtype, device)
+    else:
+        model = (_load_folder if source.packing is None else _build_dequantised)(source, dtype, device)
     if rounded is not None:
         for parameter in model.parameters():
             parameter.data.copy_(parameter.data.to(rounded))
     return model.eval()
 
 
+_CLASSES: dict[Kind, Any] = {Kind.QWEN2: Qwen2ForCausalLM, Kind.LLAMA: LlamaForCausalLM}
+
+
 def _load_folder(source: Source, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     if source.kind.is_qwen:
         source.check()  # which refuses much that transformers' own classes can have
-    classes: dict[Kind, Any] = {Kind.QWEN2: Qwen2ForCausalLM, Kind.LLAMA: LlamaForCausalLM}
-    model, found = classes.get(source.kind, QWenLMHeadModel).from_pretrained(
+    model, found = _CLASSES.get(source.kind, QWenLMHeadModel).from_pretrained(
         source.path,
         dtype=dtype,
         attn_implementation="eager",
@@ -92,7 +101,30 @@ def _build_llama(source: Source, dtype: torch.dtype, device: str | torch.device)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is no weight, so it needs values now
-    for recipe in source.to_hf():
+    return _filled(model, source, source.to_hf(), dtype, device)
+
+
+def _build_dequantised(source: Source, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """A folder of packed weights in the class for full ones, a tensor at a time."""
+    source.check()
+    source.check_packed_values()
+    model_class = _CLASSES.get(source.kind, QWenLMHeadModel)
+    config = model_class.config_class.from_dict(source.plain_config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = model_class(config)
+    if source.kind.is_qwen:  # what is no weight needs values now
+        model.transformer.program_alpha = torch.ones((1, 1), dtype=torch.long)
+    else:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return _filled(model, source, source.full_weights(torch.float32), dtype, device)
+
+
+def _filled(
+    model: Any, source: Source, recipes: Sequence[Recipe], dtype: torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
+    """A model without values, filled from the files."""
+    for recipe in recipes:
         tensor = recipe.build(*(source.weights.read(name) for name in recipe.sources))
         copied = tensor.to(device, dtype, copy=True)  # a mapped tensor would hold on to its file
         model.load_state_dict({recipe.name: copied}, strict=False, assign=True)

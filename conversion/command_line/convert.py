@@ -24,6 +24,8 @@ from .terminal import (
 from .verify import report_comparison
 
 if TYPE_CHECKING:
+    import torch
+
     from ..formats.qwen2 import RopeScaling
 
 _SHARD = "5GB"
@@ -64,35 +66,63 @@ def convert_command(
     seq_length: Annotated[
         int | None, typer.Option(min=2, help="For qwen: trained length in tokens, if SRC doesn't tell.")
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make full weights of packed ones, bfloat16 without --dtype.")
+    ] = False,
     params: ParamsOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits afterwards; 3 if they differ.")] = False,
 ) -> None:
-    """Convert QWen to Qwen2 or GGUF, or Qwen2 and LLaMA to QWen, with tokenizer and settings."""
-    from ..checking.logits import compare
+    """Convert QWen to Qwen2 or GGUF, or Qwen2 and LLaMA to QWen, with tokenizer and settings; GPTQ and AWQ stay so."""
     from ..formats.qwen2 import RopeScaling
-    from ..opening.sources import open_source
-    from ..planning.conversion import plan_conversion
-    from ..writing.plans import write_plan
 
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     if to is Target.gguf:
         given = {"--dtype": dtype, "--seq-length": seq_length, "--params": params, "--verify": verify or None}
+        given |= {"--dequantize": dequantize or None}
         _refuse_others(given | {"--max-shard-size": None if max_shard_size == _SHARD else max_shard_size})
         return _convert_to_gguf(source, target, outtype, scaling)
     if outtype is not None:
         raise typer.BadParameter("--outtype is for --to gguf only: use --dtype.")
     if verify and scaling is not None and scaling.kind == "yarn":
         raise typer.BadParameter("YaRN changes the logits of every text, so --verify could only fail: leave it out.")
+    _convert_to_folder(
+        source, target, to, optional_dtype(dtype), max_shard_size, scaling, seq_length, dequantize, params
+    )
+    if verify:
+        _verify(source, target, optional_dtype(dtype), dequantize, params)
+
+
+def _convert_to_folder(
+    source: Path,
+    target: Path,
+    to: Target,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+    scaling: RopeScaling | None,
+    seq_length: int | None,
+    dequantize: bool,
+    params: Path | None,
+) -> None:
+    from ..opening.sources import open_source
+    from ..planning.conversion import plan_conversion
+    from ..writing.plans import write_plan
+
     with progress_bars() as progress:
         origin = open_source(source, params)
-        plan = plan_conversion(origin, to.value, optional_dtype(dtype), max_shard_size, scaling, seq_length)
+        plan = plan_conversion(origin, to.value, dtype, max_shard_size, scaling, seq_length, dequantize)
         written = write_plan(plan, target, progress)
     print_notes(plan.notes)
     out.print(f"{target}: {len(plan.files)} files written." if written else f"{target} is up to date.")
-    if verify:
-        rounded = optional_dtype(dtype)
-        comparison = compare(source, target, rounded=rounded, params=params, progress=print_step)
-        report_comparison(comparison, as_json=False)
+
+
+def _verify(source: Path, target: Path, dtype: torch.dtype | None, dequantize: bool, params: Path | None) -> None:
+    """Compare the logits of both, where the weights were rounded, with the source rounded too."""
+    from ..checking.logits import compare
+    from ..planning.dequantise import FULL
+
+    rounded = dtype or (FULL if dequantize else None)
+    comparison = compare(source, target, rounded=rounded, params=params, progress=print_step)
+    report_comparison(comparison, as_json=False)
 
 
 def _convert_to_gguf(source: Path, target: Path, outtype: Outtype | None, scaling: RopeScaling | None) -> None:
@@ -114,6 +144,7 @@ def _refuse_others(options: Mapping[str, object]) -> None:
     """Refuse what is for folders, by the name of the option."""
     remedies = {
         "--dtype": "use --outtype",
+        "--dequantize": "dequantise to a folder first (--to qwen2 --dequantize), and make a GGUF of that",
         "--verify": "a GGUF is run by other programs (docs/gguf.md compares their logits)",
     }
     for name in (name for name, value in options.items() if value is not None):

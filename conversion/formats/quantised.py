@@ -8,7 +8,7 @@ the inputs of a layer, AWQ along its outputs; a group of inputs shares a scale a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,26 @@ class Packing:
             found["g_idx"] = (inputs,), torch.int32
         return found
 
+    @property
+    def reorders(self) -> bool:
+        """Whether GPTQ may have put the inputs into groups in an order of its own."""
+        return self.settings.get("desc_act") is not False
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether all zeros are said to be the middle of the numbers."""
+        return self.settings.get("sym") is True
+
+    @property
+    def along_outputs(self) -> frozenset[str]:
+        """The parts whose words hold outputs of one input or group, beside one another."""
+        return frozenset({"qzeros"} if self.method == "gptq" else {"qweight", "qzeros"})
+
+    def of_weight(self, name: str, shape: Sequence[int]) -> Packing | None:
+        """How a full weight of this name and shape is packed; None where it is not."""
+        module, _, kind = name.rpartition(".")
+        return self.of(module) if kind == "weight" and len(shape) == 2 else None
+
     def _packed(self, numbers: int) -> int:
         """Words that hold so many numbers."""
         return _ceil(numbers * self.bits, 8 * self.word.itemsize)
@@ -72,10 +92,17 @@ class Packing:
             return None
         if inside is not None and not self._chooses(module, inside[1]):
             return None
+        rule = self.rule(module)
+        if rule is None:
+            return self
+        return None if rule[0] == "-:" else self._changed(rule[1])
+
+    def rule(self, module: str) -> tuple[str, Mapping[str, Any]] | None:
+        """The first rule of gptqmodel's `dynamic` that names a layer: "-:" keeps it full, "+:" changes its settings."""
         for pattern, changes in _mapping(self.settings.get("dynamic")).items():
             if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
-                return None if pattern.startswith("-:") else self._changed(_mapping(changes))
-        return self
+                return "-:" if pattern.startswith("-:") else "+:", _mapping(changes)
+        return None
 
     def _chooses(self, module: str, inside: str) -> bool:
         if self.method == "awq":
@@ -152,11 +179,11 @@ def expect_packed(shapes: Mapping[str, tuple[int, ...]], packing: Packing) -> Ex
     optional: dict[str, tuple[int, ...]] = {}
     words: dict[str, torch.dtype] = {}
     for name, shape in shapes.items():
-        module, _, kind = name.rpartition(".")
-        packed = packing.of(module) if kind == "weight" and len(shape) == 2 else None
+        packed = packing.of_weight(name, shape)
         if packed is None:
             required[name] = shape
             continue
+        module = name.removesuffix(".weight")
         for part, (size, dtype) in packed.parts(*shape).items():
             required[f"{module}.{part}"] = size
             if dtype is not None:
@@ -176,7 +203,11 @@ def _size(values: Mapping[str, Any], name: str, default: int | None) -> int:
     fits = value in (2, 3, 4, 5, 6, 7, 8) if name == "bits" else type(value) is int and 0 < value < 2**31 or value == -1
     if type(value) is not int or not fits:
         wanted = "2 to 8" if name == "bits" else "a positive number, or -1 for one group"
-        raise CheckpointError(f"quantization_config: {key or _SIZES[name][0]}={value!r} can't be used: {wanted} is.")
+        method = values.get("quant_method")
+        raise CheckpointError(
+            f"quantization_config{f' ({method})' if method else ''}: {key or _SIZES[name][0]}={value!r} can't be used: "
+            f"{wanted} is."
+        )
     return value
 
 

@@ -96,9 +96,10 @@ def check_configuration(subject: Subject) -> None:
     if (subject.folder / ADAPTER_CONFIG).is_file():
         _remark_on_adapter(subject)
     if subject.quantization is not None:
-        checked = "" if subject.packing else "their names and shapes are not checked, and "
+        known = "convert keeps their bits, and convert --dequantize gives full ones"
+        unknown = "their names and shapes are not checked, and they can't be converted"
         subject.findings.remarks.append(
-            f"The weights are quantised ({subject.quantization}): {checked}they can't be converted."
+            f"The weights are quantised ({subject.quantization}): {known if subject.packing else unknown}."
         )
     stretch = [word for word, on in subject.stretch.items() if on]
     if subject.architecture is not None and stretch:

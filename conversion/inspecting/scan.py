@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from ..files.tensors import is_finite
 from ..files.weights import Weights
+from ..formats.packed_values import check_groups, contradictions
 from .subject import Subject
 from .words import are, first_of, plural, quoted
 
@@ -26,15 +30,34 @@ def scan_values(subject: Subject, progress: Callable[[str, int], None]) -> None:
             f"{plural(len(bad), 'tensor')} {'has' if len(bad) == 1 else 'have'} NaN or infinite values: "
             f"{first_of(bad)}."
         )
+    if subject.packing is not None:
+        _check_groups(subject)
     _compare_tied_head(subject)
+    if subject.packing is not None and not subject.findings.problems:
+        subject.findings.remarks += contradictions(subject.shapes, subject.packing, partial(_read, subject))
+
+
+def _check_groups(subject: Subject) -> None:
+    """Look for inputs of packed layers in groups that are not there."""
+    shapes = subject.expected.required
+    for name in shapes:
+        g_idx = _read(subject, name) if name.endswith(".g_idx") else None
+        if g_idx is not None and tuple(g_idx.shape) == shapes[name]:
+            groups = shapes[f"{name.removesuffix('g_idx')}scales"][0]
+            subject.findings.attempt(check_groups, subject.stored.infos[name], g_idx, groups)
 
 
 def _is_lost(subject: Subject, name: str) -> bool:
     """Whether a stored bias that the model has no place for changes what is computed."""
+    tensor = _read(subject, name)
+    return tensor is not None and bool(tensor.any())
+
+
+def _read(subject: Subject, name: str) -> torch.Tensor | None:
+    """A tensor; None where it isn't there or can't be read."""
     info = subject.stored.infos.get(name)
     part = next((part for part in subject.stored.parts if info is not None and part.path == info.file), None)
-    tensor = subject.findings.attempt(part.weights.read, name) if part is not None and part.weights else None
-    return tensor is not None and bool(tensor.any())
+    return subject.findings.attempt(part.weights.read, name) if part is not None and part.weights else None
 
 
 def _scan_file(subject: Subject, weights: Weights, prefix: str, progress: Callable[[str, int], None]) -> list[str]:

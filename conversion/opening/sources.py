@@ -15,11 +15,13 @@ from ..files.links import check_links
 from ..files.weights import Weights, open_weights
 from ..formats.architecture import Architecture
 from ..formats.companions import GENERATION_CONFIG, optional_json
+from ..formats.dequantised import dequantising
 from ..formats.endings import end_ids
 from ..formats.expected import Expected, check_stored
 from ..formats.kinds import Kind, detect_kind, hidden_weights
-from ..formats.quantised import expect_packed, read_packing, settings_beside
-from ..formats.recipes import Recipe
+from ..formats.packed_values import check_groups, contradictions
+from ..formats.quantised import Packing, expect_packed, read_packing, settings_beside
+from ..formats.recipes import Recipe, compose, keep
 from ..formats.registry import FORMATS, Format
 from ..formats.relatives import refuse_relative
 
@@ -33,7 +35,8 @@ class Contents:
     """What a conversion starts from.
 
     Attributes:
-        way: from the stored tensors to the names of transformers' Qwen2 and LLaMA classes.
+        way: from the stored tensors to the names of transformers' Qwen2 and LLaMA classes; packed weights become full.
+        packing: how weights are packed whose bits are to be kept; None where all are full, or become so.
         dtype: of most weights.
         generation: `generation_config.json`; None where there is none.
         ends: ids of `<|endoftext|>` and `<|im_end|>` of QWen's tokenizer; None where there are none.
@@ -41,6 +44,7 @@ class Contents:
 
     architecture: Architecture
     way: list[Recipe]
+    packing: Packing | None
     dtype: torch.dtype
     generation: dict[str, Any] | None
     ends: tuple[int, int] | None
@@ -79,17 +83,43 @@ class Source:
         Raises:
             CheckpointError: impossible values, or something that can't be represented.
         """
-        return self.format.read(self.config, self.weights.infos, len(self.weights.files))
+        config = self.config if self.packing is None else self.plain_config
+        return self.format.read(config, self.weights.infos, len(self.weights.files))
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The configuration of the same model with full weights."""
+        return {name: value for name, value in self.config.items() if name != "quantization_config"}
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How weights are packed; None where they are not, or in a way that is unknown here.
+
+        Raises:
+            CheckpointError: settings of the quantisation that can't be used.
+        """
+        return read_packing(self.config.get("quantization_config"))
+
+    @cached_property
+    def expected(self) -> Expected:
+        """What is to be stored.
+
+        Raises:
+            CheckpointError: see `architecture`.
+        """
+        return Expected(self.shapes) if self.packing is None else expect_packed(self.shapes, self.packing)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor that the configuration asks for."""
+        """Name -> shape of every weight that the configuration asks for, as a full one."""
         return self.format.shapes(self.architecture, self.weights.infos, len(self.weights.files))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of most weights."""
-        return next(iter(self.weights.dtypes))
+        """Dtype of most weights that are not packed."""
+        dtypes = list(self.weights.dtypes)
+        floating = [dtype for dtype in dtypes if dtype.is_floating_point] if self.packing else []
+        return next(iter(floating or dtypes))
 
     @cached_property
     def generation(self) -> dict[str, Any] | None:
@@ -124,15 +154,33 @@ class Source:
         """How to come from these tensors to the names of transformers' Qwen2 and LLaMA classes."""
         return self.format.to_hf(self.architecture, self.weights.infos, len(self.weights.files))
 
-    def contents(self) -> Contents:
-        """All that becomes of a conversion's source, checked.
+    def full_weights(self, dtype: torch.dtype) -> list[Recipe]:
+        """How to come from these tensors to full ones under the same names; packed ones get this dtype.
 
         Raises:
-            CheckpointError: see `check`; damaged settings or, in QWen, a damaged vocabulary.
+            CheckpointError: packed in a way of which no values are known here.
+        """
+        if self.packing is None:
+            return [Recipe(name, (name,), keep) for name in self.shapes]
+        return dequantising(self.shapes, self.packing, dtype)
+
+    def contents(self, full: torch.dtype | None = None) -> Contents:
+        """All that becomes of a conversion's source, checked.
+
+        Args:
+            full: make packed weights full ones of this dtype; None to keep their bits.
+
+        Raises:
+            CheckpointError: see `check`; damaged settings or, in QWen, a damaged vocabulary; weights that are packed in
+                a way that is unknown here.
         """
         self.check()
+        self.check_packed_values()
         ends = self.ends if self.kind.is_qwen else None
-        return Contents(self.architecture, self.to_hf(), self.dtype, self.generation, ends)
+        way, packing = self.to_hf(), self.packing
+        if packing is not None and full is not None:
+            way, packing = compose(self.full_weights(full), way), None
+        return Contents(self.architecture, way, packing, full or self.dtype, self.generation, ends)
 
     def check(self) -> None:
         """Compare names and shapes with the configuration; a tied head that is stored all the same must be equal.
@@ -146,31 +194,38 @@ class Source:
                 f"{packed[0]} is a quantised weight, but config.json has no quantization_config, and no file beside it "
                 "tells the settings (quantize_config.json, quant_config.json): download it."
             )
-        self._check(Expected(self.shapes), self.architecture.tied)
+        if self.packing is not None and not packed:
+            raise CheckpointError(
+                f"The weights are quantised ({self.packing.method}) according to config.json, but none of them is "
+                "stored so: take its quantization_config away, or download the weights that belong to it."
+            )
+        infos = dict(self.weights.infos)
+        if self.architecture.tied:
+            self._check_tied(infos)
+        check_stored(infos, self.expected)
 
-    def check_packed(self) -> bool:
-        """The same for a checkpoint with quantised weights.
-
-        Returns:
-            False where nothing here knows how they are laid out, so that nothing was compared.
+    def check_packed_values(self) -> None:
+        """Look at what of packed weights can be wrong though names and shapes are right.
 
         Raises:
-            CheckpointError: the first difference, or settings of the quantisation that can't be used.
+            CheckpointError: an input in a group that isn't there, or a bias that is not zero and has no place.
         """
-        packing = read_packing(self.config["quantization_config"])
-        if packing is None:
-            return False
-        infos, files = self.weights.infos, len(self.weights.files)
-        config = {name: value for name, value in self.config.items() if name != "quantization_config"}
-        architecture = self.format.read(config, infos, files)
-        self._check(expect_packed(self.format.shapes(architecture, infos, files), packing), architecture.tied)
-        return True
+        if self.packing is None:
+            return
+        for name in self.expected.required:
+            if name.endswith(".g_idx"):
+                groups = self.expected.required[f"{name.removesuffix('g_idx')}scales"][0]
+                check_groups(self.weights.infos[name], self.weights.read(name), groups)
+        for name in self.expected.optional:
+            if name in self.weights.infos and self.weights.read(name).any():
+                raise CheckpointError(
+                    f"{self.weights.infos[name]} is not zero, and the configuration leaves it out: engines differ in "
+                    "what they make of it. Mend the configuration if it belongs to the model, or delete the tensor."
+                )
 
-    def _check(self, expected: Expected, tied: bool) -> None:
-        infos = dict(self.weights.infos)
-        if tied:
-            self._check_tied(infos)
-        check_stored(infos, expected)
+    def contradictions(self) -> list[str]:
+        """Settings of the quantisation that the tensors contradict, in sentences for the user."""
+        return [] if self.packing is None else contradictions(self.shapes, self.packing, self.weights.read)
 
     def _check_tied(self, infos: dict[str, Any]) -> None:
         for embedding, head in _TIED:

@@ -44,7 +44,7 @@ _FLAGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _VOCABULARY_FILES = (VOCABULARY, EXTRA_VOCABULARY, TOKENIZER_JSON, "added_tokens.json", "special_tokens_map.json")
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The configuration for weights of a dtype; a precision flag, where one is set, would win over the name."""
     spellings = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
     flagged = any(config.get(flag) for flag in _FLAGS)
@@ -66,7 +66,7 @@ def plan_merge(
     base = Base(source, adapter)
     weights = MergedWeights(source, adapter, base, put_on(adapter, base, progress))
     _check_vocabulary(source, adapter, weights.infos[EMBEDDING_WEIGHT].shape[0])
-    config = upgraded_config(base.config if dtype is None else _with_dtype(base.config, dtype))
+    config = upgraded_config(base.config if dtype is None else with_dtype(base.config, dtype))
     if source.architecture.tied and not weights.tied:
         config["tie_word_embeddings"] = False
         notes.append("Embedding and head differ now, so they are no longer tied.")

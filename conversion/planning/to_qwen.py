@@ -9,6 +9,8 @@ import torch
 from ..formats.companions import GENERATION_CONFIG, TOKENIZER_JSON, VOCABULARY
 from ..formats.endings import qwen_generation
 from ..formats.kinds import Kind
+from ..formats.packed import packed_hf_to_qwen, pieces
+from ..formats.packed_settings import settings_for_qwen
 from ..formats.qwen import as_qwen, hf_to_qwen, qwen_config
 from ..formats.recipes import Recipe, compose
 from ..opening.sources import Contents, Source
@@ -28,7 +30,11 @@ def plan_qwen(plan: Plan, contents: Contents, dtype: torch.dtype, length: int | 
     if length is not None:
         architecture = replace(architecture, length=length)
     config = {**qwen_config(as_qwen(architecture)), "dtype": str(dtype).removeprefix("torch.")}
-    recipes = compose(contents.way, hf_to_qwen(architecture, contents.dtype))
+    if contents.packing is None:
+        recipes = compose(contents.way, hf_to_qwen(architecture, contents.dtype))
+    else:
+        recipes = packed_hf_to_qwen(architecture, contents.packing, contents.dtype)
+        config["quantization_config"] = settings_for_qwen(contents.packing, pieces(architecture))
     if source.kind is Kind.LLAMA_ORIGINAL and length is None and "max_seq_len" not in source.config:
         plan.notes.append(
             f"params.json doesn't tell the trained length: seq_length is {architecture.length}, as for LLaMA 2. "

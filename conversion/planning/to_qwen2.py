@@ -10,6 +10,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats.endings import is_chat
+from ..formats.packed import packed_qwen_to_hf, pieces
+from ..formats.packed_settings import settings_for_hf
 from ..formats.qwen2 import RopeScaling, check_qwen2, qwen2_config
 from ..formats.recipes import Recipe
 from ..opening.sources import Contents, Source
@@ -25,14 +27,18 @@ def plan_qwen2(plan: Plan, contents: Contents, dtype: torch.dtype, scaling: Rope
         CheckpointError: something that Qwen2 can't represent.
     """
     source, ends = plan.source, contents.ends
-    lost = check_qwen2(source.config)
-    recipes = without_zero_biases(source, contents.way)
+    lost = check_qwen2(source.plain_config)
+    packing = contents.packing
+    way = contents.way if packing is None else packed_qwen_to_hf(contents.architecture, packing)
+    recipes = without_zero_biases(source, way)
     chat = ends is not None and is_chat(contents.generation, ends[1])
     settings = dict(contents.architecture.settings or {})
     if ends is not None:
         settings["eos_token_id"] = ends[1] if chat else ends[0]
     architecture = replace(contents.architecture, settings=settings)
     config = qwen2_config(architecture, str(dtype).removeprefix("torch."), scaling)
+    if packing is not None:
+        config["quantization_config"] = settings_for_hf(packing, pieces(architecture))
     plan.notes = _length_notes(source, lost, config)
     plan.files = [json_file("config.json", config)]
     for files, note in (

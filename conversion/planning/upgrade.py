@@ -74,15 +74,9 @@ def plan_upgrade(source: Source, max_shard_size: str = "5GB", link: bool = True)
 
 def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -> None:
     weights, folder = source.weights, source.folder
-    if method := quantization_method(source.config):
-        checked = "as they are" if source.check_packed() else "without a check: their layout is unknown here"
-        plan.notes.append(f"Quantised weights ({method}) are taken over {checked}.")
-        if source.settings_file is not None:
-            plan.notes.append(
-                f"config.json gets the settings of {source.settings_file}, which transformers doesn't read."
-            )
-    else:
+    if source.packing is not None or quantization_method(source.config) is None:
         source.check()
+    plan.notes += quantised_notes(source)
     if all(file.suffix == ".safetensors" for file in weights.files):
         counts = Counter(info.file for info in weights.infos.values())
         plan.files += [CopiedFile(file.name, file, link, counts[file]) for file in weights.files]
@@ -94,6 +88,18 @@ def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -
     plan.files += plan_weights([Recipe(name, (name,), keep) for name in names], weights, None, max_shard_size)
     index = f"{PICKLE}.index.json"
     plan.retired += [file.name for file in weights.files] + ([index] if (folder / index).is_file() else [])
+
+
+def quantised_notes(source: Source) -> list[str]:
+    """What `upgrade` does with quantised weights, in sentences for the user; nothing where there are none."""
+    method = quantization_method(source.config)
+    if method is None:
+        return []
+    checked = "as they are" if source.packing else "without a check: their layout is unknown here"
+    notes = [f"Quantised weights ({method}) are taken over {checked}."]
+    if source.settings_file is not None:
+        notes.append(f"config.json gets the settings of {source.settings_file}, which transformers doesn't read.")
+    return notes
 
 
 def _plan_settings(plan: Plan, source: Source) -> None:

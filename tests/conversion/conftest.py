@@ -1,9 +1,10 @@
-"""A Hugging Face Hub on this machine, for tests that upload and download."""
+"""A Hugging Face Hub on this machine, for tests that upload and download; checkpoints in few bits."""
 
 import base64
 import hashlib
 import json
 import re
+import shutil
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ from threading import Thread
 from types import SimpleNamespace
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 
 def is_large(path: str) -> bool:
@@ -303,3 +307,142 @@ def hub():
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+# --- weights in few bits ---
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "damp_percent": 0.01}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+_AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Columns of AutoAWQ's words from the lowest bits on."""
+
+
+def _words(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of whole numbers as rows of words, number by number and bit by bit."""
+    rows = -(-numbers.shape[0] * bits // 32)
+    words = np.zeros((rows, numbers.shape[1]), np.uint32)
+    for row, values in enumerate(numbers):
+        for bit in range(bits):
+            word, place = divmod(row * bits + bit, 32)
+            words[word] |= ((values >> bit) & 1).astype(np.uint32) << np.uint32(place)
+    return words.view(np.int32)
+
+
+def _awq_words(numbers: np.ndarray) -> np.ndarray:
+    order = np.concatenate([8 * block + np.array(_AWQ_COLUMNS) for block in range(numbers.shape[1] // 8)])
+    return np.ascontiguousarray(_words(numbers[:, order].T, 4).T)
+
+
+@dataclass
+class Rounded:
+    """A weight rounded to the nearest of what a few bits can say.
+
+    Attributes:
+        parts: what is stored of it.
+        full: (outputs, inputs) float32, what it then is.
+    """
+
+    parts: dict
+    full: torch.Tensor
+
+
+def round_to_nearest(weight: torch.Tensor, settings: dict, seed: int = 0) -> Rounded:
+    """Round a weight, (outputs, inputs), without packing and unpacking to find out what came of it."""
+    random, bits = np.random.default_rng(seed), settings["bits"]
+    outputs, inputs = weight.shape
+    size = inputs if settings["group_size"] == -1 else settings["group_size"]
+    places = random.permutation(inputs) if settings.get("desc_act") else np.arange(inputs)
+    groups, top = places // size, 2**bits - 1
+    codes, full = np.zeros((inputs, outputs), np.int64), np.zeros((inputs, outputs), np.float32)
+    scales, zeros = [], []
+    for group in range(groups.max() + 1):
+        values = weight.float().numpy().T[groups == group]
+        if settings.get("sym"):
+            zero = np.full(outputs, 2 ** (bits - 1))
+            scale = np.abs(values).max(0) / 2 ** (bits - 1)
+        else:
+            least = values.min(0)
+            scale = (values.max(0) - least) / top
+            zero = np.clip(np.round(-least / scale), 0, top).astype(np.int64)
+        scale = scale.astype(np.float16)
+        chosen = np.clip(np.round(values / scale.astype(np.float32)) + zero, 0, top).astype(np.int64)
+        codes[groups == group] = chosen
+        full[groups == group] = (chosen - zero) * scale.astype(np.float32)
+        scales.append(scale)
+        zeros.append(zero)
+    scales, zeros = np.stack(scales), np.stack(zeros)
+    if settings["quant_method"] == "awq":
+        parts = {"qweight": _awq_words(codes), "qzeros": _awq_words(zeros), "scales": scales}
+    else:
+        stored = zeros if settings.get("checkpoint_format") == "gptq_v2" else (zeros - 1) & top
+        qzeros = np.ascontiguousarray(_words(stored.T, bits).T)
+        parts = {"qweight": _words(codes, bits), "qzeros": qzeros, "scales": scales, "g_idx": groups.astype(np.int32)}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    return Rounded(tensors, torch.from_numpy(np.ascontiguousarray(full.T)))
+
+
+_LINEAR = re.compile(
+    r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj)\.weight"
+    r"|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight"
+)
+
+
+def round_folder(source, folder, settings, chosen=_LINEAR):
+    """Write the same checkpoint twice, `folder/packed` and `folder/full`, whose weights are the same numbers."""
+    packed, full = {}, {}
+    for seed, (name, tensor) in enumerate(load_file(source / "model.safetensors").items()):
+        if not chosen.fullmatch(name):
+            full[name] = packed[name] = tensor.half()
+            continue
+        # Query, key and value have their inputs from one place, so they share an order.
+        rounded = round_to_nearest(tensor, settings, seed if "_proj" not in name else len(name.split(".")[2]))
+        full[name] = rounded.full
+        packed |= {name.removesuffix("weight") + part: values for part, values in rounded.parts.items()}
+    config = json.loads((source / "config.json").read_text())
+    for kind, tensors in (("packed", packed), ("full", full)):
+        shutil.copytree(source, folder / kind, copy_function=shutil.copyfile)
+        (folder / kind / "expected.safetensors").unlink(missing_ok=True)
+        (folder / kind / "model.safetensors").unlink()
+        save_file(tensors, folder / kind / "model.safetensors", {"format": "pt"})
+        changes = {"quantization_config": settings} if kind == "packed" else {}
+        (folder / kind / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(name="round_to_nearest", scope="session")
+def _round_to_nearest():
+    return round_to_nearest
+
+
+@pytest.fixture(name="round_folder", scope="session")
+def _round_folder():
+    return round_folder
+
+
+@pytest.fixture
+def rounded(tiny_checkpoint, tmp_path):
+    """Make a checkpoint twice: (settings, golden case) -> folder with `packed` and `full`."""
+    return lambda settings=GPTQ, case="model/aug_plain", **options: round_folder(
+        tiny_checkpoint(case), tmp_path / "rounded", settings, **options
+    )
+
+
+@pytest.fixture
+def tiny_checkpoint(golden, tmp_path):
+    """A golden checkpoint with an MLP of 96, which fills whole words: golden case -> folder."""
+
+    def make(case):
+        folder = shutil.copytree(golden / case, tmp_path / "narrow", copy_function=shutil.copyfile)
+        tensors = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if re.fullmatch(r".*\.(w1|w2|gate_proj|up_proj)\.weight", name):
+                tensors[name] = tensor[:96].clone()
+            elif re.fullmatch(r".*\.mlp\.(c_proj|down_proj)\.weight", name):
+                tensors[name] = tensor[:, :96].clone()
+        save_file(tensors, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        size = {"ffn_hidden_size": 192} if config["model_type"] == "qwen" else {"intermediate_size": 96}
+        (folder / "config.json").write_text(json.dumps({**config, **size}))
+        return folder
+
+    return make

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
 from qwen1 import QWenConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenTokenizer, QWenTokenizerFast
-from qwen1.saving_qwen import published_class, saved_as_published
+from qwen1.saving_qwen import published_class, refuse_kernel_weights, saved_as_published
 
 
 @pytest.fixture
@@ -211,3 +212,31 @@ def test_a_registered_class_is_saved_as_itself():
 def test_a_foreign_object():
     with pytest.raises(TypeError, match="dict derives from no class of here"), saved_as_published({}, "here"):
         pass
+
+
+# --- what can't be saved right ---
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_that_a_kernel_has_laid_out_are_not_saved(tiny_model, tmp_path, method):
+    """Transformers would write them beside settings of another layout, and so other logits, without a word."""
+    model = tiny_model()
+    model.quantization_method = SimpleNamespace(value=method)
+    with pytest.raises(ValueError, match=f"{method} .*copy the folder .*convert --dequantize.*quantize"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model._hf_peft_config_loaded = True  # only the adapter would be written
+    refuse_kernel_weights(model)
+    del model._hf_peft_config_loaded
+    model.quantization_method = SimpleNamespace(value="bitsandbytes")
+    refuse_kernel_weights(model)
+
+
+def test_every_name_of_dir_has_a_value(tiny_model):
+    """Optimum reads them all when it looks for layers to replace."""
+    model = tiny_model()
+    for module in model.modules():
+        assert [name for name in dir(module) if not hasattr(module, name)] == []
+    assert "peft_config" not in dir(model) and {"forward", "lm_head", "chat"} <= set(dir(model))
+    model.peft_config = {}
+    assert "peft_config" in dir(model)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from qwen1 import QWenLMHeadModel
+from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.training import finetuning
@@ -197,6 +198,41 @@ def test_q_lora(options, tmp_path):
     main(options(*STEPS, "--use_lora", "--q_lora", "--gradient_checkpointing"))
     adapter = weights(tmp_path / "out", "adapter_model.safetensors")
     assert adapter and all(value.any() for name, value in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("words", [[], ["--q_lora"]])
+def test_an_adapter_is_trained_on_the_bits_that_are_there(
+    options, monkeypatch, checkpoint_folder, edit_json, method, words
+):
+    """By kernels that can be trained through, which are not those that are chosen without a word."""
+    edit_json(checkpoint_folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    load, asked = finetuning.AutoModelForCausalLM.from_pretrained, {}
+
+    def from_pretrained(name, quantization_config, device_map, **kwargs):
+        asked.update(settings=quantization_config, device_map=device_map)
+        config = QWenConfig.from_pretrained(name)
+        del config.quantization_config
+        return load(name, config=config, **kwargs)
+
+    monkeypatch.setattr(finetuning.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    main(options(*STEPS, "--use_lora", *words))
+    settings = asked["settings"].to_dict()
+    assert str(getattr(settings["quant_method"], "value", settings["quant_method"])) == method
+    assert settings["bits"] == 4 and "auto_trainable" in str(getattr(settings["backend"], "value", settings["backend"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "named"),
+    [("gptq", [], "so they can't be trained themselves: .*--use_lora"), ("hqq", ["--use_lora"], r"quantised \(hqq\)")],
+)
+def test_weights_in_few_bits_that_cannot_be_trained_are_refused(
+    options, capsys, checkpoint_folder, edit_json, method, words, named
+):
+    edit_json(checkpoint_folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(SystemExit):
+        main(options(*STEPS, *words))
+    assert re.search(named, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
