@@ -110,6 +110,7 @@ case "$(basename "$0") $*" in
 "pip index versions transformers" | "python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
 "python -") echo "$environment: $("$PYTHON" -)" ;; # what it is asked on standard input runs
 "pytest "*)
+    [[ "$*" != *tests/bits* ]] || environment=bits
     echo "$environment: pytest $*" >>"$LOG"
     [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && exit
     echo "FAILED tests/model/test_$environment.py::test_it"
@@ -170,13 +171,16 @@ def test_ci_ends_with_the_summary_of_all_tests(ci, pin):
 
 def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, tmp_path):
     ci(pin)
-    all_tests, core = (tmp_path / "log").read_text().splitlines()
+    all_tests, core, bits = (tmp_path / "log").read_text().splitlines()
     (command,) = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert all_tests == f".venv: pytest {command.partition('.venv/bin/pytest ')[2]}"
     assert core.startswith("oldest: pytest ") and "tests/conversion" in core and "tests/model" in core
+    assert bits.startswith("bits: pytest ") and "tests/bits" in bits
 
 
-@pytest.mark.parametrize("part, name", [(".venv", "tests"), ("oldest", "oldest"), ("linters", "linters")])
+@pytest.mark.parametrize(
+    "part, name", [(".venv", "tests"), ("oldest", "oldest"), ("linters", "linters"), ("bits", "bits")]
+)
 def test_ci_fails_where_a_part_does(ci, pin, part, name):
     done = ci(pin, fail=part)
     assert done.returncode == 1
