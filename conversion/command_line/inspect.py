@@ -32,7 +32,7 @@ def inspect_command(
     """Tell what a checkpoint is, what it needs, and what is missing or odd. Ends with 3 if it can't be used.
 
     With --device-memory, --context or --batch: how many devices serving and each way of training need, for which
-    config.json is enough. Example: inspect config.json --device-memory 24GB --context 8192 --batch 4
+    config.json is enough, as in: inspect config.json --device-memory 24GB --context 8192 --batch 4
     """
     from ..inspecting.inspection import inspect
     from ..inspecting.rendering import render

@@ -71,7 +71,7 @@ def test_help_of_each_command_has_an_example_that_parses(run, command):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["convert", "a", "b"], ["convert", "a", "b", "--to", "gguf"], ["upgrade", "a"], ["inspect", "--no-such"]],
+    [[], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"], ["upgrade", "a"], ["inspect", "--no-such"]],
 )
 def test_wrong_usage_ends_with_2(run, arguments):
     assert run(*arguments).exit_code == 2
@@ -108,7 +108,7 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
 
 
 def test_errors_in_the_program_are_not_dressed_up(run, golden, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise ZeroDivisionError
 
     monkeypatch.setattr(inspection, "inspect", broken)

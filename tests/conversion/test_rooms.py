@@ -14,6 +14,7 @@ ORDER = (
     "merging",
     "quantising",
     "planning",
+    "sizing",
     "inspecting",
     "checking",
     "publishing",
@@ -21,11 +22,11 @@ ORDER = (
 )
 """Each room knows those before it. `writing` holds what plans are made of, so it comes before `planning`."""
 
-APART = {"merging", "quantising", "planning", "inspecting", "checking", "publishing"}
+APART = {"merging", "quantising", "planning", "sizing", "inspecting", "checking", "publishing"}
 """Rooms that only the commands bring together."""
 
-TOGETHER = {("planning", "merging"), ("planning", "quantising")}
-"""But for these: planning reads what was merged or quantised."""
+TOGETHER = {("planning", "merging"), ("planning", "quantising"), ("inspecting", "sizing")}
+"""But for these: planning reads what was merged or quantised, and `inspect` tells how many devices a model needs."""
 
 
 def module_of(path: Path, root: Path) -> str:
