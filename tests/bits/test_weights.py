@@ -69,6 +69,13 @@ def test_chats_go_on_with_what_they_keep(in_few_bits, byte_tokenizer, count_read
     assert list(model.chat_stream(byte_tokenizer, "c", kept, max_new_tokens=4)) is not None
 
 
+def innermost(tensor):
+    """What a tensor is made of; codes that are packed look like whole ones through a view of the packed tensor."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [inner for name in tensor.__tensor_flatten__()[0] for inner in innermost(getattr(tensor, name))]
+
+
 def few_bit_tensors(model):
     """Codes and scales of the first layer: what is no plain weight there."""
     layer = model.transformer.h[0].attn.c_attn
@@ -76,7 +83,7 @@ def few_bit_tensors(model):
     if weight is None or hasattr(layer, "quantization_scheme"):
         return [tensor for tensor in layer.parameters() if tensor.numel() and tensor.ndim]
     if hasattr(weight, "__tensor_flatten__"):
-        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return innermost(weight)
     state = getattr(layer, "state", None)
     scales = [
         getattr(state, "SCB", None),
