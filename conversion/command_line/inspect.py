@@ -24,9 +24,9 @@ def inspect_command(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a text there; else the trained length.")] = None,
     batch: Annotated[int | None, typer.Option(help="Texts at once, on all devices together; else 1.")] = None,
-    cache: Annotated[str, typer.Option(help="Keys and values: growing, static or int8.")] = "growing",
+    cache: Annotated[str | None, typer.Option(help="Keys and values: growing, static or int8; else growing.")] = None,
     prefill_chunk: Annotated[int | None, typer.Option(help="Tokens of a prompt read at once; else all.")] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA and QLoRA.")] = 64,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of LoRA and QLoRA; else 64.")] = None,
     reserve: Annotated[str | None, typer.Option(help="Memory of each device to keep free, like 1GB.")] = None,
 ) -> None:
     """Tell what a checkpoint is, what it needs, and what is missing or odd. Ends with 3 if it can't be used.

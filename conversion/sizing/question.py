@@ -58,24 +58,30 @@ def ask(
     device_memory: str | None,
     context: int | None,
     batch: int | None,
-    cache: str,
+    cache: str | None,
     prefill_chunk: int | None,
-    lora_rank: int,
+    lora_rank: int | None,
     reserve: str | None,
 ) -> Question | None:
     """The question of a command line; None where nothing is asked.
 
     Raises:
-        CheckpointError: impossible values.
+        CheckpointError: impossible values, or such as only a question makes use of.
     """
     if device_memory is None and context is None and batch is None:
+        details = {"cache": cache, "prefill-chunk": prefill_chunk, "lora-rank": lora_rank, "reserve": reserve}
+        for name in (name for name, value in details.items() if value is not None):
+            raise CheckpointError(
+                f"--{name} has no effect without a question: add --device-memory, --context or --batch, or leave it "
+                "out."
+            )
         return None
     return Question(
         None if device_memory is None else read_size(device_memory, "--device-memory"),
         0 if reserve is None else read_size(reserve, "--reserve"),
         context,
         1 if batch is None else batch,
-        cache,
+        Question.cache if cache is None else cache,
         prefill_chunk,
-        lora_rank,
+        Question.rank if lora_rank is None else lora_rank,
     )

@@ -79,6 +79,15 @@ def test_nothing_is_said_of_devices_unless_it_is_asked(inspect, config):
     assert missing.exit_code == 3 and "No weights are in" in missing.stdout
 
 
+@pytest.mark.parametrize(
+    "option", [("--cache", "int8"), ("--prefill-chunk", "512"), ("--lora-rank", "8"), ("--reserve", "1GB")]
+)
+def test_what_only_a_question_makes_use_of_is_refused_without_one(inspect, config, option):
+    result = inspect(config, *option)
+    assert result.exit_code == 1
+    assert all(word in " ".join(result.stderr.split()) for word in (option[0], "--device-memory", "leave it out"))
+
+
 def test_defaults_are_one_text_of_the_trained_length(inspect, config):
     sizing = json.loads(inspect(config, "--device-memory", "80GB", "--json").stdout)["sizing"]
     assert (sizing["context"], sizing["batch"], sizing["cache"], sizing["lora_rank"]) == (8192, 1, "growing", 64)
