@@ -52,11 +52,12 @@ class Way:
 
     def load(self, cls: Any, folder: Path, work: Path, **arguments: Any) -> Any:
         """The model of a class in a folder, in few bits; `work` is an empty folder for files in between."""
+        if self.scheme is not None:
+            compress(cls.from_pretrained(folder, **arguments), self.scheme, work)
+            folder = work
         if self.configure is not None:
-            return cls.from_pretrained(folder, quantization_config=self.configure(), **arguments).eval()
-        assert self.scheme is not None
-        compress(cls.from_pretrained(folder, **arguments), self.scheme, work)
-        return cls.from_pretrained(work, **arguments).eval()
+            arguments["quantization_config"] = self.configure()
+        return cls.from_pretrained(folder, **arguments).eval()
 
 
 def _torchao(name: str) -> Callable[[], Any]:

@@ -97,7 +97,7 @@ def byte_tokenizer(byte_vocabulary) -> QWenTokenizer:
     return QWenTokenizer(str(byte_vocabulary))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """Make a small configuration, with NTK and LogN from 32 tokens on unless told otherwise."""
 

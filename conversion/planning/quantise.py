@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ..errors import CheckpointError
 from ..files.weights import SAFETENSORS, Weights
 from ..formats.configurations import quantization_method
@@ -68,6 +70,4 @@ def plan_quantised(source: Source, packed: Weights, settings: Settings, max_shar
 
 
 def _packing(settings: Settings) -> Packing:
-    packing = read_packing(settings.published)
-    assert packing is not None  # they are those of GPTQ
-    return packing
+    return cast(Packing, read_packing(settings.published))  # of GPTQ, so there is one

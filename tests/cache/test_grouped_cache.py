@@ -1,7 +1,6 @@
 """The accurate int8 key/value cache: rounded, with a scale for each token, head and group of values."""
 
 import copy
-import pickle
 import random
 
 import pytest
@@ -86,11 +85,11 @@ def test_layer_gives_the_dtype_back(dtype):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_course_of_operations_leaves_the_rounded_values_of_what_transformers_keeps(seed):
+def test_any_course_of_operations_leaves_the_rounded_values_of_what_transformers_keeps(seed, operations, change_both):
     """Whatever the course, what is held is what rounding gives of the plain cache: each token on its own."""
     drawn, ours, theirs, rows = random.Random(seed), QWenGroupedInt8Layer(8), DynamicLayer(), 2
     for _ in range(60):
-        operation = drawn.choice(["append"] * 6 + ["crop", "reorder", "repeat", "select", "copy", "reset", "offload"])
+        operation = drawn.choice(operations)
         torch.manual_seed(drawn.randrange(10**6))
         if operation == "append":
             keys = torch.randn(rows, 3, drawn.choice([1, 1, 1, 2, 7, 90]), 16)
@@ -100,23 +99,8 @@ def test_any_course_of_operations_leaves_the_rounded_values_of_what_transformers
             theirs, rows = DynamicLayer(), 2  # reset, it forgets nothing in transformers 5.4
         elif not theirs.get_seq_length():
             continue
-        elif operation == "crop":
-            removed = drawn.randrange(theirs.get_seq_length())
-            ours.crop(-removed), theirs.crop(-removed)
-        elif operation == "reorder":
-            order = torch.randint(rows, (rows,))
-            ours.reorder_cache(order), theirs.reorder_cache(order)
-        elif operation == "repeat" and rows < 8:
-            ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
-            rows *= 2
-        elif operation == "select":
-            kept = torch.randperm(rows)[: max(1, rows // 2)]
-            ours.batch_select_indices(kept), theirs.batch_select_indices(kept)
-            rows = len(kept)
-        elif operation == "copy":
-            ours = copy.deepcopy(ours) if drawn.random() < 0.5 else pickle.loads(pickle.dumps(ours))
-        elif operation == "offload":
-            ours.offload(), ours.prefetch()
+        else:
+            ours, rows = change_both(operation, drawn, ours, theirs, rows)
         assert ours.get_seq_length() == theirs.get_seq_length()
         if theirs.get_seq_length():
             for held, name in ((theirs.keys, "key"), (theirs.values, "value")):

@@ -1,7 +1,6 @@
 """The growing cache: transformers' DynamicCache in content, without copying it for each token."""
 
 import copy
-import pickle
 import random
 
 import pytest
@@ -29,10 +28,10 @@ def append(layer: DynamicLayer, rows: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_course_of_operations_leaves_what_transformers_keeps(seed):
+def test_any_course_of_operations_leaves_what_transformers_keeps(seed, operations, change_both):
     drawn, ours, theirs, rows = random.Random(seed), QWenGrowingLayer(), DynamicLayer(), ROWS
     for _ in range(60):
-        operation = drawn.choice(["append"] * 6 + ["crop", "reorder", "repeat", "select", "copy", "reset", "offload"])
+        operation = drawn.choice(operations)
         torch.manual_seed(drawn.randrange(10**6))
         state, length = torch.get_rng_state(), drawn.choice([1, 1, 1, 2, 7, 90])
         if operation == "append":
@@ -45,23 +44,8 @@ def test_any_course_of_operations_leaves_what_transformers_keeps(seed):
             rows = ROWS
         elif not theirs.get_seq_length():
             continue
-        elif operation == "crop":
-            removed = drawn.randrange(theirs.get_seq_length())
-            ours.crop(-removed), theirs.crop(-removed)
-        elif operation == "reorder":
-            order = torch.randint(rows, (rows,))
-            ours.reorder_cache(order), theirs.reorder_cache(order)
-        elif operation == "repeat" and rows < 8:
-            ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
-            rows *= 2
-        elif operation == "select":
-            kept = torch.randperm(rows)[: max(1, rows // 2)]
-            ours.batch_select_indices(kept), theirs.batch_select_indices(kept)
-            rows = len(kept)
-        elif operation == "copy":
-            ours = copy.deepcopy(ours) if drawn.random() < 0.5 else pickle.loads(pickle.dumps(ours))
-        elif operation == "offload":
-            ours.offload(), theirs.offload()
+        else:
+            ours, rows = change_both(operation, drawn, ours, theirs, rows)
         assert ours.get_seq_length() == theirs.get_seq_length()
         if theirs.get_seq_length():
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values), operation

@@ -112,7 +112,7 @@ case "$(basename "$0") $*" in
 "pytest "*)
     [[ "$*" != *tests/bits* ]] || environment=bits
     echo "$environment: pytest $*" >>"$LOG"
-    [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && echo "W: farewell of a library" && exit
+    [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && echo a last word && exit
     echo "FAILED tests/model/test_$environment.py::test_it"
     echo "=== 1 failed in $environment ===" && exit 1 ;;
 "uv pip compile "*) echo transformers==5.0.0 ;;
