@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen1 import RMSNorm, RotaryEmbedding, apply_rotary_pos_emb
-from qwen1.modeling_qwen import _rotate_half, logn_scale
 from qwen1.positions_qwen import positions_from_mask
+from qwen1.rotary_qwen import _rotate_half, logn_scale
 
 
 def documented_angles(position, dim, base, alpha):
