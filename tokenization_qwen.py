@@ -251,6 +251,12 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
         return self._tiktoken.encode(texts, allowed)
 
+    def _joined_bytes(self, ids: list[int]) -> bytes:
+        try:
+            return self._bpe.decode_bytes(ids)
+        except (KeyError, OverflowError):  # ids that no token has
+            return super()._joined_bytes(ids)
+
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
     ) -> BatchEncoding:
