@@ -203,7 +203,12 @@ class EncodingMixin(TokensMixin):
         known = self._token_bytes
         if errors == "strict" and (unknown := [i for i in ids if i not in known]):
             raise ValueError(f"No token has the id {unknown[0]}; ids go from 0 to {len(self) - 1}")
-        return b"".join([known.get(i, b"\xff") for i in ids if i not in skipped]).decode("utf-8", errors)
+        return self._joined_bytes([i for i in ids if i not in skipped] if skipped else ids).decode("utf-8", errors)
+
+    def _joined_bytes(self, ids: list[int]) -> bytes:
+        """The bytes of tokens; an id that no token has counts as one that is not UTF-8."""
+        known = self._token_bytes
+        return b"".join([known.get(i, b"\xff") for i in ids])
 
 
 def _is_ids(sequence: Any) -> bool:

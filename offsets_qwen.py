@@ -52,27 +52,23 @@ def locate(pieces: list[tuple[str, bool]], backend: Any, special_tokens: Mapping
 
 
 class LazyEncodings(Sequence[Encoding]):
-    """The encodings of a batch of chats, which are made when they are first looked at, as few callers do.
+    """The encodings of a batch, which are made when they are first looked at, as few callers do.
 
     Args:
-        make: (pieces of a chat, length of its row) -> encoding.
-        chats: those arguments.
+        make: gives all of them.
+        length: how many there are.
     """
 
-    def __init__(
-        self,
-        make: Callable[[list[tuple[str, bool]], int], Encoding],
-        chats: list[tuple[list[tuple[str, bool]], int]],
-    ):
+    def __init__(self, make: Callable[[], list[Encoding]], length: int):
         self._make = make
-        self._chats = chats
+        self._length = length
 
     @kept
     def _made(self) -> list[Encoding]:
-        return [self._make(pieces, length) for pieces, length in self._chats]
+        return self._make()
 
     def __len__(self) -> int:
-        return len(self._chats)
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
         return self._made[index]

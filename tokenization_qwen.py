@@ -42,7 +42,9 @@ from transformers.utils import logging
 from .backends_qwen import (
     GROUPED_PAT_STR,
     BackendOfCall,
+    Shortcut,
     TiktokenBackend,
+    TiktokenTwin,
     build_backend,
     bytes_of_name,
     copy_backend,
@@ -249,6 +251,12 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
         return self._tiktoken.encode(texts, allowed)
 
+    def _joined_bytes(self, ids: list[int]) -> bytes:
+        try:
+            return self._bpe.decode_bytes(ids)
+        except (KeyError, OverflowError):  # ids that no token has
+            return super()._joined_bytes(ids)
+
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
     ) -> BatchEncoding:
@@ -286,6 +294,10 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
         return joined.decode("utf-8", self.errors)
 
 
+_FOR_IDS = (  # what a call may have that wants ids only
+    *("padding_strategy", "truncation_strategy", "max_length", "pad_to_multiple_of", "padding_side"),
+    *("return_tensors", "return_attention_mask", "return_length", "verbose"),
+)
 _CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
 
 
@@ -332,6 +344,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         }
         self._add_tokens(kwargs.get("added_tokens_decoder", {}).values())
         super().__init__(errors=errors, extra_vocab_file=extra_vocab_file, **self._with_defaults(kwargs))
+        self._shortcut = Shortcut()  # of the backend as it is now
         # `pad` advises against using it with fast tokenizers; chats and restricted special tokens come as ids.
         self.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
@@ -348,6 +361,16 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         kwargs.pop("backend", None)
         return QWenTokenizer.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer`; whatever is changed in it counts from the next call on."""
+        self._shortcut.shown = True
+        return self._tokenizer
+
+    @kept
+    def _shortcut(self) -> Shortcut:
+        return Shortcut()
+
     def _id_of(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
 
@@ -360,6 +383,8 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
         return ranks_of_backend(self._tokenizer, self.special_tokens)
 
     def _encode_texts(self, texts: list[str], allowed: frozenset[str]) -> list[list[int]]:
+        if twin := self._shortcut.twin(self._tokenizer, self.special_tokens, texts):
+            return twin.tiktoken.encode(texts, allowed)
         split = split_pattern(allowed).split
         parts = [split(repair_surrogates(text)) for text in texts]  # text, special, text, ..., text
         # The backend's switch for special tokens is shared by all threads, so its model is used in one without any.
@@ -390,8 +415,32 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             )
         text, text_pair = (map_texts(item, repair_surrogates) for item in (text, text_pair))
         is_plain = text_pair is None and not kwargs.get("is_split_into_words") and is_plain_batch(text)
+        if is_plain and self._wants_ids(kwargs):
+            texts = [text] if isinstance(text, str) else list(text)
+            if twin := self._shortcut.twin(self._tokenizer, self.special_tokens, texts):
+                return self._encode_by_twin(twin, text, texts, kwargs)
         own = self._for_one_call(kwargs, is_plain)
         return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
+
+    def _wants_ids(self, options: Mapping[str, Any]) -> bool:
+        """Whether a call on plain texts asks for ids and for nothing that needs places, other tokens or more rows."""
+        token_types = options.get("return_token_type_ids")
+        return (
+            not ("token_type_ids" in self.model_input_names if token_types is None else token_types)
+            and options.get("truncation_strategy", "do_not_truncate") in _CUTS_ONE
+            and not any(value for name, value in options.items() if name not in _FOR_IDS)
+        )
+
+    def _encode_by_twin(
+        self, twin: TiktokenTwin, text: Any, texts: list[str], options: dict[str, Any]
+    ) -> BatchEncoding:
+        """What transformers makes of ids that tiktoken gives; places are looked for when somebody asks."""
+        call = BackendOfCall(twin)
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _tokenizer=call)
+        out = TokenizersBackend._encode_plus(own, text, split_special_tokens=False, **options)
+        encodings = LazyEncodings(lambda: twin.locate(texts, call.truncation, call.padding), len(texts))
+        return BatchEncoding(dict(out), encodings, n_sequences=1)
 
     def _for_one_call(self, options: Mapping[str, Any], is_plain: bool) -> TokenizersBackend:
         """This tokenizer, or one that shares all but the backend where a call with these options would change that.
@@ -429,7 +478,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             encoding.pad(length, direction=pad_side, pad_id=pad_id, pad_token=pad_token)
             return encoding
 
-        encodings = LazyEncodings(make, list(zip(pieces, lengths, strict=True)))
+        encodings = LazyEncodings(lambda: list(map(make, pieces, lengths)), len(lengths))
         if with_offsets:
             offsets = [encoding.offsets for encoding in encodings]
             out["offset_mapping"] = offsets if batched else offsets[0]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..programs.printing import printable
 from ..programs.shipped import TINY_CHAT
+from ..programs.starting import heavy_imports
 from ..programs.version import add_version
 from .interrupts import INTERRUPTED
 
@@ -47,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse_arguments(arguments)
     try:
-        from transformers.utils import logging  # here, for --help needs neither it nor the session's torch
+        with heavy_imports():  # here, for --help needs none of them
+            from transformers.utils import logging
 
-        from .session import run
+            from .session import run
 
         logging.disable_progress_bar()
         return run(options)
