@@ -50,8 +50,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 def model_card(folder: Path, repo_id: str) -> str:
     """README.md as `push` would upload it.
 
-    The folder's own text is kept, but for instructions of 2023, whose place ours take. Front matter that it lacks is put
-    on top; where there is no text, one is written from what config.json and the headers of the weights say.
+    The folder's own text is kept, but for instructions of 2023, whose place ours take. Front matter that it lacks is
+    put on top; where there is no text, one is written from what config.json and the headers of the weights say.
 
     Raises:
         CheckpointError: the folder can't be published as it is, or `repo_id` can't be the name of a repository.
