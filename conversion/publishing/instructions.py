@@ -53,7 +53,8 @@ def renew(card: str, use: str, repo_id: str) -> tuple[str, list[str]]:
         return card, []
     end = "\r\n" if "\r\n" in card else "\n"
     note = _NOTE.format(title=TITLE, anchor=TITLE.lower().replace(" ", "-"))
-    written, changed = [], []
+    written: list[str] = []
+    changed: list[str] = []
     for section in sections:
         heading = section[0].heading
         requires = heading is not None and bool(_REQUIREMENTS.search(heading))

@@ -48,7 +48,6 @@ ON_THE_WAY = [
     ("chat", "accelerate", ["model", "Hello"]),
     ("chat", "peft", ["adapter", "Hello"]),
     ("chat", "bitsandbytes", ["four-bits", "Hello"]),
-    ("chat", "gptqmodel", ["gptq", "Hello"]),
     ("checkpoint", "peft", ["merge-lora", "model", "adapter", "new"]),
     ("checkpoint", "gguf", ["convert", "model", "new.gguf", "--to", "gguf"]),
     ("checkpoint", "gptqmodel", ["quantize", "model", "new", "--bits", "4", "--group-size", "32", "--length", "16"]),
@@ -103,7 +102,7 @@ def program(door):
 
 @pytest.fixture
 def folders(checkpoint_folder, tmp_path):
-    """A model, an adapter of it, models in few bits, and data, in the working directory."""
+    """A model, an adapter of it, one in four bits, and data, in the working directory."""
     checkpoint_folder.rename(tmp_path / "model")
     (tmp_path / "adapter").mkdir()
     adapter = {"base_model_name_or_path": "model", "peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
@@ -112,14 +111,10 @@ def folders(checkpoint_folder, tmp_path):
     pair = {f"{layer}.lora_A.weight": torch.zeros(2, 64), f"{layer}.lora_B.weight": torch.zeros(192, 2)}
     save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    for name, quantization in {
-        "four-bits": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_bytes(b"{}")
-        text = json.dumps({**config, "quantization_config": quantization})
-        (tmp_path / name / "config.json").write_text(text)
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "four-bits").mkdir()
+    (tmp_path / "four-bits" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "four-bits" / "tokenizer.json").write_bytes(b"{}")
     turns = [{"from": "user", "value": "Hello"}, {"from": "assistant", "value": "Hi"}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
 
