@@ -181,8 +181,8 @@ def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
     check_model(name)
     if not _exists(Path(name)):
         _check_published(str(name))
-    model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    return model, AutoTokenizer.from_pretrained(_with_vocabulary(Path(name)))
+    tokenizer = AutoTokenizer.from_pretrained(_with_vocabulary(Path(name)))
+    return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
 
 
 def _with_vocabulary(path: Path) -> Path | str:
@@ -194,10 +194,15 @@ def _with_vocabulary(path: Path) -> Path | str:
 
 def _check_published(name: str) -> None:
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if find_adapter_config_file(name) is not None:
+            if find_spec("peft") is None:
+                raise ModelError(f"{name} is an adapter, which needs peft: pip install peft") from None
+            return
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ModelError(
             f"{name} is no folder here, and can't be had from the Hub ({reason}): check its name and the connection, "

@@ -161,6 +161,29 @@ def test_an_id_that_the_hub_gives_nothing_for(monkeypatch, here):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_adapter_on_the_hub(monkeypatch, here, installed):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name: "adapter_config.json")
+    monkeypatch.setattr(models, "find_spec", lambda name: installed or None)
+    opened = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened.append)
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda name: opened.append(name) or Model()
+    )
+    if installed:
+        open_model("me/adapter")
+        assert opened == ["me/adapter"] * 2
+    else:
+        with pytest.raises(ModelError, match="pip install peft"):
+            open_model("me/adapter")
+
+
+class Model:
+    def eval(self):
+        return self
+
+
 def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
     peft = pytest.importorskip("peft", reason="peft isn't installed")
     from transformers import AutoModelForCausalLM
