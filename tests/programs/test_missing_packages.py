@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -112,9 +113,8 @@ def folders(checkpoint_folder, tmp_path):
     save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "four-bits").mkdir()
+    shutil.copytree(tmp_path / "model", tmp_path / "four-bits")
     (tmp_path / "four-bits" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "four-bits" / "tokenizer.json").write_bytes(b"{}")
     turns = [{"from": "user", "value": "Hello"}, {"from": "assistant", "value": "Hi"}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
 
