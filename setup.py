@@ -8,17 +8,19 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n\s*", re.DOTALL)
 _LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
 def readme(text: str, source: str | None) -> str:
-    """The README for the page of a package index, where paths lead nowhere.
+    """The README for the page of a package index, where paths lead nowhere and the Hub's front matter is text.
 
     Args:
         text: of README.md.
         source: address of the repository, on GitHub or the Hub; without one the links to its files become plain words.
     """
-    return _LINK.sub(r"\1" if source is None else rf"[\1]({source.rstrip('/')}/blob/main/\2)", text)
+    replacement = r"\1" if source is None else rf"[\1]({source.rstrip('/')}/blob/main/\2)"
+    return _LINK.sub(replacement, _FRONT_MATTER.sub("", text))
 
 
 def source_address(pyproject: str) -> str | None:

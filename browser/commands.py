@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..programs.models import one_line, open_model
 from ..programs.options import version_option
+from ..programs.packages import explain, require
 from ..programs.shipped import TINY_CHAT
 
 app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(epilog="Example: qwen1-browser --checkpoint ./Qwen-7B-Chat --inbrowser")
+@app.command(epilog="Example: qwen1-browser ./Qwen-7B-Chat --inbrowser")
 def serve(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="Folder or Hub id; the same as --checkpoint.")
+    ] = None,
     checkpoint: Annotated[
         str,
         typer.Option(
-            "--checkpoint",
-            "-c",
+            *("--checkpoint", "--checkpoint-path", "-c"),
             envvar="QWEN_CHECKPOINT",
             show_default="the qwen-tiny-chat that ships",
             help="Folder or Hub id.",
@@ -42,18 +47,20 @@ def serve(
     version: Annotated[bool, version_option("qwen1-browser")] = False,
 ) -> None:
     """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
+    if folder is not None and checkpoint not in (str(TINY_CHAT), os.environ.get("QWEN_CHECKPOINT")):
+        raise typer.BadParameter(f"two checkpoints, {folder} and {checkpoint}: leave one out.")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # here, for --help needs none of these
-
-        from .conversation import Chat
+        require("gradio", "the page")
+        from .conversation import Chat  # here, for --help needs neither torch nor transformers
         from .page import ChatPage, launch
 
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
+        checkpoint = checkpoint if folder is None else folder
+        model, tokenizer = open_model(checkpoint, device_map="cpu" if cpu_only else "auto")
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
         launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
     except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"qwen1-browser: {error}", err=True)
+        said = explain(error) if isinstance(error, ImportError) else one_line(error)
+        typer.echo(f"qwen1-browser: {said}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -52,35 +52,41 @@ def import_door(name: str) -> ModuleType:
                 del sys.modules[found]
 
 
-def _run(name: str) -> NoReturn:
-    sys.exit(import_door(name).main())
+def _run(name: str, program: str) -> NoReturn:
+    """Run a program; a package that it misses is a sentence with the command that installs it."""
+    try:
+        sys.exit(import_door(name).main())
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("qwen1", "qwen1_commands"):
+            raise  # no package is missing, but a part of this one
+        sys.exit(f"{program}: {import_door('programs.packages').explain(error)}")
 
 
 def browser() -> NoReturn:
     """Run `qwen1-browser`; ends the process, as all of these do."""
-    _run("browser.commands")
+    _run("browser.commands", "qwen1-browser")
 
 
 def chat() -> NoReturn:
     """Run `qwen1-chat`."""
-    _run("terminal.commands")
+    _run("terminal.commands", "qwen1-chat")
 
 
 def checkpoint() -> NoReturn:
     """Run `qwen1-checkpoint`."""
-    _run("conversion.commands")
+    _run("conversion.commands", "qwen1-checkpoint")
 
 
 def extend_vocabulary() -> NoReturn:
     """Run `qwen1-extend-vocabulary`."""
-    _run("vocabulary.commands")
+    _run("vocabulary.commands", "qwen1-extend-vocabulary")
 
 
 def finetune() -> NoReturn:
     """Run `qwen1-finetune`."""
-    _run("training.commands")
+    _run("training.commands", "qwen1-finetune")
 
 
 def tiny_chat() -> NoReturn:
     """Run `qwen1-tiny-chat`."""
-    _run("training.tiny.commands")
+    _run("training.tiny.commands", "qwen1-tiny-chat")

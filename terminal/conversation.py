@@ -10,8 +10,9 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from ..programs.models import open_model
 from ..qwen_generation_utils import ChatHistory
 from .settings import Settings
 
@@ -146,15 +147,14 @@ def _clean(text: str) -> str:
 
 
 def open_conversation(
-    checkpoint: str, system: str, max_new_tokens: int | None = None, seed: int | None = None
+    checkpoint: str, system: str, max_new_tokens: int | None = None, seed: int | None = None, cpu_only: bool = False
 ) -> Conversation:
     """Load a checkpoint, from a folder or the Hub.
 
     Raises:
-        OSError, ValueError: no checkpoint, or settings that can't be.
+        ImportError, OSError, ValueError: no checkpoint, no package to load it with, or settings that can't be.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto").eval()
+    model, tokenizer = open_model(checkpoint, device_map="cpu" if cpu_only else "auto")
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     conversation = Conversation(model, tokenizer, system, Settings(model, given))
     conversation.seed = seed

@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: words of the command line; None for those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):  # the model comes first, as in the other commands
+        words.insert(0, "--model_name_or_path")
     if "--version" in words:
         print(f"qwen1-finetune {version()}")
         return

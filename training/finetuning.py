@@ -29,6 +29,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
 from ..peft_qwen import SETTINGS
+from ..programs.models import check_model
+from ..programs.packages import explain
 from ..programs.version import add_version
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
@@ -221,8 +223,9 @@ def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArg
 
     Raises:
         TrainingError: no model that can be trained here, or a package is missing.
-        OSError: files are missing.
+        OSError: nothing to train under that name, or files are missing.
     """
+    check_model(model.model_name_or_path, adapters=False)
     if lora.use_lora:
         _require("peft", "--use_lora")
     options: dict[str, Any] = {"dtype": _choose_dtype(model, lora, training)}
@@ -476,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(arguments)
     except (DataError, TrainingError, ImportError, OSError) as error:
         if arguments[-1].process_index == 0 or isinstance(error, SavingError):
-            print(f"qwen1-finetune: {error}", file=sys.stderr)
+            said = explain(error) if isinstance(error, ImportError) else error
+            print(f"qwen1-finetune: {said}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         print("Interrupted. --resume_from_checkpoint True goes on from the last checkpoint.", file=sys.stderr)

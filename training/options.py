@@ -20,11 +20,11 @@ from ..programs.version import add_version
 TABLE = Path(__file__).with_name("options.json")
 
 # In place of a list of more than a hundred options.
-_USAGE = "%(prog)s --model_name_or_path FOLDER --data_path FILE --output_dir FOLDER [options]; --help lists them"
+_USAGE = "%(prog)s MODEL --data_path FILE --output_dir FOLDER [options]; --help lists them"
 
 _EXAMPLES = """Fine-tune a QWen model on your own conversations or texts.
 
-All weights:  qwen1-finetune --model_name_or_path Qwen-1_8B-Chat --data_path data.json --output_dir out --bf16
+All weights:  qwen1-finetune Qwen-1_8B-Chat --data_path data.json --output_dir out --bf16
 LoRA:         ... --use_lora          then: qwen1-checkpoint merge-lora Qwen-1_8B-Chat out merged
 QLoRA:        ... --use_lora --q_lora
 Many devices: accelerate launch finetune.py ...

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from .terminal import out
+from .terminal import out, print_notes
 
 
 def push_command(
@@ -23,9 +23,10 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and show the model card.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hub: model card, code, tokenizer and weights. Run it again to resume."""
-    from ..publishing.card import model_card
+    from ..publishing.card import model_card, notes_on_card
     from ..publishing.upload import files_to_push, push
 
+    print_notes(notes_on_card(folder, repo_id))
     if dry_run:
         files = files_to_push(folder, repo_id)
         for file in files:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...loading_qwen import is_pointer
+from ...programs.models import likely
 from ..errors import CheckpointError
 
 BLOCK = 2**20  # bytes read at once
@@ -43,7 +44,7 @@ def check_exists(path: Path) -> None:
         path.stat()
     except OSError as error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not path.is_symlink():
-            raise CheckpointError(f"{path} doesn't exist.") from error
+            raise CheckpointError(f"{path} doesn't exist{likely(path)}: name a file or folder that does.") from error
         raise unreadable(path, error) from error
 
 

@@ -21,7 +21,8 @@ from ..files.access import read_json
 from ..formats.configurations import quantization_method
 from ..formats.endings import end_ids
 from ..formats.kinds import Kind
-from .folder import Checkpoint, examine
+from .folder import README, Checkpoint, examine
+from .instructions import renew
 
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,8 +50,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 def model_card(folder: Path, repo_id: str) -> str:
     """README.md as `push` would upload it.
 
-    The folder's own text is kept. Front matter that it lacks is put on top; where there is no text, one is written from
-    what config.json and the headers of the weights say.
+    The folder's own text is kept, but for instructions of 2023, whose place ours take. Front matter that it lacks is
+    put on top; where there is no text, one is written from what config.json and the headers of the weights say.
 
     Raises:
         CheckpointError: the folder can't be published as it is, or `repo_id` can't be the name of a repository.
@@ -60,12 +61,27 @@ def model_card(folder: Path, repo_id: str) -> str:
 
 def card_of(checkpoint: Checkpoint, repo_id: str) -> str:
     _check_repo_id(repo_id)
-    text = checkpoint.readme
+    text = _renewed(checkpoint, repo_id)[0]
     if text is not None and REGEX_YAML_BLOCK.search(text):
         return text
     if text is None:
         text = _card_text(checkpoint, repo_id)
     return f"---\n{_front_matter(checkpoint).to_yaml()}\n---\n\n{text}"
+
+
+def notes_on_card(folder: Path, repo_id: str) -> list[str]:
+    """What `model_card` has changed in the folder's own text, for the user."""
+    changed = _renewed(examine(folder), repo_id)[1]
+    if not changed:
+        return []
+    names = ", ".join(repr(heading) for heading in changed)
+    return [f"{README}: instructions of 2023 give way to ours: {names}. The folder's own file stays."]
+
+
+def _renewed(checkpoint: Checkpoint, repo_id: str) -> tuple[str | None, list[str]]:
+    if checkpoint.readme is None or not checkpoint.kind.is_qwen:
+        return checkpoint.readme, []
+    return renew(checkpoint.readme, _instructions(checkpoint, repo_id), repo_id)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -104,15 +120,19 @@ def _licence(checkpoint: Checkpoint) -> str | None:
 
 def _card_text(checkpoint: Checkpoint, repo_id: str) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(checkpoint).items())
-    packages = '"transformers>=5.4" accelerate tiktoken' if checkpoint.kind.is_qwen else "transformers accelerate"
     licence = _licence(checkpoint)
     terms = f"See [{licence}]({licence})." if licence else "The weights keep the licence of their origin."
     return (
         f"# {repo_id.rpartition('/')[2]}\n\nA language model for transformers, with weights in safetensors.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n"
-        f"## Use\n\n```bash\npip install {packages}\n```\n\n```python\n{_usage(checkpoint, repo_id)}```\n\n"
+        f"## Use\n\n{_instructions(checkpoint, repo_id)}\n\n"
         f"## Licence\n\n{terms}\n"
     )
+
+
+def _instructions(checkpoint: Checkpoint, repo_id: str) -> str:
+    packages = '"transformers>=5.4" accelerate tiktoken' if checkpoint.kind.is_qwen else "transformers accelerate"
+    return f"```bash\npip install {packages}\n```\n\n```python\n{_usage(checkpoint, repo_id)}```"
 
 
 def _usage(checkpoint: Checkpoint, repo_id: str) -> str:

@@ -48,6 +48,14 @@ def test_options(run, launched, checkpoint_folder):
     assert (options["server_name"], options["server_port"]) == ("0.0.0.0", 8000)
 
 
+def test_a_checkpoint_is_named_as_in_the_terminal(run, launched, checkpoint_folder):
+    assert run(str(checkpoint_folder)).exit_code == run("--checkpoint-path", str(checkpoint_folder)).exit_code == 0
+    assert run(str(checkpoint_folder), env={"QWEN_CHECKPOINT": "a/b"}).exit_code == 0
+    assert [page.title for page, _ in launched] == ["checkpoint"] * 3
+    twice = run(str(checkpoint_folder), "-c", "another")
+    assert twice.exit_code == 2 and "two checkpoints" in twice.stderr
+
+
 def test_a_space_names_its_checkpoint_by_a_variable(run, launched, checkpoint_folder):
     assert run(env={"QWEN_CHECKPOINT": str(checkpoint_folder)}).exit_code == 0
     assert launched[0][0].title == "checkpoint"

@@ -5,6 +5,7 @@ those of bash in a shell each, where `.venv/bin` stands for the folder of this i
 `<!-- not run: REASON -->` right before a block leaves it out; `pytest -rs` lists the reasons.
 """
 
+import ast
 import json
 import os
 import re
@@ -31,22 +32,13 @@ SHOWN = ("css", "diff", "dockerfile", "html", "ini", "javascript", "jinja", "jso
 TIME_LIMIT = 300.0
 """Seconds for a block."""
 
-_FOLDER = 'folder = "qwen-tiny-chat"'
 _OLD = "cp -rL qwen-tiny-chat Qwen-7B-Chat"
 PRESUMED = {
-    "README.md": {"bash": _OLD, "python": _FOLDER},
-    "docs/export.md": {"python": _FOLDER},
-    "docs/fine-tune.md": {"python": _FOLDER},
-    "docs/long-context.md": {"python": _FOLDER},
-    "docs/migrate.md": {"bash": _OLD},
-    "docs/scale.md": {"python": _FOLDER},
-    "docs/serve.md": {"python": _FOLDER},
-    "docs/use.md": {
-        "bash": "cp qwen-tiny-chat/qwen.tiktoken . && printf 'zorvandel\\t40\\n' > words.txt",
-        "python": _FOLDER,
-    },
+    "README.md": _OLD,
+    "docs/migrate.md": _OLD,
+    "docs/use.md": "cp qwen-tiny-chat/qwen.tiktoken . && printf 'zorvandel\\t40\\n' > words.txt",
 }
-"""page -> language -> what the page takes for granted; runs before its first block."""
+"""page -> files that the page takes for granted, as bash that makes them; runs before its first block."""
 
 SESSION = """
 def serve():
@@ -254,7 +246,7 @@ def page(tmp_path_factory):
     def get(name: str) -> Page:
         if name not in pages:
             parent = tmp_path_factory.mktemp("page")
-            presumed = [Block(name, 0, language, code) for language, code in PRESUMED.get(name, {}).items()]
+            presumed = [Block(name, 0, "bash", PRESUMED[name])] if name in PRESUMED else []
             executed = [block for block in BLOCKS if block.page == name]
             copy_repository(parent / "clone")
             pages[name] = Page([*presumed, *executed], parent / "clone", parent / "output.log")
@@ -297,6 +289,16 @@ def test_block_is_well_formed(block):
     else:
         done = subprocess.run(["bash", "-n", "-c", block.code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_blocks_say_which_folder_they_mean(name):
+    """Also those that aren't run: who copies one has the line that makes `folder`, on the page and above it."""
+    made = False
+    for block in (block for block in PARSED[name][0] if block.language == "python"):
+        uses = [node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Name) and node.id == "folder"]
+        made = made or any(isinstance(node.ctx, ast.Store) for node in uses)
+        assert made or not uses, f"{block} uses `folder` before the page has made it"
 
 
 @pytest.mark.parametrize("name", PAGES)

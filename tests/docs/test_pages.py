@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,3 +74,27 @@ def test_figures_of_the_readme_are_those_of_the_table():
     ratios = sorted(f"{row['ratio']:.2f}" for row in measured.values())
     assert len(rows) > 5
     assert [name for name, ratio in rows if ratio not in ratios] == []
+
+
+def test_the_readme_is_a_model_card():
+    """As the Hub shows it: what it filters and labels repositories by."""
+    card = ModelCard.load(ROOT / "README.md")
+    data = card.data.to_dict()
+    assert data == {
+        "language": ["en", "zh"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["qwen", "conversational", "custom_code"],
+    }
+    assert card.text.lstrip().startswith("# QWen-1 on transformers 5")
+    shipped = ModelCard.load(ROOT / "qwen-tiny-chat" / "README.md").data.to_dict()
+    assert {**shipped, "tags": []} == {**data, "tags": []}
+
+
+def test_the_packages_that_remote_code_needs_are_said(pyproject):
+    """In README and guide alike; tests/repository/test_remote_code.py runs with no others."""
+    (command,) = set(re.findall(r'`(pip install "transformers.+?)`', (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert f"`{command}`" in (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    (bound,) = (line for line in pyproject["project"]["dependencies"] if line.startswith("transformers"))
+    assert command == f'pip install "{bound}" torch tiktoken accelerate'

@@ -86,6 +86,7 @@ def test_the_page_of_the_index_has_no_link_to_a_path(built):
     page = metadata.get_payload()
     assert metadata["Description-Content-Type"] == "text/markdown" and "## Quick start" in page
     assert re.findall(r"\]\((?!https://)[^)]*\)", page) == []
+    assert page.lstrip().startswith("# QWen-1 on transformers 5"), "the front matter is for the Hub"
 
 
 def test_links_lead_into_the_repository_where_it_has_an_address(setup_script):

@@ -133,3 +133,35 @@ def test_a_folder_of_2023_loads_with_the_installed_package(run, golden, checkpoi
     run(INSTALLED, folder, tmp_path / "saved")
     assert "modeling_qwen.py" in python_files(tmp_path / "saved")
     assert "code of 2023" not in "".join(python_files(tmp_path / "saved").values())
+
+
+FEW_PACKAGES = """
+import sys
+
+sys.modules |= dict.fromkeys(sys.argv[2].split(","))  # nobody finds these
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+placed = {} if "accelerate" in sys.argv[2] else {"device_map": "auto"}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **placed).eval()
+assert "transformers_modules" in type(model).__module__
+print(model.chat(tokenizer, "12+34=?")[0])
+"""
+ASKED = {"accelerate", "tiktoken", "torch", "transformers"}
+BROUGHT = {"filelock", "huggingface_hub", "psutil", "pyyaml", "rich", "safetensors", "typer"}
+"""What README says that remote code needs, and what comes along with these."""
+
+
+@pytest.mark.parametrize("more", [[], ["accelerate"]], ids=["device_map", "without-accelerate"])
+def test_remote_code_needs_no_more_than_the_readme_says(repository, pyproject, tmp_path, more):
+    names = {line.partition(">")[0] for line in pyproject["project"]["dependencies"]} - ASKED - BROUGHT
+    assert {"markdown-it-py", "prompt_toolkit"} <= names
+    hidden = ["qwen1", "einops", *more, *(name.removesuffix("-py").replace("-", "_") for name in sorted(names))]
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_PACKAGES, str(repository / "qwen-tiny-chat"), ",".join(hidden)],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and done.stdout.strip().endswith("12+34=46"), done.stderr

@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from qwen1 import QWenLMHeadModel
 from qwen1.programs.printing import printable
+from qwen1.programs.shipped import TINY_CHAT
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
-from qwen1.terminal.commands import SYSTEM, main
+from qwen1.terminal.commands import SYSTEM, main, parse_arguments
 
 
 @pytest.fixture
@@ -149,3 +151,90 @@ def test_control_characters_do_not_reach_the_terminal():
         assert printable(text) == text
     assert printable("a\u202eb\u2066c") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
     assert printable("\x1b]0;title\x07\r") == "\N{REPLACEMENT CHARACTER}]0;title" + "\N{REPLACEMENT CHARACTER}" * 2
+
+
+# --- the checkpoint and the question ---
+
+
+@pytest.fixture
+def parsed(checkpoint_folder, monkeypatch):
+    """Parse a line where the folder `model` is a checkpoint: (*words) -> checkpoint, question."""
+    checkpoint_folder.rename(checkpoint_folder.with_name("model"))
+    monkeypatch.chdir(checkpoint_folder.parent)
+
+    def parse(*words):
+        options = parse_arguments(words)
+        return str(options.checkpoint), options.query
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "words, checkpoint, question",
+    [
+        (["model"], "model", None),
+        (["./model", "Hello"], "./model", "Hello"),
+        (["model", "Tell", "me", "more."], "model", "Tell me more."),
+        (["model", "--seed", "1", "Hello", "--stats"], "model", "Hello"),
+        (["model", "-m", "Hello"], "model", "Hello"),
+        (["-c", "model"], "model", None),
+        (["--checkpoint-path", "model", "Hello"], "model", "Hello"),
+        (["--checkpoint", "model", "and/or"], "model", "and/or"),
+        (["Qwen/Qwen-7B-Chat"], "Qwen/Qwen-7B-Chat", None),
+        (["./modle", "Hello"], "./modle", "Hello"),
+        (["model", "--", "-3+4=?"], "model", "-3+4=?"),
+        (["你好"], str(TINY_CHAT), "你好"),
+        (["Tell", "me", "more."], str(TINY_CHAT), "Tell me more."),
+        (["-m", "Qwen/Qwen-7B-Chat"], str(TINY_CHAT), "Qwen/Qwen-7B-Chat"),
+        ([""], str(TINY_CHAT), ""),
+        ([], str(TINY_CHAT), None),
+    ],
+)
+def test_what_is_the_checkpoint_and_what_the_question(parsed, words, checkpoint, question):
+    assert parsed(*words) == (checkpoint, question)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["Hello", "model"], "model is the folder of a model: name it first, as in qwen1-chat model 'Hello'"),
+        (["-c", "model", "model"], "two checkpoints, model and model"),
+        (["-c", "model", "./other", "Hello"], "two checkpoints, model and ./other"),
+        (["model", "Hello", "-m", "Bye"], "two questions, 'Hello' and 'Bye' of -m"),
+    ],
+)
+def test_what_is_named_twice_is_wrong_usage(parsed, capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        parsed(*words)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_asked_as_a_question_is_pointed_out(parsed, capsys):
+    assert parsed("-m", "model") == (str(TINY_CHAT), "model")
+    assert "the question 'model' is the name of a folder" in capsys.readouterr().err
+
+
+def test_the_options_of_the_published_demo(parsed):
+    options = parse_arguments(["-c", "model", "-s", "1234", "--cpu-only"])
+    assert (options.checkpoint, options.seed, options.cpu_only, options.query) == ("model", 1234, True, None)
+
+
+def test_cpu_only_leaves_accelerators_alone(parsed, monkeypatch, streams, capsys):
+    placed = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *names, **options: placed.append(options["device_map"]) or load(*names, **options),
+    )
+    streams(lambda *arguments, **settings: (text for text in ["Hello"]))
+    assert main(["model", "hi"]) == main(["model", "hi", "--cpu-only"]) == 0
+    assert placed == ["auto", "cpu"]
+
+
+def test_a_word_that_is_no_checkpoint_may_have_been_a_question(parsed, capsys):
+    assert main(["./nothing"]) == 1
+    assert "If it is a question: qwen1-chat -m './nothing'" in capsys.readouterr().err
+    assert main(["."]) == 1
+    error = capsys.readouterr().err
+    assert "name model, for example" in error and "question" not in error

@@ -47,11 +47,11 @@ def options(checkpoint_folder, data, tmp_path):
 
 @pytest.fixture
 def failed(capsys):
-    """What the program says about why it ends with this status: (words, status) -> standard error."""
+    """What the program says about why it ends with this status: (words, status, program) -> standard error."""
 
-    def fail(words, status=1):
+    def fail(words, status=1, program=main):
         with pytest.raises(SystemExit) as end:
-            main(words)
+            program(words)
         assert end.value.code == status
         return capsys.readouterr().err
 

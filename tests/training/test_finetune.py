@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
+from qwen1.training import commands as door
 from qwen1.training import finetuning
 from qwen1.training.checkpoints import last_checkpoint
 from qwen1.training.errors import TrainingError
@@ -30,6 +31,7 @@ DROPOUT = {
     **dict.fromkeys(["attn_pdrop", "attn_dropout_prob", "embd_pdrop", "emb_dropout_prob"], 0.1),
 }
 STEPS = ["--max_steps", "3"]
+ADAPTER = {"base_model_name_or_path": "base", "peft_type": "LORA"}
 
 
 @pytest.fixture
@@ -379,8 +381,32 @@ def test_a_model_is_overwritten_on_request(options, tmp_path):
 def test_wrong_usage(options, failed, words, reason):
     said = failed(options(*words), status=2)
     assert any(part in said for part in reason.split("|"))
-    assert said.startswith("usage: qwen1-finetune --model_name_or_path FOLDER")
+    assert said.startswith("usage: qwen1-finetune MODEL --data_path FILE")
     assert len(said) < 600
+
+
+def test_the_model_may_come_first(options, failed, checkpoint_folder):
+    words = options("--lora_r", "0")[1:]
+    assert words[0] == str(checkpoint_folder)
+    assert "--lora_r 0 must be at least 1" in failed(words, status=2, program=door.main)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (None, "doesn't exist"),
+        ({"model_type": "qwen2"}, "qwen1-checkpoint convert"),
+        ("adapter", "is an adapter: name its base (base) here"),
+    ],
+)
+def test_what_is_no_model_to_train(options, failed, tmp_path, config, reason):
+    folder = tmp_path / "model"
+    if config is not None:
+        folder.mkdir()
+        values, name = (config, "config") if isinstance(config, dict) else (ADAPTER, "adapter_config")
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    said = failed(options("--model_name_or_path", folder))
+    assert said.count("\n") == 1 and said.startswith("qwen1-finetune: ") and reason in said
 
 
 def test_the_folder_of_the_model_is_no_output(options, failed, checkpoint_folder):

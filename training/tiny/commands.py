@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...programs.models import check_model
 from ...programs.options import version_option
+from ...programs.packages import require
 from ..errors import DataError, TrainingError
 from .dialogues import PER_KIND, training_dialogues
 
@@ -59,6 +61,7 @@ def make(
 
     Example: qwen1-tiny-chat make my-tiny-chat --seed 0
     """
+    require("matplotlib", "the plot of the losses, which is drawn at the end,")
     from .examination import examine_folder  # here and below, for --help needs neither torch nor transformers
     from .journey import QUICK, Size, run
     from .report import write_report
@@ -93,6 +96,7 @@ def examine(
     from .examination import examine_folder
 
     with _failures():
+        check_model(folder)
         result = examine_folder(folder, per_kind, seed)
     if as_json:
         typer.echo(json.dumps(result.as_json()))

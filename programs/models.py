@@ -1,0 +1,222 @@
+"""The name of a model on a command line: which words are one, and why it can't be opened, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+
+_ID = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+", re.ASCII)
+_PATH = re.compile(r"((~|\.{1,2})?[/\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
+_WORD = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w./\\-]*qwen[\w./\\-]*", re.ASCII | re.IGNORECASE)
+_VOCABULARIES = ("qwen.tiktoken", "tokenizer.json")
+_POINTER = b"version https://git-lfs"
+_READ = ("qwen2", "llama")
+"""Types of models that `qwen1-checkpoint convert` makes QWen of."""
+
+
+class ModelError(OSError):
+    """A name that leads to no model that can be opened here; the message says which command helps."""
+
+
+def names_model(word: str) -> bool:
+    """Whether a word where both may stand is a model and not a question.
+
+    It is one if there is such a folder or file, if it begins as a path does, or if it has the form `organisation/name`.
+    A single word is also one, mistyped, if it has `qwen` in it or is nearly the name of a model's folder here.
+    """
+    if not word.strip():
+        return False
+    if _exists(Path(word)) or any(pattern.fullmatch(word) for pattern in (_PATH, _ID, _NAME)):
+        return True
+    near = _nearest(Path(word)) if _WORD.fullmatch(word) else None
+    return near is not None and is_model_folder(near)
+
+
+def is_model_folder(word: str | Path) -> bool:
+    """Whether there is a folder of that name with a model or an adapter in it."""
+    return any(_exists(Path(word, name)) for name in (CONFIG, ADAPTER))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a question is longer than any name, or has characters that none has
+        return False
+
+
+def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
+    """Say what is wrong with a name that leads to no QWen model, in one sentence; ids of the Hub are left to the Hub.
+
+    Args:
+        name: folder, or id on the Hub.
+        adapters: whether a folder that peft wrote will do.
+
+    Raises:
+        ModelError: no such path, a file, a folder without a model, a model of another type, no vocabulary, or an
+            adapter that peft is missing for.
+    """
+    path = Path(name)
+    if not _exists(path):
+        return _check_id(str(name))
+    if not path.is_dir():
+        raise ModelError(_about_file(path))
+    if not (path / CONFIG).is_file():
+        if not (path / ADAPTER).is_file():
+            raise ModelError(_about_folder(path))
+        return _check_adapter(path, adapters)
+    kind = _read(path / CONFIG).get("model_type", "qwen")
+    if kind != "qwen":
+        convert = f", or make a QWen folder of it: qwen1-checkpoint convert {path} NEW --to qwen"
+        raise ModelError(
+            f"{path} is a model of the type {kind!r}, not QWen (Qwen-1): open it with transformers alone"
+            f"{convert if kind in _READ else ''}."
+        )
+    if not any((path / vocabulary).exists() for vocabulary in _VOCABULARIES):
+        raise ModelError(
+            f"{path} has no vocabulary ({' or '.join(_VOCABULARIES)}): copy that of the model it was made from into it."
+        )
+
+
+def _check_id(name: str) -> None:
+    parent = Path(name).parent
+    if _ID.fullmatch(name) and not (parent.is_dir() and name.count("/") == 1 and likely(Path(name))):
+        return
+    raise ModelError(
+        f"{name} doesn't exist{likely(Path(name))}: name the folder of a model, or its id on the Hub as "
+        "organisation/name."
+    )
+
+
+def likely(path: Path) -> str:
+    """The folder beside a path that may be meant, for a sentence."""
+    near = _nearest(path)
+    return f" (did you mean {near}?)" if near else ""
+
+
+def _nearest(path: Path) -> Path | None:
+    """The folder whose name is nearest to that of a path, beside it."""
+    try:
+        folders = [entry.name for entry in os.scandir(path.parent) if entry.is_dir() and entry.name != path.name]
+    except (OSError, ValueError):
+        return None
+    found = get_close_matches(path.name, folders, n=1, cutoff=0.7)
+    return path.parent / found[0] if found else None
+
+
+def _about_file(path: Path) -> str:
+    if path.suffix.lower() == ".gguf":
+        return f"{path} is a GGUF, which llama.cpp and Ollama run: name the folder that it was made of."
+    return f"{path} is a file: name the folder of a model ({path.parent})."
+
+
+def _about_folder(path: Path) -> str:
+    steps = [entry.parent for name in (CONFIG, ADAPTER) for entry in path.glob(f"checkpoint-*/{name}")]
+    if steps:
+        last = max(steps, key=lambda step: int(step.name.partition("-")[2]) if step.name[11:].isdigit() else -1)
+        return f"{path} holds checkpoints of a training that hasn't ended: go on with it, or name {last}."
+    if inside := sorted(entry.parent for name in (CONFIG, ADAPTER) for entry in path.glob(f"*/{name}")):
+        return f"{path} is no model, but has some in it: name {inside[0]}, for example."
+    if (path / "params.json").is_file():
+        return (
+            f"{path} has no config.json, as Meta wrote LLaMA: make a QWen folder of it: qwen1-checkpoint convert "
+            f"{path} NEW --to qwen"
+        )
+    return f"{path} has no config.json, so it is no model{likely(path)}: name the folder with config.json and weights."
+
+
+def _check_adapter(path: Path, allowed: bool) -> None:
+    base = _read(path / ADAPTER).get("base_model_name_or_path")
+    merge = f"qwen1-checkpoint merge-lora {base or 'BASE'} {path} NEW"
+    if not allowed:
+        raise ModelError(f"{path} is an adapter: name its base ({base}) here, or join the two first: {merge}")
+    if find_spec("peft") is None:
+        raise ModelError(f"{path} is an adapter, which needs peft: pip install peft (or join it to its base: {merge}).")
+    if base is None or not (_exists(Path(base)) or _ID.fullmatch(base)):
+        raise ModelError(
+            f"{path} is an adapter of {base}, which isn't there: write where its base is into {path / ADAPTER} "
+            f"(base_model_name_or_path), or join the two: qwen1-checkpoint merge-lora BASE {path} NEW"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+        if content.startswith(_POINTER):
+            raise ModelError(
+                f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {path.parent}."
+            )
+        values = json.loads(content)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{path} can't be read ({error.strerror or error}): mend that, or name another.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged ({error}): get it again from where it came.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is damaged (no JSON object): get it again from where it came.")
+    return values
+
+
+def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
+    """Load (model in evaluation, tokenizer) from a folder, an adapter's too, or from the Hub.
+
+    Args:
+        options: of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ModelError: see `check_model`; nothing of that name on the Hub, no connection to it, or no QWen model there.
+        ImportError, OSError, ValueError: a package or a file is missing, or values can't be.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_model(name)
+    if not _exists(Path(name)):
+        _check_published(str(name))
+    tokenizer = AutoTokenizer.from_pretrained(_with_vocabulary(Path(name)))
+    return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
+
+
+def _with_vocabulary(path: Path) -> Path | str:
+    """The folder or id to take the tokenizer from: of an adapter without one, its base."""
+    if not (path / ADAPTER).is_file() or any((path / vocabulary).exists() for vocabulary in _VOCABULARIES):
+        return path if _exists(path) else path.as_posix()
+    return _read(path / ADAPTER)["base_model_name_or_path"]
+
+
+def _check_published(name: str) -> None:
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+    except OSError as error:
+        if find_adapter_config_file(name) is not None:
+            if find_spec("peft") is None:
+                raise ModelError(f"{name} is an adapter, which needs peft: pip install peft") from None
+            return
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise ModelError(
+            f"{name} is no folder here, and can't be had from the Hub ({reason}): check its name and the connection, "
+            f"or fetch it with `hf download {name}`."
+        ) from error
+    if kind != "qwen":
+        raise ModelError(f"{name} is a model of the type {kind!r}, not QWen (Qwen-1): open it with transformers alone.")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def leading(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Of words where a model may come first, (the model, the rest)."""
+    return (words[0], list(words[1:])) if words and names_model(words[0]) else (None, list(words))

@@ -1,0 +1,196 @@
+"""The name of a model on a command line: which words are one, and what is said of those that lead to none."""
+
+import json
+import sys
+
+import pytest
+
+from qwen1.programs import models
+from qwen1.programs.models import ModelError, check_model, names_model, open_model
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(here):
+    """Make a folder: (name, file=its JSON, …)."""
+
+    def make(name="model", **files):
+        path = here / name
+        path.mkdir(parents=True)
+        for stem, values in files.items():
+            (path / f"{stem}.json").write_text(json.dumps(values))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("./here", "../there", "/folder/model", "~/model", ".\\model", "C:\\models\\chat"),
+        *("Qwen/Qwen-7B-Chat", "me/my.model", "models/tuned"),
+        *("Qwen-7B-Chat", "my-qwen", "qwen"),
+    ],
+)
+def test_a_word_in_the_form_of_a_model(here, word):
+    assert names_model(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("", " ", "你好", "你好/再见", "hello", "12+34=?", "3/4", "What is and/or?", "Is this qwen?", "Qwen, hello"),
+        *("a\0b", "x" * 5000, "... why?", "~"),
+    ],
+)
+def test_a_word_in_the_form_of_a_question(here, word):
+    assert not names_model(word)
+
+
+def test_a_word_that_is_there_is_a_model(folder):
+    folder("data")
+    assert names_model("data") and not names_model("date?")
+
+
+def test_a_word_that_is_nearly_the_folder_of_a_model(folder):
+    folder("tuned-model", config={})
+    folder("weather")
+    assert names_model("tunedmodel") and names_model("tuned-modle")
+    assert not names_model("wether"), "no model is in that folder"
+    assert not names_model("tuned model")
+
+
+# --- what is said ---
+
+
+def said(name, **options):
+    with pytest.raises(ModelError) as raised:
+        check_model(name, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_good_folder_and_an_id_pass(checkpoint_folder, here):
+    check_model(checkpoint_folder)
+    check_model("Qwen/Qwen-7B-Chat")
+
+
+@pytest.mark.parametrize("name", ["./Qwen-7B", "Qwen-7B", "models/Qwen-7B", "a/b/c"])
+def test_a_path_that_is_not_there(folder, name):
+    folder("Qwen-7B-Chat")
+    folder("models/Qwen-7B-Chat")
+    text = said(name)
+    assert f"{name} doesn't exist" in text and "organisation/name" in text
+    assert ("did you mean" in text) == (name != "a/b/c")
+
+
+def test_a_file(here):
+    (here / "model.gguf").touch()
+    (here / "config.json").touch()
+    assert "llama.cpp" in said("model.gguf")
+    assert "is a file: name the folder" in said("config.json")
+
+
+def test_a_folder_without_a_model(folder):
+    assert "no config.json, so it is no model" in said(folder("empty"))
+    folder("outer/inner", config={})
+    assert "name outer/inner" in said("outer")
+    assert "qwen1-checkpoint convert meta NEW --to qwen" in said(folder("meta", params={}).name)
+
+
+def test_a_training_that_has_not_ended(folder):
+    for step in (20, 100, 3):
+        folder(f"out/checkpoint-{step}", config={})
+    assert "name out/checkpoint-100" in said("out")
+
+
+@pytest.mark.parametrize("kind, command", [("qwen2", True), ("llama", True), ("gpt2", False)])
+def test_a_model_of_another_type(folder, kind, command):
+    text = said(folder("other", config={"model_type": kind}).name)
+    assert repr(kind) in text and ("qwen1-checkpoint convert other NEW --to qwen" in text) == command
+
+
+def test_a_model_without_vocabulary(folder):
+    assert "no vocabulary (qwen.tiktoken or tokenizer.json)" in said(folder(config={"model_type": "qwen"}))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_configuration(folder, content):
+    path = folder()
+    (path / "config.json").write_bytes(content)
+    assert "config.json is damaged" in said(path)
+
+
+def test_a_pointer_of_git_lfs(folder):
+    path = folder()
+    (path / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in said(path)
+
+
+def test_an_adapter_without_peft(folder, monkeypatch):
+    path = folder("adapter", adapter_config={"base_model_name_or_path": "Qwen/Qwen-7B-Chat"})
+    monkeypatch.setitem(sys.modules, "peft", None)
+    text = said("adapter")
+    assert "pip install peft" in text and "merge-lora Qwen/Qwen-7B-Chat adapter NEW" in text
+    assert path.is_dir()
+
+
+def test_an_adapter_whose_base_is_gone(folder, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    folder("adapter", adapter_config={"base_model_name_or_path": "/folder/of/another"})
+    assert "adapter of /folder/of/another, which isn't there" in said("adapter")
+    folder("nameless", adapter_config={})
+    assert "merge-lora BASE nameless NEW" in said("nameless")
+
+
+def test_an_adapter_where_a_whole_model_is_needed(folder):
+    folder("adapter", adapter_config={"base_model_name_or_path": "base"})
+    assert "merge-lora base adapter NEW" in said("adapter", adapters=False)
+
+
+def test_an_id_that_the_hub_gives_nothing_for(monkeypatch, here):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="can't be had from the Hub.*`hf download nobody/nothing`") as raised:
+        open_model("nobody/nothing")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_adapter_on_the_hub(monkeypatch, here, installed):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name: "adapter_config.json")
+    monkeypatch.setattr(models, "find_spec", lambda name: installed or None)
+    opened = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened.append)
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda name: opened.append(name) or Model()
+    )
+    if installed:
+        open_model("me/adapter")
+        assert opened == ["me/adapter"] * 2
+    else:
+        with pytest.raises(ModelError, match="pip install peft"):
+            open_model("me/adapter")
+
+
+class Model:
+    def eval(self):
+        return self
+
+
+def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
+    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint_folder)
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(folder("adapter"))
+    model, tokenizer = open_model("adapter")
+    assert type(model).__name__ == "QWenLMHeadModel" and not model.training
+    assert tokenizer("hello").input_ids == open_model(checkpoint_folder)[1]("hello").input_ids
