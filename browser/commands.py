@@ -46,8 +46,10 @@ def serve(
         from transformers import AutoModelForCausalLM, AutoTokenizer  # here, for --help needs none of these
 
         from .conversation import Chat
-        from .page import ChatPage, launch
+        from .page import ChatPage
+        from .serving import check_address, launch
 
+        check_address(server_name, server_port)  # before the model, which may take minutes
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
