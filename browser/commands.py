@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..programs.few_bits import BITS_HELP, in_bits
 from ..programs.models import one_line, open_model
 from ..programs.options import version_option
 from ..programs.packages import explain, require
@@ -44,6 +45,7 @@ def serve(
     carried: Annotated[
         int, typer.Option(min=0, help="Conversations whose keys and values stay in memory for the next turn.")
     ] = 4,
+    bits: Annotated[int | None, typer.Option(help=BITS_HELP, show_default="as stored")] = None,
     version: Annotated[bool, version_option("qwen1-browser")] = False,
 ) -> None:
     """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
@@ -52,10 +54,12 @@ def serve(
     try:
         require("gradio", "the page")
         from .conversation import Chat  # here, for --help needs neither torch nor transformers
-        from .page import ChatPage, launch
+        from .page import ChatPage
+        from .serving import check_address, launch
 
+        check_address(server_name, server_port)  # before the model, which may take minutes
         checkpoint = checkpoint if folder is None else folder
-        model, tokenizer = open_model(checkpoint, device_map="cpu" if cpu_only else "auto")
+        model, tokenizer = open_model(checkpoint, **in_bits(bits, cpu_only))
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
         launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
     except (ImportError, OSError, ValueError) as error:

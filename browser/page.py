@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
 
 from ..qwen_generation_utils import DEFAULT_SYSTEM, ChatHistory
-from .conversation import Chat, Message, Sampling, cut_at_query
+from .conversation import Chat, Message, Sampling, cut_at_query, message
+from .mathematics import DELIMITERS
+from .rendering import behind, shown
+from .words import translated, word
 
 EXAMPLES = ("My name is Lina.", "12+34=?", "法国的首都是哪里？", "你好，你是谁？")
-# The visitor's own fonts: nothing is fetched from elsewhere.
-FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif")
-MONOSPACED = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
-CSS = """
-#buttons { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem }
-#buttons button { min-width: 0 }
-@media (max-width: 640px) {
-  #buttons { grid-template-columns: repeat(2, 1fr) }
-  #buttons button { font-size: 0.9rem; padding-inline: 0 }
-  #chat { height: 50vh !important }
-}
-#chat .top-panel { display: none } /* a second way to clear, over the first message */
-/* Errors are told in full at the edge of the page; these marks would hide the conversation. */
-#chat .wrap:has(> .error), #query .wrap:has(> .error) { display: none }
-"""
-LABELS = {
-    "temperature": ("Temperature", "higher is bolder"),
-    "top_p": ("Top p", "of the likeliest, up to this share"),
-    "top_k": ("Top k", "this many of the likeliest; 0: all"),
-    "repetition_penalty": ("Repetition penalty", "1: none"),
-    "max_new_tokens": ("Longest reply", "in tokens"),
-}
-OUT_OF_MEMORY = "The device has no memory left for this conversation: clear it, or ask for a shorter reply."
+SHARE_OF_DRAWING = 0.2
+"""Of the time of a reply at most this goes into its HTML; a long one grows by several words at a time."""
+STOPPABLE = "() => ({__type__: 'update', interactive: true, variant: 'stop'})"
+NOTHING_TO_STOP = "() => ({__type__: 'update', interactive: false, variant: 'secondary'})"
+# The field keeps what was typed since the question was sent.
+TAKE_QUESTION = """(sent, field) => {
+  const question = sent.slice(sent.indexOf(" ") + 1);
+  return field.startsWith(question) ? field.slice(question.length) : field;
+}"""
 
 
 class ChatPage:
@@ -56,10 +47,11 @@ class ChatPage:
     def blocks(self) -> gr.Blocks:
         """The page with all that happens on it, to be launched."""
         with gr.Blocks(title=self.name, analytics_enabled=False, fill_height=True) as page:
-            gr.Markdown(f"## {html.escape(self.name)}")
+            gr.Markdown(f"## {_literal(self.name)}")
             self.chatbot = _chatbot()
             self.query = gr.Textbox(
-                placeholder="Ask something (输入问题)",
+                label=translated("query"),
+                placeholder=translated("ask"),
                 show_label=False,
                 lines=1,
                 max_lines=8,
@@ -67,64 +59,68 @@ class ChatPage:
                 elem_id="query",
             )
             with gr.Row(elem_id="buttons"):
-                self.submit = gr.Button("Submit (发送)", variant="primary", elem_id="submit")
-                self.stop = gr.Button("Stop (停止)", variant="stop", elem_id="stop")
-                self.regenerate = gr.Button("Regenerate (重试)", elem_id="regenerate")
-                self.clear = gr.Button("Clear (清除)", elem_id="clear")
-            with gr.Accordion("Settings (设置)", open=False, elem_id="settings"):
-                self.system = gr.Textbox(DEFAULT_SYSTEM, label="System message (系统提示)", lines=2, elem_id="system")
+                self.submit = gr.Button(translated("submit"), variant="primary", elem_id="submit")
+                self.stop = gr.Button(translated("stop"), interactive=False, elem_id="stop")
+                self.regenerate = gr.Button(translated("regenerate"), elem_id="regenerate")
+                self.clear = gr.Button(translated("clear"), elem_id="clear")
+            with gr.Accordion(translated("settings"), open=False, elem_id="settings"):
+                self.system = gr.Textbox(DEFAULT_SYSTEM, label=translated("system"), lines=2, elem_id="system")
                 self.settings = _sampling_controls(Sampling.of(self.chat.model.generation_config))
             # Of each visitor, and of each load of the page: Gradio copies the empty one.
             self.history = gr.State(ChatHistory())
+            self.sent = gr.Textbox(visible="hidden", elem_id="asked", show_label=False)
             self._connect()
         page.queue(max_size=self.queue_size)
         return page
 
     def _connect(self) -> None:
+        asking = [
+            self.submit.click,
+            self.query.submit,
+            self.regenerate.click,
+            self.chatbot.edit,
+            self.chatbot.example_select,
+        ]
+        in_the_browser: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on(asking, None, None, self.stop, js=STOPPABLE, **in_the_browser)
         # One event for all that asks the model: while it is under way the page starts no second one.
         answering = gr.on(
-            [
-                self.submit.click,
-                self.query.submit,
-                self.regenerate.click,
-                self.chatbot.edit,
-                self.chatbot.example_select,
-            ],
+            asking,
             self.answer,
             [self.query, self.chatbot, self.history, self.system, *self.settings],
-            [self.query, self.chatbot],
+            [self.sent, self.chatbot],
             concurrency_limit=self.concurrency_limit,
             trigger_mode="once",
             show_progress="minimal",
             api_visibility="private",
         )
-        self.stop.click(None, cancels=[answering])
+        for ended in (answering.then, answering.failure):
+            ended(None, None, self.stop, js=NOTHING_TO_STOP, **in_the_browser)
+        self.sent.change(None, [self.sent, self.query], self.query, js=TAKE_QUESTION, **in_the_browser)
+        self.stop.click(None, None, self.stop, js=NOTHING_TO_STOP, cancels=[answering], **in_the_browser)
         self.clear.click(
-            lambda: ([], ChatHistory()),
-            outputs=[self.chatbot, self.history],
-            cancels=[answering],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
+            lambda: ([], ChatHistory()), outputs=[self.chatbot, self.history], cancels=[answering], **in_the_browser
         ).then(  # what the cancelled reply still had under way may have come behind it
-            lambda: [], outputs=[self.chatbot], queue=False, show_progress="hidden", api_visibility="private"
-        )
+            lambda: [], outputs=[self.chatbot], **in_the_browser
+        ).then(None, None, self.stop, js=NOTHING_TO_STOP, **in_the_browser)
 
     def answer(
         self,
         event: gr.EventData,
+        request: gr.Request,
         query: str,
         messages: list[Message],
         history: ChatHistory,
         system: str,
         *settings: Any,
     ) -> Iterator[tuple[Any, Any]]:
-        """What the text field and the conversation become, until the reply is written.
+        """The question that the text field may drop, and what the conversation becomes, until the reply is written.
 
         Args:
             event: what was clicked.
+            request: of the visitor's browser.
             query: the text field.
-            messages: the conversation on the page.
+            messages: the conversation on the page, as `shown` makes it.
             history: the visitor's own.
             system: system message.
             settings: of the fields of `Sampling`, in their order.
@@ -132,21 +128,25 @@ class ChatPage:
         Raises:
             gr.Error: what can't be answered, with what to do about it.
         """
-        before, asked = self._asked(event, query, messages)
+        before, asked = self._asked(event, query, [behind(held) for held in messages])
         if not asked or not asked.strip():
-            yield gr.skip(), messages  # an event that yields nothing would empty the page
+            yield gr.skip(), [*map(shown, before)]  # an event that yields nothing would empty the page
             return
-        rest = "" if event.target in (self.submit, self.query) else gr.skip()
+        sent = f"{time.monotonic_ns()} {asked}" if event.target in (self.submit, self.query) else gr.skip()
+        above = [*map(shown, before), shown(message("user", asked))]
         try:
-            for grown in self.chat.reply(asked, before, history, system, Sampling(*settings)):
-                yield rest, grown
+            grown = self.chat.reply(asked, before, history, system, Sampling(*settings))
+            with closing(grown):
+                for reply in drawn(messages[len(above) :] for messages in grown):
+                    yield sent, [*above, *reply]
+                    sent = gr.skip()
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
             history.drop_cache()
-            raise gr.Error(OUT_OF_MEMORY, duration=None) from error
+            raise gr.Error(word("memory", request), duration=None) from error
 
     def _asked(self, event: gr.EventData, query: str, messages: list[Message]) -> tuple[list[Message], str | None]:
         """The messages that stay and the question to answer after them; None where there is none."""
@@ -161,42 +161,51 @@ class ChatPage:
         return messages[: event.index], event.value
 
 
+def drawn(growing: Iterable[list[Message]]) -> Generator[list[Message], None, None]:
+    """The messages as the page shows them, the last ones surely, those before while there is time."""
+    pause_until, waiting = 0.0, None
+    for messages in growing:
+        began = time.monotonic()
+        if began < pause_until:
+            waiting = messages
+            continue
+        html = [*map(shown, messages)]
+        ended = time.monotonic()
+        pause_until, waiting = ended + (ended - began) * (1 / SHARE_OF_DRAWING - 1), None
+        yield html
+    if waiting is not None:
+        yield [*map(shown, waiting)]
+
+
+def _literal(name: str) -> str:
+    """A name in Markdown of Gradio's, in which no character means anything."""
+    return "".join(c if c.isalnum() or c in " -." else f"&#{ord(c)};" for c in name)
+
+
 def _chatbot() -> gr.Chatbot:
     return gr.Chatbot(
+        label=translated("conversation"),
         show_label=False,
-        height="60vh",
         editable="all",
         buttons=["copy"],
         examples=[{"text": text} for text in EXAMPLES],
-        allow_tags=False,  # other tags than those of HTML are shown as written
+        render_markdown=False,  # messages come as HTML, see `rendering`
+        latex_delimiters=DELIMITERS,
+        group_consecutive_messages=False,
         elem_id="chat",
     )
 
 
 def _sampling_controls(chosen: Sampling) -> list[Any]:
     """A control for each field of `Sampling`, in their order."""
-    controls: list[Any] = [gr.Checkbox(chosen.do_sample, label="Sample (采样)", info="Off: the likeliest token.")]
+    controls: list[Any] = [gr.Checkbox(chosen.do_sample, **_labels("do_sample"))]
     for name in Sampling.numbers():
-        bounds, value, (label, info) = Sampling.bounds(name), getattr(chosen, name), LABELS[name]
+        bounds, value = Sampling.bounds(name), getattr(chosen, name)
         whole = 0 if isinstance(bounds.step, int) else None
-        controls.append(
-            gr.Slider(bounds.low, bounds.high, value, step=bounds.step, precision=whole, label=label, info=info)
-        )
-    controls.append(gr.Number(chosen.seed, label="Seed", info="The same reply each time; -1: another.", precision=0))
+        controls.append(gr.Slider(bounds.low, bounds.high, value, step=bounds.step, precision=whole, **_labels(name)))
+    controls.append(gr.Number(chosen.seed, precision=0, **_labels("seed")))
     return controls
 
 
-def look() -> dict[str, Any]:
-    """Theme and style, as arguments of `launch`."""
-    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONOSPACED), "css": CSS}
-
-
-def launch(page: gr.Blocks, **options: Any) -> None:
-    """Serve a page until Ctrl-C, with options of Gradio's `launch`."""
-    page.launch(
-        **look(),
-        ssr_mode=False,  # the same with and without Node
-        max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone
-        footer_links=[],
-        **options,
-    )
+def _labels(name: str) -> dict[str, Any]:
+    return {"label": translated(name), "info": translated(f"{name}_info"), "elem_id": name}

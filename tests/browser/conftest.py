@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -10,10 +11,8 @@ from transformers import GenerationConfig
 pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
 
 from qwen1.browser.conversation import Chat  # noqa: E402
-from qwen1.browser.page import (
-    ChatPage,  # noqa: E402
-    launch,  # noqa: E402
-)
+from qwen1.browser.page import ChatPage  # noqa: E402
+from qwen1.browser.serving import launch  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 800}
 FLAGS = (
@@ -35,6 +34,7 @@ class StubModel:
         asked: (query, turns, system, settings) of each call.
         closed: set when a stream has ended or was closed.
         go_on: words after the first wait for it.
+        pause: seconds after each word.
     """
 
     def __init__(self, reply="This is reply"):
@@ -44,6 +44,7 @@ class StubModel:
         self.closed = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
+        self.pause = 0
 
     def chat_stream(self, tokenizer, query, history, system, **settings):
         if query.startswith("error:"):
@@ -62,6 +63,7 @@ class StubModel:
                 text = f"{text} {word}".strip()
                 yield text
                 assert self.go_on.wait(30)
+                time.sleep(self.pause)
         finally:
             self.closed.set()
 
@@ -79,7 +81,7 @@ def serve():
         def start(model, tokenizer=None, name="stub", **arguments):
             blocks = ChatPage(Chat(model, tokenizer), name, **arguments).blocks()
             stack.callback(blocks.close)
-            launch(blocks, prevent_thread_lock=True, quiet=True)
+            launch(blocks, wait=False)
             return blocks.local_url
 
         yield start
@@ -103,10 +105,16 @@ class Visitor:
 
     Attributes:
         page: playwright's page.
+
+    Args:
+        browser: Chromium.
+        address: of the page.
+        size: of its window.
+        options: of playwright's `new_context`, such as `locale` and `color_scheme`.
     """
 
-    def __init__(self, browser, address, size=DESKTOP):
-        self.context = browser.new_context(viewport=size)
+    def __init__(self, browser, address, size=DESKTOP, **options):
+        self.context = browser.new_context(viewport=size, **options)
         self.page = self.context.new_page()
         self.complaints = []
         self.foreign = []
@@ -165,8 +173,8 @@ def visit(chromium):
     """A new visitor at an address; in the end, none may have seen an error or asked another server for anything."""
     visitors = []
 
-    def arrive(address, size=DESKTOP):
-        visitors.append(Visitor(chromium, address, size))
+    def arrive(address, size=DESKTOP, **options):
+        visitors.append(Visitor(chromium, address, size, **options))
         return visitors[-1]
 
     yield arrive

@@ -188,6 +188,7 @@ def test_the_queue_has_a_limit(stub_model, serve, visit):
     refused.ask("three")
     refused.page.get_by_text("busy").wait_for()
     refused.complaints.clear()  # the browser logs the refusal
+    wait_until(refused.page.locator("#stop").is_disabled)
     assert refused.page.locator("#query textarea").input_value() == "three"
     stub_model.go_on.set()
     waiting.wait_for("two", "This is reply 2")
@@ -200,9 +201,144 @@ def test_html_is_shown_and_not_run(serve, visit, stub_model):
     wait_until(lambda: visitor.texts()[-1:] and visitor.texts()[-1].endswith("1"))
     visitor.page.wait_for_timeout(300)
     assert visitor.page.title() == "stub"
-    assert visitor.page.locator("#chat script, #chat img[onerror]").count() == 0
+    assert visitor.page.locator("#chat script, #chat img").count() == 0
     assert visitor.page.locator("#chat strong").count() == 2
-    visitor.complaints.clear()  # the picture that isn't there
+    for text in visitor.texts():
+        assert "<script>document.title='owned'</script><img src='x'" in text
+
+
+def test_mathematics_is_drawn_and_money_is_not(serve, visit, stub_model):
+    stub_model.reply = r"""\(a_1\), $\frac{1}{2}$ and
+
+$$
+x
+= y
+$$
+
+cost $5 and $6; `$z$`"""
+    visitor = visit(serve(stub_model))
+    for turn in (1, 2):
+        visitor.ask("hello")
+        visitor.page.locator("#chat .katex").nth(3 * turn - 1).wait_for()
+        visitor.settle()
+    drawn = visitor.page.locator("#chat .katex annotation").all_text_contents()
+    assert drawn == ["a_1", r"\frac{1}{2}", "x\n= y"] * 2
+    assert visitor.page.locator("#chat .katex-display").count() == 2
+    assert "cost $5 and $6; $z$" in visitor.texts()[-1]
+    assert stub_model.asked[1][1] == [("hello", stub_model.reply + " 1")]
+
+
+def test_the_pencil_and_the_copy_button_have_the_text_behind(serve, visit, stub_model):
+    stub_model.reply = "**bold** <b> $x$\nline"
+    visitor = visit(serve(stub_model), permissions=["clipboard-read", "clipboard-write"])
+    visitor.ask("hello")
+    wait_until(lambda: visitor.texts()[-1:] and visitor.texts()[-1].endswith("1"))
+    visitor.settle()
+    visitor.page.locator("#chat button[title='Copy message']").last.click()
+    visitor.page.wait_for_timeout(200)
+    assert visitor.page.evaluate("navigator.clipboard.readText()") == stub_model.reply + " 1"
+    visitor.page.locator("#chat button[title=Edit]").nth(1).click()
+    field = visitor.page.get_by_role("textbox", name="Reply")
+    assert field.input_value() == stub_model.reply + " 1"
+    visitor.page.locator("#chat button[title=Submit]").click()
+    visitor.settle()
+    visitor.ask("next")
+    wait_until(lambda: len(stub_model.asked) == 2)
+    assert stub_model.asked[1][1] == [("hello", stub_model.reply + " 1")]
+
+
+def test_what_is_typed_while_a_reply_streams_stays(serve, visit, stub_model):
+    stub_model.reply = " ".join(f"word{number}" for number in range(60))
+    stub_model.pause = 0.05
+    visitor = visit(serve(stub_model))
+    field = visitor.page.locator("#query textarea")
+    visitor.ask("hello")
+    field.press_sequentially("a next question", delay=40)
+    assert visitor.texts()[-1] != stub_model.reply + " 1"
+    assert field.input_value() == "a next question"
+    visitor.page.keyboard.press("Enter")  # takes no second question
+    wait_until(lambda: visitor.texts()[-1] == stub_model.reply + " 1")
+    visitor.settle()
+    assert field.input_value() == "a next question"
+    visitor.page.keyboard.press("Enter")
+    wait_until(lambda: len(visitor.texts()) == 4)
+    assert field.input_value() == ""
+    assert [asked[0] for asked in stub_model.asked] == ["hello", "a next question"]
+
+
+def test_what_is_typed_while_a_question_waits_stays(serve, visit, stub_model):
+    stub_model.go_on.clear()
+    address = serve(stub_model)
+    first, waiting = visit(address), visit(address)
+    first.ask("one")
+    first.wait_for("one", "This")
+    waiting.ask("two")
+    waiting.page.wait_for_timeout(300)
+    waiting.page.keyboard.type(" and more")
+    waiting.page.wait_for_timeout(300)
+    stub_model.go_on.set()
+    waiting.wait_for("two", "This is reply 2")
+    assert waiting.page.locator("#query textarea").input_value() == " and more"
+
+
+def test_the_same_question_twice_leaves_the_field_twice(serve, visit, stub_model):
+    visitor = visit(serve(stub_model))
+    for turn in (1, 2):
+        visitor.ask("hello")
+        wait_until(lambda turn=turn: len(visitor.texts()) == 2 * turn)
+        wait_until(lambda: visitor.page.locator("#query textarea").input_value() == "")
+
+
+def test_stop_is_there_while_there_is_something_to_stop(serve, visit, stub_model):
+    visitor = visit(serve(stub_model))
+    stop = visitor.page.locator("#stop")
+    assert stop.is_disabled() and "stop" not in stop.get_attribute("class").split()
+    for end in ("stop", "clear"):
+        stub_model.closed.clear()
+        visitor.ask("long")
+        wait_until(stop.is_enabled)
+        wait_until(lambda: "stop" in stop.get_attribute("class").split())
+        wait_until(lambda: visitor.texts()[-1:] and "on and" in visitor.texts()[-1])
+        visitor.click(end)
+        wait_until(stop.is_disabled)
+    for text in ("hello", " ", "error: of the model"):
+        visitor.ask(text)
+        visitor.settle()
+        wait_until(stop.is_disabled)
+        assert "stop" not in stop.get_attribute("class").split()
+
+
+@pytest.mark.parametrize(
+    "locale, query, settings, seed, language",
+    [("en-GB", "Question", "Settings", "Seed", "en"), ("zh-CN", "问题", "设置", "随机种子", "zh-CN")],
+)
+def test_the_page_speaks_the_language_of_the_browser(serve, visit, stub_model, locale, query, settings, seed, language):
+    visitor = visit(serve(stub_model), locale=locale)
+    visitor.page.get_by_role("textbox", name=query, exact=True).wait_for()
+    visitor.page.get_by_text(settings, exact=True).click()
+    visitor.page.get_by_label(seed).wait_for()
+    assert visitor.page.evaluate("document.documentElement.lang") == language
+    names = " ".join(visitor.page.locator("#buttons button, #settings label").all_inner_texts())
+    assert any("一" <= c <= "鿿" for c in names) == (language != "en")
+    if language != "en":
+        assert not {"Submit", "Stop", "Regenerate", "Clear", "Temperature", "Sample"} & set(names.split())
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_wide_table_scrolls_and_breaks_no_word(serve, visit, stub_model, size):
+    words = ["Wavelength", "Refractive", "Temperature", "Absorption", "Manufacturer"]
+    rows = ["|".join(words), "|".join(["--"] * 5), "|".join(words), "|".join(["折射率和温度"] * 5)]
+    stub_model.reply = "\n".join(f"|{row}|" for row in rows) + "\n\nend"
+    visitor = visit(serve(stub_model), size)
+    visitor.ask("hello")
+    wait_until(lambda: visitor.texts()[-1:] and visitor.texts()[-1].endswith("end 1"))
+    heights = visitor.page.evaluate(
+        "[...document.querySelectorAll('#chat .table th')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert len(heights) == 5 and max(heights) < 50
+    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    scrolls = visitor.page.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('#chat .table'))")
+    assert scrolls == (size is PHONE)
 
 
 def test_errors_are_told_as_text(stub_model, serve, visit):

@@ -6,19 +6,20 @@ import shutil
 import subprocess
 import sys
 
+import gradio as gr
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from qwen1.browser import commands
-from qwen1.browser import page as layout
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """What would have been served: page and options of each launch."""
     pages = []
-    monkeypatch.setattr(layout.gr.Blocks, "launch", lambda page, **options: pages.append((page, options)))
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: pages.append((page, options)))
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: None)
     return pages
 
 
@@ -87,9 +88,9 @@ def test_what_the_guide_uploads_runs_by_itself(repository, tmp_path):
             if path.is_file():
                 shutil.copy(path, copy)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    script = "import runpy, gradio; gradio.Blocks.launch = lambda page, **o: print('serves', page.title); "
-    script += "import sys; sys.argv = ['app.py']; runpy.run_path('app.py', run_name='__main__')"
+    script = "import runpy, sys, gradio; gradio.Blocks.launch = lambda page, **o: sys.exit(f'serves {page.title}'); "
+    script += "sys.argv = ['app.py']; runpy.run_path('app.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path / "space", env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "serves qwen-tiny-chat", done.stderr
+    assert done.stderr.splitlines()[-1] == "serves qwen-tiny-chat", done.stderr

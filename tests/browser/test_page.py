@@ -1,5 +1,7 @@
 """The page's events without a browser, with the shipped model and with one that says what the test wants."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import gradio as gr
@@ -7,8 +9,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1 import ChatHistory
+from qwen1.browser import page as layout
 from qwen1.browser.conversation import Chat, message, text_of
-from qwen1.browser.page import ChatPage, look
+from qwen1.browser.look import look
+from qwen1.browser.page import ChatPage
+from qwen1.browser.rendering import behind, shown
+from qwen1.browser.words import WORDS
 
 GREEDY = (False, 1.0, 1.0, 0, 1.0, 64, -1)
 
@@ -32,21 +38,31 @@ def tiny_chat(repository):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def happen(page, target, query="", messages=(), history=None, system="", settings=GREEDY, **data):
-    """All that an event shows: what becomes of the text field, and the texts of the conversation."""
+def happen(page, target, query="", messages=(), history=None, system="", settings=GREEDY, language="", **data):
+    """All that an event shows: the question that the text field drops, and the texts behind the conversation."""
     event = SimpleNamespace(target=target, **data)
+    request = SimpleNamespace(headers={"accept-language": language})
     history = ChatHistory() if history is None else history
     return [
-        (rest, [text_of(m) for m in grown])
-        for rest, grown in page.answer(event, query, list(messages), history, system, *settings)
+        (sent.partition(" ")[2] if isinstance(sent, str) else None, [text_of(behind(m)) for m in grown])
+        for sent, grown in page.answer(event, request, query, [*map(shown, messages)], history, system, *settings)
     ]
 
 
-def test_submit_empties_the_field_and_streams(page):
+def test_submit_takes_the_question_once_and_streams(page, monkeypatch):
+    monkeypatch.setattr(layout, "SHARE_OF_DRAWING", 1)
     steps = happen(page, page.submit, "hello", said("a", "b"))
-    assert steps[0] == ("", ["a", "b", "hello"])
-    assert steps[-1] == ("", ["a", "b", "hello", "This is reply 1"])
-    assert len(steps) == 5
+    assert steps[0] == ("hello", ["a", "b", "hello"])
+    assert steps[-1] == (None, ["a", "b", "hello", "This is reply 1"])
+    assert len(steps) == 5 and [sent for sent, _ in steps[1:]] == [None] * 4
+
+
+def test_a_reply_that_is_long_to_draw_grows_by_several_words_and_is_whole_in_the_end(monkeypatch):
+    clock = iter(range(1000))  # each look at it is a second later
+    monkeypatch.setattr(layout.time, "monotonic", lambda: float(next(clock)))
+    growing = [said("q", "word " * count)[1:] for count in range(1, 11)]
+    drawn = [text_of(behind(messages[0])).count("word") for messages in layout.drawn(growing)]
+    assert drawn == [1, 5, 9, 10]
 
 
 @pytest.mark.parametrize("query", ["", " \n"])
@@ -58,7 +74,7 @@ def test_nothing_typed_is_nothing_asked(page, stub_model, query):
 def test_regenerate_asks_the_last_question_again_and_leaves_the_field(page, stub_model):
     steps = happen(page, page.regenerate, "half typed", said("a", "b", "c", "d"))
     assert steps[-1][1] == ["a", "b", "c", "This is reply 1"]
-    assert all(rest != "half typed" and rest != "" for rest, _ in steps)
+    assert all(sent is None for sent, _ in steps)
     assert stub_model.asked[0][:2] == ("c", [("a", "b")])
     assert happen(page, page.regenerate, "half typed")[-1][1] == []
 
@@ -101,8 +117,10 @@ def test_memory_that_is_not_enough_is_told(page, stub_model, monkeypatch):
     history = ChatHistory()
     history.kept = "keys"
     with pytest.raises(gr.Error, match="no memory left .* clear it"):
-        happen(page, page.submit, "hello", history=history)
+        happen(page, page.submit, "hello", history=history, language="de,zh-CN;q=0.5")
     assert history.kept is None
+    with pytest.raises(gr.Error, match="内存不足"):
+        happen(page, page.submit, "hello", language="zh-CN,en;q=0.5")
 
 
 def test_other_failures_are_not_hidden(page, stub_model, monkeypatch):
@@ -159,5 +177,17 @@ def test_nothing_is_an_open_endpoint(page):
 
 def test_the_heading_is_text_and_the_look_is_local(page):
     values = [str(block.value) for block in page.blocks().blocks.values() if isinstance(block, gr.Markdown)]
-    assert values == ["## stub &lt;b&gt;"]
+    assert values == ["## stub &#60;b&#62;"]
     assert "http" not in str(look()["css"])
+
+
+def test_every_word_of_the_page_is_there_in_both_languages(page):
+    components = page.blocks().get_config_file()["components"]
+    used = set(re.findall(r"qwen_(\w+)", json.dumps(components, default=str)))
+    assert used == WORDS.keys() - {"memory"}  # which an error says
+    shown = [c["props"] for c in components if c["props"].get("visible") is True and c["type"] != "markdown"]
+    for name in ("label", "info", "placeholder"):
+        texts = [str(props[name]) for props in shown if props.get(name)]
+        assert [text for text in texts if "qwen_" not in text] == []
+    for english, chinese in WORDS.values():
+        assert english.isascii() and any("一" <= c <= "鿿" for c in chinese)
