@@ -175,10 +175,10 @@ class _Few(nn.Module):
         blocks, groups = -(-rows // LANES), width // group_size
         shape = (blocks, width // 4, LANES, 4) if bits == 8 else (blocks, width // COLUMNS, 4, LANES, 4)
         # Parameters, which nothing trains: what is tied has to be one for transformers.
-        self.codes = _fixed(torch.full(shape, 128 if bits == 8 else 0x88, dtype=torch.uint8, device=device))
-        self.scales = _fixed(torch.zeros((blocks, groups, LANES), dtype=torch.int16, device=device))
+        self.codes = fixed(torch.full(shape, 128 if bits == 8 else 0x88, dtype=torch.uint8, device=device))
+        self.scales = fixed(torch.zeros((blocks, groups, LANES), dtype=torch.int16, device=device))
         zeros = torch.full((blocks, groups, LANES), 8, dtype=torch.uint8, device=device) if own_zeros else None
-        self.register_parameter("zeros", None if zeros is None else _fixed(zeros))
+        self.register_parameter("zeros", None if zeros is None else fixed(zeros))
 
     def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Number of the first row, and so many rows as are unpacked at once, (rows, I) float32, filled up to 16."""
@@ -205,7 +205,8 @@ class _Few(nn.Module):
         return whole
 
 
-def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+def fixed(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter that nothing trains."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -249,7 +250,7 @@ class QWenBitsLinear(_Few, nn.Linear):
     def of(cls, linear: nn.Linear, bits: int, group_size: int = COLUMNS) -> QWenBitsLinear:
         """Of a linear layer of numbers, which it shares the bias with."""
         few = cls(linear.in_features, linear.out_features, bits, group_size, bias=False, device="meta")
-        few.codes, few.scales = (_fixed(part) for part in quantised(linear.weight, bits, group_size))
+        few.codes, few.scales = (fixed(part) for part in quantised(linear.weight, bits, group_size))
         few.bias = linear.bias
         return few
 
@@ -343,7 +344,7 @@ class QWenBitsEmbedding(_Few):
         """Of an embedding of numbers."""
         weight = embedding.weight
         few = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group_size, weight.device, weight.dtype)
-        few.codes, few.scales = (_fixed(part) for part in quantised(weight, bits, group_size))
+        few.codes, few.scales = (fixed(part) for part in quantised(weight, bits, group_size))
         return few
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
