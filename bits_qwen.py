@@ -211,7 +211,7 @@ def fixed(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class QWenBitsLinear(_Few, nn.Linear):
-    """A linear layer whose weight has 8 or 4 bits; `weight` is None.
+    """A linear layer whose weight has 8 or 4 bits.
 
     It is a `nn.Linear` for those who look for layers to put an adapter around. The output has the dtype of the input,
     under autocast that of autocast; sums are in float32.
@@ -242,7 +242,6 @@ class QWenBitsLinear(_Few, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._hold(out_features, in_features, bits, group_size, own_zeros, device)
-        self.register_parameter("weight", None)
         numbers = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", numbers)
 
@@ -257,6 +256,11 @@ class QWenBitsLinear(_Few, nn.Linear):
     def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as numbers, (O, I)."""
         return self._dequantised(self.out_features, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The codes, for those who ask where a weight is and of which dtype, as peft does."""
+        return self.codes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O); gradients flow to the input and the bias."""

@@ -353,7 +353,7 @@ class QWenPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.Linear) and module.weight is not None:  # else in few bits
+        elif isinstance(module, nn.Linear) and module.weight.is_floating_point():  # else in few bits
             # Each layer adds twice to the residual stream, so its variance would grow with depth (GPT-2's scheme).
             depth = 2 * self.config.n_layer if getattr(module, "is_residual_projection", False) else 1
             init.normal_(module.weight, mean=0.0, std=std / math.sqrt(depth))
