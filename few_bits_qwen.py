@@ -138,6 +138,8 @@ class QWenBitsQuantizer(HfQuantizer):
             if name in left_out or not _is_converted(name, module):
                 continue
             width = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
+            if width % size and settings.packed and name.rpartition(".")[2] in _LAYERS:
+                raise ValueError(f"{name} is {width} wide, which isn't a multiple of group_size={size}: {_REMEDY}.")
             if width % size:
                 if not self.from_codes:
                     logger.warning(f"{name} stays whole: its width of {width} isn't a multiple of group_size={size}.")

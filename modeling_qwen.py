@@ -112,8 +112,7 @@ class FlashSelfAttention(nn.Module):
 
     def __init__(self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0):
         super().__init__()
-        self.causal = causal
-        self.softmax_scale = softmax_scale
+        self.causal, self.softmax_scale = causal, softmax_scale
         self.dropout_p = attention_dropout
 
     def forward(

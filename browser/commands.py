@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..programs.few_bits import BITS_HELP, in_bits
 from ..programs.options import version_option
 from ..programs.shipped import TINY_CHAT
 
@@ -39,6 +40,7 @@ def serve(
     carried: Annotated[
         int, typer.Option(min=0, help="Conversations whose keys and values stay in memory for the next turn.")
     ] = 4,
+    bits: Annotated[int | None, typer.Option(help=BITS_HELP, show_default="as stored")] = None,
     version: Annotated[bool, version_option("qwen1-browser")] = False,
 ) -> None:
     """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
@@ -49,7 +51,7 @@ def serve(
         from .page import ChatPage, launch
 
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu" if cpu_only else "auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, **in_bits(bits, cpu_only)).eval()
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
         launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
     except (ImportError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
 
+from ..programs.few_bits import in_bits
 from ..qwen_generation_utils import ChatHistory
 from .settings import Settings
 
@@ -146,15 +147,22 @@ def _clean(text: str) -> str:
 
 
 def open_conversation(
-    checkpoint: str, system: str, max_new_tokens: int | None = None, seed: int | None = None
+    checkpoint: str,
+    system: str,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    bits: int | None = None,
 ) -> Conversation:
     """Load a checkpoint, from a folder or the Hub.
+
+    Args:
+        bits: of the weights, 8 or 4, on the processor; None for those that the checkpoint has, on a GPU if any.
 
     Raises:
         OSError, ValueError: no checkpoint, or settings that can't be.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **in_bits(bits)).eval()
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     conversation = Conversation(model, tokenizer, system, Settings(model, given))
     conversation.seed = seed

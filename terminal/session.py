@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _open(options: argparse.Namespace) -> Conversation:
-    return open_conversation(options.checkpoint, options.system, options.max_new_tokens, options.seed)
+    return open_conversation(options.checkpoint, options.system, options.max_new_tokens, options.seed, options.bits)
 
 
 def _lines_of_stdin() -> Iterator[str]:
