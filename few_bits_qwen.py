@@ -51,7 +51,7 @@ _LAYERS = ("c_attn", "c_proj", "w1", "w2")
 _OUTER = ("wte", "lm_head")
 _LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight columns is
-_REMEDY = "use `qwen1-checkpoint convert --dequantize`, or install gptqmodel"
+_REMEDY = "use `qwen1-checkpoint convert --dequantize`, or let gptqmodel read it (pip install gptqmodel optimum)"
 
 
 class QWenBitsConfig(QuantizationConfigMixin):

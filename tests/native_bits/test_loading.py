@@ -11,6 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from qwen1 import QWenBitsConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenModel
 from qwen1.bits_qwen import QWenBitsEmbedding, QWenBitsLinear, quantised
+from qwen1.programs.few_bits import in_bits
+from qwen1.programs.shipped import TINY_CHAT
+from qwen1.terminal.commands import parse_arguments
+from qwen1.terminal.conversation import open_conversation
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
@@ -201,3 +205,17 @@ def test_an_embedding_in_few_bits_is_not_resized(whole, load):
     model = load(whole(), 8)
     with pytest.raises(ValueError, match="8 bits can't be resized to 500 rows"):
         model.resize_token_embeddings(500)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_terminal_opens_a_checkpoint_in_few_bits(bits):
+    conversation = open_conversation(str(TINY_CHAT), "You are a helpful assistant.", bits=bits)
+    assert conversation.model.lm_head.bits == bits and conversation.model.device.type == "cpu"
+    assert in_bits(None) == {"device_map": "auto"} and in_bits(None, cpu_only=True) == {"device_map": "cpu"}
+
+
+def test_other_bits_are_no_option(capsys):
+    assert parse_arguments(["--bits", "4"]).bits == 4 and parse_arguments([]).bits is None
+    with pytest.raises(SystemExit):
+        parse_arguments(["--bits", "3"])
+    assert "invalid choice: 3" in capsys.readouterr().err
