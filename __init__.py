@@ -11,6 +11,7 @@ from .versions_qwen import check_versions as check_versions  # first: older vers
 from .auto_classes import register
 from .cache_qwen import QWenCache, QWenGroupedInt8Cache, QWenInt8Cache
 from .configuration_qwen import QWenConfig
+from .few_bits_qwen import QWenBitsConfig
 from .modeling_qwen import (
     FlashSelfAttention,
     QWenAttention,
@@ -49,6 +50,7 @@ __all__ = [
     "ChatHistory",
     "FlashSelfAttention",
     "QWenAttention",
+    "QWenBitsConfig",
     "QWenBlock",
     "QWenCache",
     "QWenConfig",

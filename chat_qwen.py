@@ -407,7 +407,7 @@ def _input_device(model: Any) -> torch.device:
         execution_device = getattr(part, "execution_device", None)
         if execution_device is not None:
             return torch.empty(0, device=execution_device).device  # accelerate names a GPU by its number alone
-    device: torch.device = embedding.weight.device
+    device: torch.device = next(embedding.parameters()).device  # in few bits it has no weight
     if device.type == "meta":
         raise ValueError(
             "The embedding of this model is on the meta device, and no hook of accelerate takes it to another (early "

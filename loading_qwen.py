@@ -15,6 +15,8 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from .arguments_qwen import without_resume_download
 from .attention_qwen import FLASH_IMPLEMENTATION, HALF_PRECISION
+from .bits_qwen import QWenBitsEmbedding
+from .few_bits_qwen import PACKED, chosen_settings, register
 from .saving_qwen import refuse_kernel_weights, saved_as_published
 from .shards_qwen import gather_weights, needs_gathering, refuse_pipeline, sharing_group, weights_once
 from .tensor_parallel_qwen import complete_plan
@@ -35,8 +37,7 @@ _AT_TIMES = ("_cache", "peft_config")
 """Attributes of the classes here that raise an AttributeError while there is nothing for them to give."""
 
 _PACKAGES = {
-    "gptq": ("gptqmodel", "optimum"),
-    "awq": ("gptqmodel", "accelerate"),
+    **PACKED,
     "bitsandbytes": ("bitsandbytes", "accelerate"),
 }
 """What transformers loads weights of a quantisation with, from 5.4 to 5.24."""
@@ -83,9 +84,10 @@ def check_packages(quantization: Any) -> None:
     wanted = _PACKAGES.get(method, ())
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
+        here = "load them on a processor, which needs neither (device_map='cpu'), " if method in PACKED else ""
         raise ImportError(
             f"These weights are to be loaded by {method}, which needs {' and '.join(wanted)}; not installed: "
-            f"{', '.join(missing)}. Install them (pip install {' '.join(missing)}), or take weights that are not "
+            f"{', '.join(missing)}. Install them (pip install {' '.join(missing)}), {here}or take weights that are not "
             "quantised."
         )
 
@@ -153,7 +155,8 @@ class LoadingMixin(_Base):
         else:
             hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             effective = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub, **flags)
-        check_packages(kwargs.get("quantization_config") or getattr(effective, "quantization_config", None))
+        config = cls._choose_bits(pretrained_model_name_or_path, config, effective, flags, kwargs)
+        check_packages(kwargs.get("quantization_config") or getattr(config or effective, "quantization_config", None))
         precision = effective.precision_flag()
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and precision is not None:
             kwargs["dtype"] = _DTYPES[precision]
@@ -163,6 +166,31 @@ class LoadingMixin(_Base):
             loaded_model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
             loaded_model._apply_flash_flag()
         return loaded
+
+    @classmethod
+    def _choose_bits(cls, folder: Any, config: Any, effective: Any, flags: dict, kwargs: dict) -> Any:
+        """Change the arguments of a call so that weights in few bits are read here, where that is chosen.
+
+        Returns:
+            The configuration to load with: that of the call, or one without the settings of another library.
+        """
+        stored = getattr(effective, "quantization_config", None)
+        settings = chosen_settings(kwargs.get("quantization_config"), stored, kwargs.get("device_map"))
+        if settings is None:
+            return config
+        register()
+        if settings.packed is None:
+            kwargs["quantization_config"] = settings if stored is None else None
+            return config
+        kwargs["quantization_config"] = settings
+        if not isinstance(config, PreTrainedConfig):
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            known = {*effective.to_dict(), *effective.attribute_map} - {"dtype", "torch_dtype", "quantization_config"}
+            changes = {name: kwargs.pop(name) for name in known if name in kwargs}
+            config = cls.config_class.from_pretrained(config or folder, **hub, **flags, **changes)
+            flags.clear()
+        del config.quantization_config
+        return config
 
     def save_pretrained(
         self,
@@ -214,7 +242,18 @@ class LoadingMixin(_Base):
             )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; the padded vocabulary, where the configuration counts one, follows."""
+        """As in transformers; the padded vocabulary, where the configuration counts one, follows.
+
+        Raises:
+            ValueError: an embedding in few bits.
+        """
+        wanted = kwargs.get("new_num_tokens", args[0] if args else None)
+        own = self.get_input_embeddings()
+        if isinstance(own, QWenBitsEmbedding) and wanted not in (None, own.num_embeddings):
+            raise ValueError(
+                f"An embedding in {own.bits} bits can't be resized to {wanted} rows: resize whole weights, save them, "
+                "and load these in few bits."
+            )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.config.padded_vocab_size is not None:
             self.config.padded_vocab_size = embeddings.num_embeddings

@@ -38,12 +38,14 @@ from .attention_qwen import (
     padded_varlen_attention,
     varlen_attention,
 )
+from .bits_qwen import QWenBitsLinear as QWenBitsLinear
 from .cache_qwen import cache_of_call, extend_cache
 from .chat_qwen import QWenChatMixin
 from .configuration_qwen import QWenConfig
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
 from .engines_qwen import engine_alpha as engine_alpha
+from .few_bits_qwen import QWenBitsConfig as QWenBitsConfig
 from .fingerprint_qwen import fingerprint as fingerprint
 from .foreign_qwen import relative as relative
 from .generation_qwen import QWenGenerationMixin
@@ -110,8 +112,7 @@ class FlashSelfAttention(nn.Module):
 
     def __init__(self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0):
         super().__init__()
-        self.causal = causal
-        self.softmax_scale = softmax_scale
+        self.causal, self.softmax_scale = causal, softmax_scale
         self.dropout_p = attention_dropout
 
     def forward(
@@ -351,7 +352,7 @@ class QWenPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and module.weight.is_floating_point():  # else in few bits
             # Each layer adds twice to the residual stream, so its variance would grow with depth (GPT-2's scheme).
             depth = 2 * self.config.n_layer if getattr(module, "is_residual_projection", False) else 1
             init.normal_(module.weight, mean=0.0, std=std / math.sqrt(depth))

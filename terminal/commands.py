@@ -51,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help="longest reply in tokens (default: the checkpoint's)")
     parser.add_argument("-s", "--seed", type=int, help="make sampled replies repeatable")
     parser.add_argument("--cpu-only", action="store_true", help="leave accelerators alone")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 4),
+        help="round the weights to so many bits, on the processor (default: as stored)",
+    )
     parser.add_argument("--stats", action="store_true", help="tokens per second, time and memory after each reply")
     parser.add_argument("--plain", action="store_true", help="show replies as they are written, not as Markdown")
     parser.add_argument("--no-history", action="store_true", help="keep what is typed out of the history file")

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from ..programs.few_bits import in_bits
 from ..programs.models import open_model
 from ..qwen_generation_utils import ChatHistory
 from .settings import Settings
@@ -147,14 +148,22 @@ def _clean(text: str) -> str:
 
 
 def open_conversation(
-    checkpoint: str, system: str, max_new_tokens: int | None = None, seed: int | None = None, cpu_only: bool = False
+    checkpoint: str,
+    system: str,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    bits: int | None = None,
+    cpu_only: bool = False,
 ) -> Conversation:
     """Load a checkpoint, from a folder or the Hub.
+
+    Args:
+        bits: of the weights, 8 or 4, on the processor; None for those that the checkpoint has, on a GPU if any.
 
     Raises:
         ImportError, OSError, ValueError: no checkpoint, no package to load it with, or settings that can't be.
     """
-    model, tokenizer = open_model(checkpoint, device_map="cpu" if cpu_only else "auto")
+    model, tokenizer = open_model(checkpoint, **in_bits(bits, cpu_only))
     given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     conversation = Conversation(model, tokenizer, system, Settings(model, given))
     conversation.seed = seed

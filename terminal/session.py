@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _open(options: argparse.Namespace) -> Conversation:
-    return open_conversation(options.checkpoint, options.system, options.max_new_tokens, options.seed, options.cpu_only)
+    given = (options.system, options.max_new_tokens, options.seed, options.bits, options.cpu_only)
+    return open_conversation(options.checkpoint, *given)
 
 
 def _lines_of_stdin() -> Iterator[str]:

@@ -1,0 +1,1 @@
+../bits_qwen.py

@@ -1,0 +1,1 @@
+../few_bits_qwen.py
