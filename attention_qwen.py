@@ -13,12 +13,15 @@ from typing import Any, cast
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .arguments_qwen import CACHE_NAME
 from .positions_qwen import packed_starts, text_starts
+from .prompt_qwen import prompt_attention, reads_by_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +30,9 @@ FLASH_IMPLEMENTATION = "qwen_varlen"
 
 LONE_QUERY_IMPLEMENTATION = "qwen_lone_query"
 """Name of the attention that takes the place of `sdpa` for a step of decoding on a CPU in half precision."""
+
+PROMPT_IMPLEMENTATION = "qwen_prompt"
+"""Name of the attention that takes the place of `sdpa` for many tokens on some CPUs, see `prompt_qwen`."""
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -261,19 +267,22 @@ def _warn_of_attentions(implementation: str, kwargs: dict[str, Any]) -> None:
 
 
 def choose_implementation(module: Any, query: torch.Tensor, cache: Any) -> str:
-    """The attention that the configuration of a module asks for, except for a single token on a CPU in half precision.
+    """The attention that the configuration of a module asks for, or on a CPU a quicker one for what `sdpa` would do.
 
     Args:
         query: (B, H, T, D).
         cache: of this call, or an engine's, or None.
     """
     implementation: str = module.config._attn_implementation
-    quick = implementation == "sdpa" and query.device.type == "cpu" and query.dtype in HALF_PRECISION
-    alone = query.shape[2] == 1 and (cache is None or isinstance(cache, Cache))  # an engine's holds texts in a row
+    # What it stands for may have been registered anew; and an engine's cache holds texts in a row.
+    ours = implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS.get("sdpa") is sdpa_attention_forward
     trained = module.training or query.requires_grad and torch.is_grad_enabled()
-    # Compiled, the chunks are copied one by one, over all the room of a static cache.
-    by_chunks = quick and alone and not trained and not torch.compiler.is_compiling()
-    return LONE_QUERY_IMPLEMENTATION if by_chunks else implementation
+    # Compiled, pieces are computed one by one, over all the room of a static cache.
+    if not ours or trained or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
+        return implementation
+    if query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:
+        return LONE_QUERY_IMPLEMENTATION
+    return PROMPT_IMPLEMENTATION if reads_by_blocks(query) else implementation
 
 
 def mask_of_call(
@@ -322,6 +331,7 @@ def _mark_filled(
     return inputs_embeds.new_ones((rows, int(cache.get_seq_length()) + length), dtype=torch.bool)
 
 
+AttentionInterface.register(PROMPT_IMPLEMENTATION, prompt_attention)
 AttentionInterface.register(LONE_QUERY_IMPLEMENTATION, lone_query_attention)
 AttentionInterface.register(FLASH_IMPLEMENTATION, flash_self_attention_forward)
 AttentionMaskInterface.register(FLASH_IMPLEMENTATION, padding_mask)

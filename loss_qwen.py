@@ -137,8 +137,8 @@ class _HeadLoss(torch.autograd.Function):
             total += _cross_entropy(logits, labels[piece], of_states or of_weight)
             if states_grad is not None:
                 torch.mm(logits, weight, out=states_grad[piece])
-            for some, columns in zip(weight_sums, logits.split(_SLICE, dim=-1), strict=False):
-                _add_product(some, columns.t(), states[piece])
+            _add_products(weight_sums, logits, states[piece])
+            del logits  # before the next are made
         ctx.save_for_backward(states_grad, _joined(weight_sums, weight) if of_weight else None)
         ctx.count = count
         return total / count
@@ -165,12 +165,13 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, differentiated: b
     return total
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add a product of matrices to a float32 sum."""
-    if right.dtype == torch.float32:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _add_products(totals: list[torch.Tensor], left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left.T @ right, (n, V) and (n, E), to its float32 sum in slices, a list that may be empty."""
+    for total, columns in zip(totals, left.split(_SLICE, dim=-1), strict=False):
+        if right.dtype == torch.float32:
+            total.addmm_(columns.t(), right)
+        else:
+            total += columns.t() @ right
 
 
 def _joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ from .ntk_qwen import alpha_of_call, choose_alpha
 from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_starts
+from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
@@ -70,6 +71,13 @@ from .shards_qwen import gather_weights as gather_weights
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
+
+
+def redone(function: Callable[..., torch.Tensor], *states: torch.Tensor) -> torch.Tensor:
+    """A quick function without chance in it, done again in the backward pass, for which it would keep much memory."""
+    if states[0].requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(function, *states, use_reentrant=False, preserve_rng_state=False)
+    return function(*states)
 
 
 class RMSNorm(nn.Module):
@@ -88,10 +96,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Quickly done again in the backward pass, for which it would keep a float32 copy and a half of its input.
-            return checkpoint(self._scaled, x, use_reentrant=False, preserve_rng_state=False)
-        return self._scaled(x)
+        return redone(self._scaled, x)  # it would keep a float32 copy and a half of its input
 
     def extra_repr(self) -> str:
         """Size and epsilon, for `print(model)`."""
@@ -294,7 +299,10 @@ class QWenMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, E) -> (B, T, E)."""
-        return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
+        return self.c_proj(redone(self._gated, self.w2(hidden_states), self.w1(hidden_states)))
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate) * up
 
 
 class QWenBlock(GradientCheckpointingLayer):

@@ -71,6 +71,18 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def _turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """states * cos + _rotate_half(states) * sin, (B, T, H, R) with angles (B or 1, T, 1, R), all float32."""
+    result = states * cos
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or states.requires_grad and torch.is_grad_enabled():
+        return result + _rotate_half(states) * sin
+    half = states.shape[-1] // 2  # added in place, the halves needn't be copied; each number is rounded as above
+    result[..., :half] -= states[..., half:] * sin[..., :half]
+    result[..., half:] += states[..., :half] * sin[..., half:]
+    return result
+
+
 def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate the first R channels of each head in float32 and round back.
 
@@ -80,6 +92,5 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
     """
     cos, sin = (freqs.cos(), freqs.sin()) if isinstance(freqs, torch.Tensor) else freqs
     channels = cos.shape[-1]
-    rotated = t[..., :channels].float()
-    rotated = (rotated * cos + _rotate_half(rotated) * sin).type_as(t)
+    rotated = _turned(t[..., :channels].float(), cos, sin).type_as(t)
     return rotated if channels == t.shape[-1] else torch.cat((rotated, t[..., channels:]), dim=-1)

@@ -71,6 +71,15 @@ def test_each_row_has_its_own_alpha():
     assert torch.equal(both[:1], rotary(5)) and torch.equal(both[1:], rotary(5, ntk_alpha=7.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_the_same_with_gradients_and_without(dtype):
+    states = torch.randn(2, 9, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    angles, before = RotaryEmbedding(12)(9, offset=700), states.clone()
+    quick = apply_rotary_pos_emb(states, angles)
+    plain = apply_rotary_pos_emb(states.clone().requires_grad_(), angles).detach()
+    assert quick.dtype == dtype and torch.equal(states, before) and torch.equal(quick, plain)
+
+
 def test_rotate_half():
     assert _rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [-3.0, -4.0, 1.0, 2.0]
 
