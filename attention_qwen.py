@@ -21,7 +21,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .arguments_qwen import CACHE_NAME
 from .positions_qwen import packed_starts, text_starts
-from .prompt_qwen import prompt_attention, reads_by_blocks
+from .prompt_qwen import kernel_reads, prompt_attention
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +32,7 @@ LONE_QUERY_IMPLEMENTATION = "qwen_lone_query"
 """Name of the attention that takes the place of `sdpa` for a step of decoding on a CPU in half precision."""
 
 PROMPT_IMPLEMENTATION = "qwen_prompt"
-"""Name of the attention that takes the place of `sdpa` for many tokens on some CPUs, see `prompt_qwen`."""
+"""Name of the attention that takes the place of `sdpa` for many tokens on a CPU, see `prompt_qwen`."""
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -275,14 +275,17 @@ def choose_implementation(module: Any, query: torch.Tensor, cache: Any) -> str:
     """
     implementation: str = module.config._attn_implementation
     # What it stands for may have been registered anew; and an engine's cache holds texts in a row.
-    ours = implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS.get("sdpa") is sdpa_attention_forward
+    ours = (
+        implementation == "sdpa"
+        and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
+    )
     trained = module.training or query.requires_grad and torch.is_grad_enabled()
     # Compiled, pieces are computed one by one, over all the room of a static cache.
     if not ours or trained or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
         return implementation
     if query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:
         return LONE_QUERY_IMPLEMENTATION
-    return PROMPT_IMPLEMENTATION if reads_by_blocks(query) else implementation
+    return PROMPT_IMPLEMENTATION if kernel_reads(query) else implementation
 
 
 def mask_of_call(

@@ -9,7 +9,7 @@ multiplies at once side by side:
   32 * g + 4 * k + j, in its high half that of the column 16 behind it.
 
 Rows that fill up the last block have scales of zero. What is rounded here has no q of 0 in 8 bits, which weights of
-others (GPTQ) may have. The product is written in plain torch, `_product` is the place for a faster one.
+others (GPTQ) may have. Products are written in plain torch, in whose place a kernel comes where there is one.
 
 Shapes: O outputs, I inputs, R blocks of 16 rows, G groups of a row, N tokens, V rows of an embedding.
 """
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .products_qwen import MOST_ROWS, Matrix, decoded, kernels_for, product
+
 LANES = 16
 """Rows of a block."""
 
@@ -33,6 +35,7 @@ BITS = (8, 4)
 _LOW = 0x0F0F0F0F
 
 _PIECE = 2**18  # weights that are unpacked at once: what fits a cache
+_KERNEL_PIECE = 2**22  # by a kernel, for a product by torch
 _ROUNDED = 2**17  # weights that are rounded at once
 _STEPS = (8.0, 7.5, 8.5, 7.0, 8.9)  # what the largest weight of a group of 4 bits may become, before it is rounded
 
@@ -274,7 +277,11 @@ class QWenBitsLinear(_Few, nn.Linear):
             return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O) in the dtype of x, with the bias and without gradients: the place for a kernel."""
+        """(..., I) -> (..., O) in the dtype of x, with the bias and without gradients."""
+        native = kernels_for(x)
+        matrix = None if native is None else self.matrix(x.dtype)
+        if matrix is not None:
+            return self._product_by_kernel(native, matrix, x)
         flat = x.reshape(-1, self.in_features).float()
         out = x.new_empty((flat.shape[0], self.out_features))
         for first, piece in self._pieces():
@@ -282,6 +289,30 @@ class QWenBitsLinear(_Few, nn.Linear):
             some = slice(first, first + len(piece))
             bias = None if self.bias is None else self.bias[some].float()
             out[:, some] = nn.functional.linear(flat, piece, bias).to(x.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def matrix(self, dtype: torch.dtype) -> Matrix | None:
+        """The weights for the kernels and inputs of this dtype, or None where they lie otherwise."""
+        held = (self.codes, self.scales, self.zeros, self.bias)
+        if any(part is not None and (part.device.type != "cpu" or not part.is_contiguous()) for part in held):
+            return None
+        if self.bias is not None and self.bias.dtype != dtype:
+            return None
+        places = (None if part is None else part.data_ptr() for part in held)
+        return Matrix(*places, self.out_features, self.in_features, self.bits, self.group_size)
+
+    def _product_by_kernel(self, native: Any, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """A few tokens are multiplied with the codes; for more these become numbers in the dtype of x, in pieces."""
+        if 1 <= x.shape[:-1].numel() <= MOST_ROWS:
+            return product(native, matrix, x)
+        flat = x.reshape(-1, self.in_features)
+        out = x.new_empty((flat.shape[0], self.out_features))
+        some = max(1, _KERNEL_PIECE // (self.in_features * LANES))
+        for first in range(0, len(self.codes), some):
+            blocks = min(some, len(self.codes) - first)
+            rows = slice(first * LANES, min((first + blocks) * LANES, self.out_features))
+            numbers = decoded(native, matrix, first, blocks, x.dtype)[: rows.stop - rows.start]
+            out[:, rows] = nn.functional.linear(flat, numbers, None if self.bias is None else self.bias[rows])
         return out.view(*x.shape[:-1], self.out_features)
 
     def _product_back(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -61,26 +61,33 @@ class _Buffer:
 
 
 def _append(buffer: _Buffer | None, held: torch.Tensor, chunk: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
-    """Put a chunk, (B, K, T, D), behind what is held, (B, K, S, D) or empty: in place, or in a new buffer.
+    """Put a chunk, (B, K, T, D), behind what is held, as `_make_room`."""
+    buffer, view = _make_room(buffer, held, chunk, chunk.shape)
+    view[..., view.shape[-2] - chunk.shape[-2] :, :] = chunk
+    return buffer, view
+
+
+def _make_room(
+    buffer: _Buffer | None, held: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
+) -> tuple[_Buffer, torch.Tensor]:
+    """Make room for a chunk of this shape, (B, K, T, D), behind what is held, (B, K, S, D) or empty: in place, or in a
+    new buffer, of the dtype that holds both what is held and `like`, where `like` is.
 
     Returns:
-        the buffer and the view of all that is held now, (B, K, S + T, D).
+        the buffer and the view of all that is held now, (B, K, S + T, D), the end of which is to be written.
     """
     start = held.shape[-2] if held.numel() else 0
-    end = start + chunk.shape[-2]
-    rows, heads, _, size = chunk.shape
+    rows, heads, length, size = shape
+    end = start + length
     if start and (held.shape[0], held.shape[1], held.shape[3]) != (rows, heads, size):  # else they would be broadcast
-        raise ValueError(
-            f"The cache holds {tuple(held.shape)} (B, K, S, D), which can't go on with {tuple(chunk.shape)}."
-        )
-    dtype = torch.promote_types(held.dtype, chunk.dtype)
-    if buffer is None or buffer.states.dtype != dtype or not buffer.claim(held, end - start):
+        raise ValueError(f"The cache holds {tuple(held.shape)} (B, K, S, D), which can't go on with {tuple(shape)}.")
+    dtype = torch.promote_types(held.dtype, like.dtype)
+    if buffer is None or buffer.states.dtype != dtype or not buffer.claim(held, length):
         capacity = end + max(_LEAST_ROOM, end // _ROOM_SHARE)
-        buffer = _Buffer(chunk.new_empty((rows, heads, capacity, size), dtype=dtype))
+        buffer = _Buffer(like.new_empty((rows, heads, capacity, size), dtype=dtype))
         if start:
             buffer.states[..., :start, :] = held
-    buffer.states[..., start:end, :] = chunk
-    view = buffer.states[..., :end, :]
+    view = buffer.states.narrow(-2, 0, end)
     buffer.newest.append(view)
     return buffer, view
 
@@ -115,6 +122,20 @@ class QWenGrowingLayer(DynamicLayer):
         # One that a program has given back was made without its constructor, and has no buffers.
         self._key_buffer, self.keys = _append(getattr(self, "_key_buffer", None), self.keys, key_states)
         self._value_buffer, self.values = _append(getattr(self, "_value_buffer", None), self.values, value_states)
+        return self.keys, self.values
+
+    def make_room(self, like: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengthen a layer that has been initialised by a chunk of this shape, (B, K, T, D), that the caller writes.
+
+        Args:
+            like: of their dtype and device.
+
+        Returns:
+            all keys and values, (B, K, S + T, D) each, of which the last T aren't written yet.
+        """
+        key_buffer, value_buffer = getattr(self, "_key_buffer", None), getattr(self, "_value_buffer", None)
+        self._key_buffer, self.keys = _make_room(key_buffer, self.keys, like, shape)
+        self._value_buffer, self.values = _make_room(value_buffer, self.values, like, shape)
         return self.keys, self.values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWenGrowingLayer:

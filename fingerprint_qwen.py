@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .products_qwen import column_sums
+
 _WORD = 8
 """Bytes that are added up at a time: as int64, the one width for which torch has a fast sum that wraps around."""
 _STRANDS = 255
@@ -171,7 +173,7 @@ def _checksum(tensor: torch.Tensor) -> list[torch.Tensor] | None:
         octets = octets.clone()
     end = octets.numel() // _WORD * _WORD
     words = octets[:end].view(torch.int64)
-    strands = words[: len(words) // _STRANDS * _STRANDS].view(_STRANDS, -1).sum(0)
+    strands = column_sums(words[: len(words) // _STRANDS * _STRANDS].view(_STRANDS, -1))
     return [_weighted(part) for part in (strands, words[len(strands) * _STRANDS :], octets[end:].long())]
 
 

@@ -54,10 +54,15 @@ from .kept_qwen import KeptCache as KeptCache
 from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
+from .native_products_qwen import PRODUCTS as PRODUCTS
+from .native_prompt_qwen import PROMPT as PROMPT
+from .native_qwen import wait as wait
+from .native_steps_qwen import STEPS as STEPS
 from .ntk_qwen import alpha_of_call, choose_alpha
 from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_starts
+from .products_qwen import column_sums as column_sums
 from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
@@ -66,18 +71,13 @@ from .rotary_qwen import RotaryEmbedding as RotaryEmbedding
 from .rotary_qwen import apply_rotary_pos_emb as apply_rotary_pos_emb
 from .rotary_qwen import logn_scale
 from .saving_qwen import saved_as_published as saved_as_published
+from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
+from .steps_qwen import Plain, logits_of_head, steps_of_blocks
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
-
-
-def redone(function: Callable[..., torch.Tensor], *states: torch.Tensor) -> torch.Tensor:
-    """A quick function without chance in it, done again in the backward pass, for which it would keep much memory."""
-    if states[0].requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(function, *states, use_reentrant=False, preserve_rng_state=False)
-    return function(*states)
 
 
 class RMSNorm(nn.Module):
@@ -96,7 +96,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        return redone(self._scaled, x)  # it would keep a float32 copy and a half of its input
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Quickly done again in the backward pass, for which it would keep a float32 copy and a half of its input.
+            return checkpoint(self._scaled, x, use_reentrant=False, preserve_rng_state=False)
+        return self._scaled(x)
 
     def extra_repr(self) -> str:
         """Size and epsilon, for `print(model)`."""
@@ -299,10 +302,7 @@ class QWenMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, E) -> (B, T, E)."""
-        return self.c_proj(redone(self._gated, self.w2(hidden_states), self.w1(hidden_states)))
-
-    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(gate) * up
+        return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
 
 
 class QWenBlock(GradientCheckpointingLayer):
@@ -325,6 +325,9 @@ class QWenBlock(GradientCheckpointingLayer):
         normed = self.ln_2(hidden_states)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
         return residual + self.mlp(normed)
+
+
+_PLAIN = Plain(RMSNorm, QWenAttention, QWenMLP, QWenBlock)
 
 
 class QWenPreTrainedModel(LoadingMixin, PreTrainedModel):
@@ -427,20 +430,19 @@ class QWenModel(QWenPreTrainedModel):
         causal_mask = mask_of_call(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         alpha = alpha_of_call(self, ntk_alpha, position_ids, cache, inputs_embeds, kwargs)
         cache = cache_of_call(self, cache, use_cache, alpha, attention_mask, inputs_embeds.shape[1])
-        position_embeddings = self._position_embeddings(position_ids, alpha)
-        hidden_states = self.drop(inputs_embeds)
-        for block in self.h[: self.config.n_layer]:  # fewer where the model drafts for itself
-            hidden_states = block(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **cache_argument(cache),
-                **kwargs,
-            )
-        hidden_states = self.ln_f(hidden_states)
+        arguments = dict(attention_mask=causal_mask, position_ids=position_ids, use_cache=use_cache, **kwargs)
+        arguments |= dict(position_embeddings=self._position_embeddings(position_ids, alpha), **cache_argument(cache))
+        hidden_states = self.ln_f(self._through_blocks(self.drop(inputs_embeds), arguments))
         return QWenModelOutput(last_hidden_state=hidden_states, **cache_argument(cache if use_cache else None))
+
+    def _through_blocks(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        blocks = self.h[: self.config.n_layer]  # fewer where the model drafts for itself
+        stepped = steps_of_blocks(blocks, _PLAIN, hidden_states, arguments)
+        if stepped is not None:
+            return stepped
+        for block in blocks:
+            hidden_states = block(hidden_states, **arguments)
+        return hidden_states
 
     def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
         """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""
@@ -514,7 +516,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
         )
         if skip and labels is not None:
             return training_output(outputs, self.lm_head, labels, skip_logits, kwargs)
-        logits = self.lm_head(keep_states(outputs.last_hidden_state, logits_to_keep))
+        states = keep_states(outputs.last_hidden_state, logits_to_keep)
+        logits = logits_of_head(self.lm_head, _PLAIN, states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)

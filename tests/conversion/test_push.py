@@ -38,7 +38,8 @@ folder = snapshot_download(sys.argv[1], local_dir=sys.argv[2])
 card = Path(folder, "README.md").read_text(encoding="utf-8")
 exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
 assert "qwen1" not in sys.modules
-torch.save(model(torch.arange(40)[None]).logits, sys.argv[3])
+with torch.no_grad():
+    torch.save(model(torch.arange(40)[None]).logits, sys.argv[3])
 """
 
 

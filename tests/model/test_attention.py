@@ -17,6 +17,7 @@ from qwen1.attention_qwen import (
     mask_scores,
     repeat_kv,
 )
+from qwen1.native_qwen import SWITCH
 
 TOLERANCE = 1e-6
 
@@ -312,6 +313,7 @@ def test_a_lone_query_is_one_token_in_half_precision(attention, qkv):
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_in_half_precision_is_no_further_from_the_truth(tiny_model, monkeypatch, padded):
+    monkeypatch.setenv(SWITCH, "0")
     model = tiny_model(attn_implementation="sdpa").to(torch.bfloat16)
     ids = torch.arange(1, 25).view(2, 12)
     mask = torch.ones_like(ids)

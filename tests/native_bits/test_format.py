@@ -5,6 +5,14 @@ import torch
 from torch import nn
 
 from qwen1.bits_qwen import QWenBitsEmbedding, QWenBitsLinear, pack, pack_groups, quantised, unpack, unpack_groups
+from qwen1.native_qwen import SWITCH
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch):
+    """Without kernels, which are compared with this in `tests/native/test_products.py`."""
+    monkeypatch.setenv(SWITCH, "0")
+
 
 SHAPES = [(1, 32), (16, 32), (17, 64), (33, 96), (48, 128)]
 

@@ -1,0 +1,198 @@
+"""The C++ text of a token's way through all blocks on a CPU, behind that of `native_products_qwen`."""
+
+STEPS = r"""
+namespace {
+
+template <class T> void norm(const T *x, const T *weight, T *y, int64_t width, double eps) {
+    vec squares = {};
+    int64_t column = 0;
+    for (; column + LANES <= width; column += LANES) squares += load(x + column) * load(x + column);
+    float total = sum(squares);
+    for (; column < width; column++) total += up(x[column]) * up(x[column]);
+    float factor = 1.0f / std::sqrt(total / width + (float)eps);
+    for (column = 0; column + LANES <= width; column += LANES) {
+        store(y + column, load(x + column) * factor);
+        store(y + column, load(y + column) * load(weight + column));
+    }
+    for (; column < width; column++) put(y + column, rounded<T>(up(x[column]) * factor) * up(weight[column]));
+}
+
+// Rotates the first channels of a head and rounds them, as they go to `to`.
+template <class T>
+void rotate(const T *head, T *to, const float *cosine, const float *sine, int64_t rotated, int64_t size) {
+    int64_t half = rotated / 2;
+    for (int64_t c = 0; c < half; c++) {
+        float first = up(head[c]), second = up(head[c + half]);
+        put(to + c, first * cosine[c] - second * sine[c]);
+        put(to + c + half, second * cosine[c + half] + first * sine[c + half]);
+    }
+    for (int64_t c = rotated; c < size; c++) to[c] = head[c];
+}
+
+template <class T, int N>
+inline void weigh(const T *values, int64_t stride, const float *share, int64_t length, float factor, T *y) {
+    vec acc[N] = {};
+    for (int64_t token = 0; token < length; token++)
+        for (int n = 0; n < N; n++) acc[n] += load(values + token * stride + n * LANES) * share[token];
+    for (int n = 0; n < N; n++) store(y + n * LANES, acc[n] * factor);
+}
+
+// One query attends to all keys: y (size).
+template <class T>
+void attend(const T *query, const T *keys, int64_t key_stride, const T *values, int64_t value_stride,
+            const uint8_t *seen, int64_t length, int64_t size, float scale, float *scores, T *y) {
+    float greatest = -3.4028234e38f;
+    for (int64_t token = 0; token < length; token++) {
+        const T *key = keys + token * key_stride;
+        vec acc = {};
+        int64_t c = 0;
+        for (; c + LANES <= size; c += LANES) acc += load(key + c) * load(query + c);
+        float score = sum(acc);
+        for (; c < size; c++) score += up(key[c]) * up(query[c]);
+        scores[token] = seen && !seen[token] ? -3.4028234e38f : score * scale;
+        greatest = std::max(greatest, scores[token]);
+    }
+    vec totals = {};
+    int64_t token = 0;
+    for (; token + LANES <= length; token += LANES) {
+        vec shares = exponential(load(scores + token) - greatest);
+        std::memcpy(scores + token, &shares, sizeof shares);
+        totals += shares;
+    }
+    float total = sum(totals);
+    for (; token < length; token++) total += scores[token] = std::exp(scores[token] - greatest);
+    float factor = 1.0f / total;
+    int64_t c = 0;
+    for (; c + 8 * LANES <= size; c += 8 * LANES) weigh<T, 8>(values + c, value_stride, scores, length, factor, y + c);
+    for (; c + LANES <= size; c += LANES) weigh<T, 1>(values + c, value_stride, scores, length, factor, y + c);
+    for (; c < size; c++) {
+        float acc = 0;
+        for (token = 0; token < length; token++) acc += scores[token] * up(values[token * value_stride + c]);
+        put(y + c, acc * factor);
+    }
+}
+
+struct Layer {  // as `steps_qwen.Layer`
+    Matrix c_attn, c_proj, w1, w2, down;
+    const void *ln_1, *ln_2;
+    void *keys, *values;
+    int64_t key_row, key_head, key_token, value_row, value_head, value_token;
+    double eps_1, eps_2, scale;
+};
+struct Call {  // as `steps_qwen.Call`
+    const Layer *layers;
+    void *states;
+    const float *cosine, *sine, *logn;
+    const uint8_t *seen;
+    int64_t count, batch, width, inner, heads, kv_heads, size, rotated, length;
+    int64_t angle_row, logn_row, seen_row, threads;
+};
+
+// What threads write for one another: queries, keys and values; what attention gives; the MLP's inside; changes.
+template <class T> struct Shared { T *parts, *attended, *inner, *gate, *change; };
+
+// A thread's own: the residual stream, which all compute alike, so that none waits for another; inputs of products.
+template <class T> struct Own {
+    T *states, *x, *query;
+    float *scores;
+    Codes codes;
+};
+
+// Queries of the heads that share key/value head `kv` of a row, and its new key and value, rotated where they belong;
+// then what the queries find.
+template <class T>
+void attention(const Call &a, const Layer &l, const Shared<T> &shared, const Own<T> &own, int64_t row, int64_t kv) {
+    const int64_t group = a.heads / a.kv_heads, all = (a.heads + 2 * a.kv_heads) * a.size;
+    const T *parts = shared.parts + row * all, *part = parts + (a.heads + kv) * a.size;
+    T *keys = (T *)l.keys + row * l.key_row + kv * l.key_head;
+    T *values = (T *)l.values + row * l.value_row + kv * l.value_head;
+    const float *cosine = a.cosine + row * a.angle_row, *sine = a.sine + row * a.angle_row;
+    rotate(part, keys + (a.length - 1) * l.key_token, cosine, sine, a.rotated, a.size);
+    std::memcpy(values + (a.length - 1) * l.value_token, part + a.kv_heads * a.size, a.size * sizeof(T));
+    for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+        rotate(parts + head * a.size, own.query, cosine, sine, a.rotated, a.size);
+        if (a.logn) {
+            const float factor = rounded<T>(a.logn[row * a.logn_row]);
+            for (int64_t c = 0; c < a.size; c++) put(own.query + c, up(own.query[c]) * factor);
+        }
+        attend(own.query, keys, l.key_token, values, l.value_token, a.seen ? a.seen + row * a.seen_row : nullptr,
+               a.length, a.size, (float)l.scale, own.scores, shared.attended + (row * a.heads + head) * a.size);
+    }
+}
+
+template <class T> void add(T *states, const T *change, int64_t count) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) store(states + n, load(states + n) + load(change + n));
+    for (; n < count; n++) put(states + n, up(states[n]) + up(change[n]));
+}
+
+template <class T> void activate(T *inner, const T *gate, int64_t count) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) {
+        const vec g = load(gate + n), other = load(inner + n);
+        store(inner + n, g / (exponential(-g) + 1.0f));
+        store(inner + n, load(inner + n) * other);
+    }
+    for (; n < count; n++) {
+        const float g = up(gate[n]);
+        put(inner + n, rounded<T>(g / (1.0f + std::exp(-g))) * up(inner[n]));
+    }
+}
+
+template <class T> void layer(const Call &a, const Layer &l, const Shared<T> &shared, const Own<T> &own) {
+    const int64_t count = a.batch * a.width;
+    for (int64_t row = 0; row < a.batch; row++)
+        norm(own.states + row * a.width, (const T *)l.ln_1, own.x + row * a.width, a.width, l.eps_1);
+    product(l.c_attn, own.x, own.codes, shared.parts, a.batch);
+    #pragma omp barrier
+    const Part heads = share(a.batch * a.kv_heads, 1);
+    for (int64_t n = heads.first; n < heads.end; n++) attention(a, l, shared, own, n / a.kv_heads, n % a.kv_heads);
+    #pragma omp barrier
+    product(l.c_proj, shared.attended, own.codes, shared.change, a.batch);
+    #pragma omp barrier
+    add(own.states, shared.change, count);
+    for (int64_t row = 0; row < a.batch; row++)
+        norm(own.states + row * a.width, (const T *)l.ln_2, own.x + row * a.width, a.width, l.eps_2);
+    const Part mine = product(l.w1, own.x, own.codes, shared.inner, a.batch);
+    product(l.w2, own.x, own.codes, shared.gate, a.batch);  // the same rows
+    for (int64_t row = 0; row < a.batch; row++)
+        activate(shared.inner + row * a.inner + mine.first, shared.gate + row * a.inner + mine.first,
+                 mine.end - mine.first);
+    #pragma omp barrier
+    product(l.down, shared.inner, own.codes, shared.change, a.batch);
+    #pragma omp barrier
+    add(own.states, shared.change, count);
+}
+
+template <class T> int steps(const Call &a) {
+    const int64_t q_width = a.heads * a.size, all = q_width + 2 * a.kv_heads * a.size;
+    const int64_t widest = std::max(std::max(a.width, q_width), a.inner), count = a.batch * a.width;
+    Room room(sizeof(T) * a.batch * (all + q_width + 2 * a.inner + a.width) + 5 * 64);
+    const Shared<T> shared = {room.take<T>(a.batch * all), room.take<T>(a.batch * q_width),
+                              room.take<T>(a.batch * a.inner), room.take<T>(a.batch * a.inner), room.take<T>(count)};
+    bool short_of_memory = !room.there();
+    #pragma omp parallel num_threads(a.threads)
+    {
+        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + codes_room(a.batch, widest) + 4 * 64);
+        const Own<T> own = {mine.take<T>(count), mine.take<T>(count), mine.take<T>(a.size),
+                            mine.take<float>(a.length), codes_in(mine, a.batch, widest)};
+        if (!mine.there()) {
+            #pragma omp atomic write
+            short_of_memory = true;
+        }
+        #pragma omp barrier
+        if (!short_of_memory) {
+            std::memcpy(own.states, a.states, count * sizeof(T));
+            for (int64_t n = 0; n < a.count; n++) layer(a, a.layers[n], shared, own);
+            if (omp_get_thread_num() == 0) std::memcpy(a.states, own.states, count * sizeof(T));
+        }
+    }
+    return short_of_memory;
+}
+
+}  // namespace
+
+#define STEPS(NAME, T) extern "C" int qwen_steps_##NAME(const Call *a) { return steps<T>(*a); }
+STEPS(float32, float)
+STEPS(bfloat16, bf16)
+"""

@@ -1,0 +1,1 @@
+../native_prompt_qwen.py

@@ -1,0 +1,1 @@
+../native_steps_qwen.py

@@ -1,0 +1,234 @@
+"""A token of each row through all blocks on a CPU, in one call of a kernel in place of some forty of torch a block.
+
+Such a step is reading weights, keys and values; torch's products read them at half of the memory's speed, and each
+small operation between them costs as much as reading 300 KB. What is computed is the same: numbers are rounded where
+the modules round them, and added up in float32. Whatever isn't plain (hooks, adapters, other classes, another
+attention, autocast, training, compiling) goes through the modules.
+
+Shapes: B batch, E width, K key/value heads, D head size, S keys, V rows of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .arguments_qwen import one_cache
+from .bits_qwen import QWenBitsLinear
+from .cache_qwen import QWenCache, QWenGrowingLayer
+from .products_qwen import DTYPES, Matrix, kernels_for_few, place, product
+
+_ARGUMENTS = frozenset(
+    ("attention_mask", "position_embeddings", "position_ids", "use_cache", "past_key_values", "cache")
+)
+"""Of a block; what comes beside these asks for something that the kernel doesn't do."""
+
+
+class Layer(ctypes.Structure):
+    """A block and its part of the cache, as `Layer` in `native_steps_qwen`."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("c_attn", "c_proj", "w1", "w2", "down")),
+        *((name, ctypes.c_void_p) for name in ("ln_1", "ln_2", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_row", "key_head", "key_token")),
+        *((name, ctypes.c_int64) for name in ("value_row", "value_head", "value_token")),
+        *((name, ctypes.c_double) for name in ("eps_1", "eps_2", "scale")),
+    ]
+
+
+class Call(ctypes.Structure):
+    """What the blocks have in common, as `Call` in `native_steps_qwen`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("layers", "states", "cosine", "sine", "logn", "seen")),
+        *((name, ctypes.c_int64) for name in ("count", "batch", "width", "inner", "heads", "kv_heads", "size")),
+        *((name, ctypes.c_int64) for name in ("rotated", "length", "angle_row", "logn_row", "seen_row", "threads")),
+    ]
+
+
+class Plain:
+    """Tells whether modules compute nothing but what their published classes say, and in eval mode.
+
+    Args:
+        classes: the published ones, as they are when they have just been defined.
+    """
+
+    def __init__(self, *classes: Any):
+        self.forwards: dict[type, Callable[..., Any]] = {
+            cls: cls.forward for cls in (*classes, nn.Linear, nn.SiLU, QWenBitsLinear)
+        }
+
+    def __call__(self, *modules: nn.Module) -> bool:
+        everywhere = nn.modules.module
+        hooked = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+        return not hooked and all(map(self._is_plain, modules))
+
+    def _is_plain(self, module: nn.Module) -> bool:
+        cls: Any = type(module)
+        return (
+            self.forwards.get(cls) is cls.forward
+            and not (module._forward_hooks or module._forward_pre_hooks or module.training)
+            and "forward" not in vars(module)
+        )
+
+
+def steps_of_blocks(
+    blocks: nn.ModuleList, plain: Plain, states: torch.Tensor, arguments: dict[str, Any]
+) -> torch.Tensor | None:
+    """What `QWenBlock`s, one after another, make of one token of each row, (B, 1, E) -> (B, 1, E).
+
+    Args:
+        plain: of the classes of block, attention, MLP and norm.
+        arguments: keyword arguments of each block; the cache gets the token's keys and values.
+
+    Returns:
+        None, and nothing done, where the kernel can't tell.
+    """
+    native = kernels_for_few(states)
+    if native is None or states.shape[1] != 1 or not _given(arguments) <= _ARGUMENTS:
+        return None
+    cache, seen = one_cache(arguments.get("past_key_values"), arguments.get("cache")), arguments.get("attention_mask")
+    length = _length(cache, len(blocks), states, seen)
+    if (
+        length is None
+        or ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is not sdpa_attention_forward
+    ):
+        return None
+    layers = (Layer * len(blocks))()
+    shape = _shape(blocks[0], plain)
+    if shape is None:
+        return None
+    for block, layer in zip(blocks, layers, strict=True):
+        if not plain(block) or not _put_weights(layer, block, shape, plain, states):
+            return None
+    return _steps(native, layers, shape, states, cache, length + 1, seen, arguments["position_embeddings"])
+
+
+def _given(arguments: dict[str, Any]) -> set[str]:
+    return {name for name, value in arguments.items() if value is not None}
+
+
+def _length(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int | None:
+    """Tokens that a growing cache holds, if all layers hold keys of this kind; None for any other cache or mask."""
+    if type(cache) is not QWenCache or len(cache.layers) < blocks or cache.offloading or not blocks:
+        return None
+    length = cache.get_seq_length()
+    for layer in cache.layers[:blocks]:
+        if type(layer) is not QWenGrowingLayer or not layer.is_initialized:
+            return None
+        kinds = {(held.dtype, held.device, held.shape[-2]) for held in (layer.keys, layer.values)}
+        if kinds != {(states.dtype, states.device, length)}:
+            return None
+    shape = (states.shape[0], 1, 1, length + 1)
+    plain = seen is None or (seen.dtype == torch.bool and seen.shape == shape and seen.stride(-1) == 1)
+    return length if plain else None
+
+
+class _Shape(NamedTuple):
+    heads: int
+    kv_heads: int
+    size: int
+    inner: int
+
+    def matrices(self, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of the products of a block."""
+        queries, both = self.heads * self.size, (self.heads + 2 * self.kv_heads) * self.size
+        return [(both, width), (width, queries), (self.inner, width), (self.inner, width), (width, self.inner)]
+
+
+def _shape(block: Any, plain: Plain) -> _Shape | None:
+    if not plain(block) or not plain(block.attn, block.mlp) or not plain(block.mlp.w1):
+        return None
+    attention = block.attn
+    return _Shape(attention.num_heads, attention.num_key_value_heads, attention.head_dim, block.mlp.w1.out_features)
+
+
+def _put_weights(layer: Layer, block: Any, shape: _Shape, plain: Plain, states: torch.Tensor) -> bool:
+    """Tell a layer of the kernel where a block's weights lie; False for a block that it can't stand for.
+
+    Modules are taken from the dictionaries that hold them: attributes of modules cost more than the kernel's own work
+    on a small model.
+    """
+    held = block._modules
+    attention, mlp, ln_1, ln_2 = held["attn"], held["mlp"], held["ln_1"], held["ln_2"]
+    parts, products = mlp._modules, attention._modules
+    if not plain(ln_1, ln_2, attention, mlp, parts["act_fn"]) or attention.config._attn_implementation != "sdpa":
+        return False
+    heads = attention.num_heads, attention.num_key_value_heads, attention.head_dim
+    if block.apply_residual_connection_post_layernorm or heads != shape[:3]:
+        return False
+    matrices = (products["c_attn"], products["c_proj"], parts["w1"], parts["w2"], parts["c_proj"])
+    found = [matrix_of(module, plain, states) for module in matrices]
+    norms = [place(cast(torch.Tensor, module._parameters["weight"]), states.dtype) for module in (ln_1, ln_2)]
+    shapes = [matrix and (matrix.rows, matrix.columns) for matrix in found]
+    if None in norms or shapes != shape.matrices(states.shape[-1]):
+        return False
+    layer.c_attn, layer.c_proj, layer.w1, layer.w2, layer.down = found
+    layer.ln_1, layer.ln_2 = norms
+    layer.eps_1, layer.eps_2, layer.scale = ln_1.eps, ln_2.eps, attention.scaling
+    return True
+
+
+def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix | None:
+    """The weights of a linear layer for the kernel, or None where it isn't plain or its weights lie otherwise."""
+    if not plain(module):
+        return None
+    if isinstance(module, QWenBitsLinear):
+        return module.matrix(states.dtype)
+    weight, bias = cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"]
+    places = place(weight, states.dtype), bias if bias is None else place(bias, states.dtype)
+    if places[0] is None or (bias is not None and places[1] is None):
+        return None
+    return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
+
+
+def _steps(
+    native: ctypes.CDLL,
+    layers: Any,
+    shape: _Shape,
+    states: torch.Tensor,
+    cache: QWenCache,
+    length: int,
+    seen: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+) -> torch.Tensor:
+    rows = states.shape[0]
+    token = (rows, shape.kv_heads, 1, shape.size)
+    for number, layer in enumerate(layers):
+        keys, values = cast(QWenGrowingLayer, cache.layers[number]).make_room(states, token)
+        layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        layer.key_row, layer.key_head, layer.key_token, _ = keys.stride()
+        layer.value_row, layer.value_head, layer.value_token, _ = values.stride()
+    states = states.clone(memory_format=torch.contiguous_format)
+    cosine, sine, logn = position_embeddings
+    cosine, sine = cosine.contiguous(), sine.contiguous()
+    call = Call(
+        ctypes.addressof(layers),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (states, cosine, sine, logn, seen)),
+        *(len(layers), rows, states.shape[-1], shape.inner, shape.heads, shape.kv_heads, shape.size),
+        *(cosine.shape[-1], length),
+        *(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in (cosine, logn, seen)),
+        torch.get_num_threads(),
+    )
+    if getattr(native, f"qwen_steps_{DTYPES[states.dtype]}")(ctypes.byref(call)):
+        raise MemoryError(f"No room for the scores of {length} keys: take a shorter text or a smaller batch.")
+    return states
+
+
+def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor | None:
+    """Logits of a few tokens, (B, T, E) -> (B, T, V), or None where the kernel can't tell."""
+    native = kernels_for_few(states)
+    matrix = None if native is None else matrix_of(head, plain, states)
+    return None if native is None or matrix is None else product(native, matrix, states)
+
+
+def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor:
+    """Logits, (B, T, E) -> (B, T, V): of a few tokens by the kernel where it can tell, else by the head itself."""
+    logits = product_of_head(head, plain, states)
+    return head(states) if logits is None else logits

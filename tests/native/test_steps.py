@@ -1,0 +1,252 @@
+"""A token of each row by the kernel: the logits of the modules, or where it can't run, by the modules."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, StaticCache
+from transformers.cache_utils import DynamicCache
+
+from qwen1 import QWenLMHeadModel, steps_qwen
+from qwen1.attention_qwen import eager_attention_forward
+from qwen1.cache_qwen import QWenInt8Cache, new_cache
+from qwen1.modeling_qwen import QWenAttention, QWenMLP
+from qwen1.native_qwen import SWITCH, wait
+
+pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
+
+LENGTH = 23
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The calls of the kernel."""
+    counted = []
+    step = steps_qwen._steps
+
+    def count(*args):
+        counted.append(args)
+        return step(*args)
+
+    monkeypatch.setattr(steps_qwen, "_steps", count)
+    return counted
+
+
+def logits_of(model, rows=1, tokens=3, padded=False, cache=None, **arguments):
+    """Logits of some tokens one by one behind a prompt, (rows, tokens, V)."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, LENGTH + tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[:, :5] = (torch.arange(5) >= torch.arange(rows)[:, None]).long()
+    cache = new_cache(model.transformer) if cache is None else cache
+    with torch.no_grad():
+        model(ids[:, :LENGTH], attention_mask=mask[:, :LENGTH] if padded else None, cache=cache)
+        return torch.cat(
+            [
+                model(
+                    ids[:, end - 1 : end],
+                    attention_mask=mask[:, :end] if padded else None,
+                    cache=cache,
+                    **arguments,
+                ).logits
+                for end in range(LENGTH + 1, LENGTH + tokens + 1)
+            ],
+            dim=1,
+        )
+
+
+def without(monkeypatch, run):
+    """What a function gives by the modules."""
+    with monkeypatch.context() as context:
+        context.setenv(SWITCH, "0")
+        return run()
+
+
+SHAPES = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "odd": {"n_embd": 4 * 23, "kv_channels": 22, "ffn_hidden_size": 2 * 37},
+    "wide heads": {"n_embd": 4 * 152, "kv_channels": 152, "ffn_hidden_size": 2 * 331, "initializer_range": 0.05},
+    "biases": {"no_bias": False},
+    "partial rotary": {"rotary_pct": 0.5},
+    "NTK and LogN": {"use_dynamic_ntk": True, "use_logn_attn": True, "seq_length": 16},
+    "scores not scaled": {"scale_attn_weights": False, "initializer_range": 0.02},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 11, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_in_float32(tiny_model, monkeypatch, steps, shape, rows):
+    model = tiny_model("sdpa", **SHAPES[shape])
+    expected = without(monkeypatch, lambda: logits_of(model, rows, padded=rows > 1))
+    assert not steps
+    logits = logits_of(model, rows, padded=rows > 1)
+    assert len(steps) == 3
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_errs_no_more_than_the_modules(tiny_model, monkeypatch, steps, shape, rows):
+    model = tiny_model("sdpa", **SHAPES[shape]).bfloat16()
+    exact = without(monkeypatch, lambda: logits_of(tiny_model("sdpa", **SHAPES[shape]).bfloat16().float(), rows))
+    modules = without(monkeypatch, lambda: logits_of(model, rows))
+    kernel = logits_of(model, rows)
+    assert steps
+    errors = [float((logits.float() - exact).norm() / exact.norm()) for logits in (kernel, modules)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(tiny_model, monkeypatch, threads):
+    model = tiny_model("sdpa")
+    expected = without(monkeypatch, lambda: logits_of(model, 3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(logits_of(model, 3), expected, atol=3e-5, rtol=3e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_generate_and_its_cache(tiny_model, monkeypatch, steps):
+    model = tiny_model("sdpa", use_dynamic_ntk=True, use_logn_attn=True, seq_length=16)
+    ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    settings = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    expected = without(monkeypatch, lambda: model.generate(ids, **settings))
+    assert not steps
+    found = model.generate(ids, **settings)
+    assert steps
+    assert torch.equal(found.sequences, expected.sequences)
+    for mine, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys, atol=3e-5, rtol=3e-5)
+        torch.testing.assert_close(mine.values, other.values, atol=3e-5, rtol=3e-5)
+
+
+def hook(module, *args):
+    return None
+
+
+WAYS_BY_THE_MODULES = {
+    "hook": lambda model: model.transformer.h[0].mlp.register_forward_hook(hook),
+    "hook before": lambda model: model.transformer.h[0].attn.c_attn.register_forward_pre_hook(hook),
+    "forward of an object": lambda model: setattr(
+        model.transformer.h[0].mlp, "forward", model.transformer.h[0].mlp.forward
+    ),
+    "another activation": lambda model: setattr(model.transformer.h[0].mlp, "act_fn", nn.GELU()),
+    "another linear": lambda model: setattr(model.transformer.h[0].mlp, "w1", type("Other", (nn.Linear,), {})(64, 96)),
+    "training": lambda model: model.transformer.h[0].mlp.train(),
+    "double": lambda model: model.double(),
+    "eager": lambda model: model.set_attn_implementation("eager"),
+    "weights in columns": lambda model: setattr(
+        model.transformer.h[0].mlp.w1, "weight", nn.Parameter(model.transformer.h[0].mlp.w1.weight.t().contiguous().t())
+    ),
+    "one weight of another dtype": lambda model: model.transformer.h[0].ln_1.double(),
+}
+
+
+@pytest.mark.parametrize("change", WAYS_BY_THE_MODULES)
+def test_what_is_not_plain_goes_through_the_modules(tiny_model, steps, change):
+    model = tiny_model("sdpa")
+    WAYS_BY_THE_MODULES[change](model)
+    try:
+        logits_of(model)
+    except RuntimeError as error:  # of the modules, which don't take two dtypes
+        assert "dtype" in str(error)
+    assert not steps
+
+
+def test_a_patched_class_is_obeyed(tiny_model, monkeypatch, steps):
+    model = tiny_model("sdpa")
+    plain = logits_of(model)
+    steps.clear()
+    monkeypatch.setattr(QWenMLP, "forward", lambda self, states: torch.zeros_like(states))
+    assert not torch.allclose(logits_of(model), plain)
+    assert not steps
+
+
+def test_an_attention_of_the_users_own_is_obeyed(tiny_model, monkeypatch, steps):
+    calls = []
+
+    def own(module, query, *args, **kwargs):
+        calls.append(query.shape)
+        return eager_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", own)
+    logits_of(tiny_model("sdpa"))
+    assert calls and not steps
+
+
+@pytest.mark.parametrize("make", [DynamicCache, QWenInt8Cache, lambda: None])
+def test_other_caches(tiny_model, steps, make):
+    model = tiny_model("sdpa")
+    cache = make() or StaticCache(config=model.config, max_cache_len=64)
+    logits_of(model, cache=cache)
+    assert not steps
+
+
+def test_modes(tiny_model, steps):
+    model = tiny_model("sdpa").bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_of(model)
+    with FlopCounterMode(display=False) as counter:
+        logits_of(model)
+    assert counter.get_total_flops()
+    assert not steps
+
+
+def test_gradients(tiny_model, steps):
+    model = tiny_model("sdpa")
+    cache = new_cache(model.transformer)
+    with torch.no_grad():
+        model(torch.arange(8)[None], cache=cache)
+    model(torch.tensor([[3]]), cache=cache).logits.sum().backward()
+    assert model.transformer.h[0].attn.c_attn.weight.grad is not None and not steps
+
+
+@pytest.mark.parametrize("rows", [17, 0])
+def test_numbers_of_rows(tiny_model, steps, rows):
+    logits = logits_of(tiny_model("sdpa"), rows) if rows else None
+    assert rows == 0 or logits.shape[0] == rows
+    assert not steps
+
+
+def test_a_mask_of_numbers(tiny_model, steps):
+    """Added to the scores: the kernel knows only which keys are seen."""
+    model = tiny_model("sdpa")
+    cache = new_cache(model.transformer)
+    with torch.no_grad():
+        model(torch.arange(8)[None], cache=cache)
+        mask = torch.zeros((1, 1, 1, 9))
+        mask[..., 2] = torch.finfo(torch.float32).min
+        model(torch.tensor([[3]]), attention_mask=mask, cache=cache)
+    assert not steps
+
+
+def test_the_head(tiny_model, monkeypatch):
+    model = tiny_model("sdpa")
+    states = torch.randn((3, 1, model.config.n_embd))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            steps_qwen.product_of_head(model.lm_head, steps_qwen.Plain(), states), model.lm_head(states)
+        )
+        assert steps_qwen.product_of_head(nn.Identity(), steps_qwen.Plain(), states) is None
+        handle = model.lm_head.register_forward_hook(hook)
+        assert steps_qwen.product_of_head(model.lm_head, steps_qwen.Plain(), states) is None
+        handle.remove()
+
+
+def test_compiled_and_exported_programs_hold_the_modules(tiny_model, steps):
+    model = tiny_model("sdpa")
+    torch.compile(model, backend="eager")(torch.tensor([[3]]), use_cache=False)
+    assert not steps
+    assert isinstance(model, QWenLMHeadModel) and isinstance(model.transformer.h[0].attn, QWenAttention)
+
+
+def test_the_switch(tiny_model, monkeypatch, steps):
+    monkeypatch.setenv(SWITCH, "0")
+    logits_of(tiny_model("sdpa"))
+    assert wait() is None and not steps
+    assert os.environ[SWITCH] == "0"
