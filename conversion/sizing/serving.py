@@ -106,8 +106,8 @@ def working_bytes(shape: Shape, precision: Precision, cache: str, load: Load, ch
 
     - In attention: the states before and after the embedding's layers (2E), the normed ones (E), the product that holds
       queries, keys and values (Q + 2K); behind it the rotation in float32, which has its input (a copy, unless c = 4),
-      two products and one half turned: 16 bytes a channel, 12 for c = 4; first of queries, then of keys while the
-      rotated queries (Q) are there too. The cache of the last layer is not there yet where a text is read at once.
+      its result and a product of half as many: 10 bytes a channel, 6 for c = 4; first of queries, then of keys while
+      the rotated queries (Q) are there too. The cache of the last layer is not there yet where a text is read at once.
     - In the MLP: states (3E: of the embedding, before and behind the attention), the normed ones (E), and gate, up
       projection and their product (3M).
     - A padded batch has a mask, a byte for each query and key; while it is attended, when beside the states (3E) only
@@ -120,7 +120,7 @@ def working_bytes(shape: Shape, precision: Precision, cache: str, load: Load, ch
     a, c = shape.architecture, precision.compute
     queries, keys, gate = a.queries // devices, a.keys // devices, a.mlp // devices
     n = load.batch * chunk
-    turn = 12 if c == 4 else 16
+    turn = 6 if c == 4 else 10
     rotation = max(turn * queries, c * queries + turn * keys)
     attention = n * (c * (3 * a.width + queries + 2 * keys) + rotation)
     if chunk == load.context and cache != "int8":

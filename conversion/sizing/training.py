@@ -228,7 +228,7 @@ class TrainingStep:
 
         - layers; states before and behind the last norm, 2hE; a copy of those that count and their gradient, 2cE;
           states and head in c bytes, where they are cast;
-        - logits of two pieces of 512 tokens; or of one, and two or three times those of 16 tokens in float32;
+        - logits of a piece of 512 tokens, and two or three times those of 16 tokens in float32;
         - the head's gradient as a float32 sum, with the product of up to 16,384 rows that is added to it, which a
           CPU makes float32 first, or the whole that it is put together in;
         - under autocast with checkpointing the matrices of all layers, which it holds until the loss is there;
@@ -245,7 +245,7 @@ class TrainingStep:
             return self.layers + states + self._angles + self._gathered(1) + self._plain_loss
         piece = min(n, _PIECE) * a.rows * c
         block = (2 if c == 4 else 3) * 4 * min(n, _BLOCK) * a.rows
-        pieces = max(piece * (2 if n > _PIECE else 1), piece + block)
+        pieces = piece + block
         if not way.adapter:
             product = min(_SLICE, a.rows) * a.width * (c + 4) if c < 4 else 0
             pieces = 4 * matrix + max(pieces, piece + product, piece + c * matrix)
