@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -129,7 +130,7 @@ def ci(tmp_path):
     programs.mkdir()
     for name in (".ci/run", "README.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
         (repository / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("python3", "chromium"):
+    for name in ("python3", "chromium", "g++"):
         (programs / name).write_text(STUB)
         (programs / name).chmod(0o755)
     environment = {
@@ -143,10 +144,10 @@ def ci(tmp_path):
     commit = "git init -q && git add -A && git commit -q -m all"
     subprocess.run(["bash", "-c", commit], cwd=repository, env=environment, check=True)
 
-    def run(newest: str, fail: str = "") -> subprocess.CompletedProcess:
+    def run(newest: str, fail: str = "", **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(repository / ".ci" / "run")],
-            env={**environment, "NEWEST": newest, "FAIL": fail},
+            env={**environment, "NEWEST": newest, "FAIL": fail, **changes},
             capture_output=True,
             text=True,
         )
@@ -187,6 +188,33 @@ def test_ci_fails_where_a_part_does(ci, pin, part, name):
     end, last = done.stdout[done.stdout.index("CI: failed:") :].splitlines()[:-1], done.stdout.splitlines()[-1]
     assert end == [f"CI: failed: {name}"] + [f"FAILED tests/model/test_{part}.py::test_it"] * (name != "linters")
     assert "in .venv" in last
+
+
+def test_ci_fails_where_tests_would_skip_for_want_of_a_program(ci, pin, tmp_path):
+    programs = tmp_path / "programs"
+    for name in (
+        "bash",
+        "basename",
+        "cat",
+        "cp",
+        "dirname",
+        "git",
+        "grep",
+        "id",
+        "ln",
+        "mkdir",
+        "mktemp",
+        "paste",
+        "rm",
+    ):
+        (programs / name).symlink_to(shutil.which(name))
+    for name in ("sed", "tail", "tee", "wc"):
+        (programs / name).symlink_to(shutil.which(name))
+    (programs / "g++").unlink()
+    done = ci(pin, PATH=str(programs))
+    assert done.returncode == 1
+    assert "CI: no g++, and it can't be installed here: tests that need it are skipped" in done.stdout.splitlines()
+    assert "CI: failed: outside" in done.stdout.splitlines()
 
 
 def test_ci_tells_of_a_newer_release_that_holds(ci):
