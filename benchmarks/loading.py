@@ -26,18 +26,21 @@ from measuring import (
 from models import build
 from transformers import Qwen2ForCausalLM
 
-from qwen1 import QWenLMHeadModel
+from qwen1 import QWenBitsConfig, QWenLMHeadModel
 
 CLASSES = {"ours": QWenLMHeadModel, "theirs": Qwen2ForCausalLM}
+FEW_BITS = {8: 0.55, 4: 0.33}
+"""Bits -> what the weights should at most take, as a share of those in bf16."""
 BASE_IMPORT = "import torch, transformers; from transformers import PreTrainedModel, GenerationMixin"
 
 
-def load_one(side: str, folder: str) -> None:
+def load_one(side: str, folder: str, bits: int | None) -> None:
     """Print seconds, peak memory and size of the weights of one load in this process."""
     loaded = []
     before = resident()
     forget_peak()
-    seconds = seconds_of(lambda: loaded.append(CLASSES[side].from_pretrained(folder)))
+    settings = {} if bits is None else {"quantization_config": QWenBitsConfig(bits=bits)}
+    seconds = seconds_of(lambda: loaded.append(CLASSES[side].from_pretrained(folder, **settings)))
     grown = peak() - before
     # Mapped files are read when they are used first; a sum touches every weight, without making another copy.
     with torch.inference_mode():
@@ -53,10 +56,11 @@ def load(
     results: Results = RESULTS,
     side: Annotated[str, typer.Option(hidden=True)] = "",
     folder: Annotated[str, typer.Option(hidden=True)] = "",
+    bits: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """`from_pretrained` of a checkpoint of 1 GB, until each weight has been read: time, and peak memory."""
     if side:
-        load_one(side, folder)
+        load_one(side, folder, bits)
         return
     with tempfile.TemporaryDirectory() as parent:
         for name, model in zip(CLASSES, build(getattr(torch, dtype)), strict=True):
@@ -72,8 +76,22 @@ def load(
                 if number and name == "ours":
                     memory.ours.append(run["peak"])
                     memory.theirs.append(run["weights"])
-    report(time, results)
-    report(memory, results)
+        few = [found for form in FEW_BITS for found in load_in_few_bits(Path(parent, "ours"), form, rounds)]
+    for found in (time, memory, *few):
+        report(found, results)
+
+
+def load_in_few_bits(folder: Path, bits: int, rounds: int) -> tuple[Comparison, Comparison]:
+    """The weights of a folder of numbers that is loaded in few bits, and the most that loading them takes."""
+    weights = Comparison(f"weights in {bits} bits / in the file", aim=FEW_BITS[bits], unit="B")
+    memory = Comparison(f"peak memory of loading in {bits} bits / the weights in the file", unit="B")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    for _ in range(rounds):
+        run = alone(Path(sys.argv[0]), "load", "--side", "ours", "--folder", str(folder), "--bits", str(bits))
+        weights.ours.append(run["weights"])
+        memory.ours.append(run["peak"])
+    weights.theirs, memory.theirs = [[size] * rounds for _ in range(2)]
+    return weights, memory
 
 
 def imports(rounds: Rounds = 10, results: Results = RESULTS) -> None:

@@ -87,14 +87,23 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def compare(
-    name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, aim: float | None = None
+    name: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    rounds: int,
+    aim: float | None = None,
+    measured: bool = False,
 ) -> Comparison:
-    """Time both in turn, each first in every other round, after a round that doesn't count."""
+    """Time both in turn, each first in every other round, after a round that doesn't count.
+
+    Args:
+        measured: both give the seconds themselves.
+    """
     found = Comparison(name, aim=aim)
     sides = [(ours, found.ours), (theirs, found.theirs)]
     for number in range(rounds + 1):
         for run, seconds in sides if number % 2 else reversed(sides):
-            took = seconds_of(run)
+            took = run() if measured else seconds_of(run)
             seconds += [took] if number else []
     return found
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.formats.hugging_face import read_hf
@@ -41,16 +42,22 @@ def configurations(**changes: Any) -> tuple[QWenConfig, Qwen2Config]:
     return QWenConfig(**(values | changes)), theirs
 
 
-# As `from_pretrained` makes them: with weights created in inference mode torch takes other ways through its products.
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # whose tensors torch computes with in other ways than with those that are loaded
 def build(dtype: torch.dtype, **changes: Any) -> tuple[QWenLMHeadModel, Qwen2ForCausalLM]:
-    """Both with the same random weights; `changes` of our configuration."""
+    """Both with the same random weights, saved and loaded again as users load them; `changes` of our configuration."""
     mine, other = configurations(**changes)
     torch.manual_seed(0)
-    theirs = Qwen2ForCausalLM(other).to(dtype).eval()
-    ours = QWenLMHeadModel(mine).to(dtype).eval()
+    theirs = Qwen2ForCausalLM(other).to(dtype)
+    ours = QWenLMHeadModel(mine).to(dtype)
     ours.load_state_dict(convert_tensors(hf_to_qwen(read_hf(other.to_dict()), dtype), theirs.state_dict()))
-    return ours, theirs
+    with tempfile.TemporaryDirectory() as folder:
+        for model, name in ((ours, "ours"), (theirs, "theirs")):
+            model.save_pretrained(f"{folder}/{name}")
+        del model, ours, theirs
+        loaded = tuple(AutoModelForCausalLM.from_pretrained(f"{folder}/{name}") for name in ("ours", "theirs"))
+    for model in loaded:
+        model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
+    return loaded
 
 
 def build_one(side: str, dtype: torch.dtype) -> QWenLMHeadModel | Qwen2ForCausalLM:

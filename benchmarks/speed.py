@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import compiling
 import generating
 import gpu
+import llama_cpp
 import loading
 import speculating
 import tokenizing
@@ -35,6 +36,7 @@ for command in (
     compiling.compiled,
     speculating.speculation,
     speculating.continuous,
+    llama_cpp.llama_cpp,
     loading.load,
     loading.imports,
     training_step.training,

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer
 from typer.testing import CliRunner
 
 from qwen1.conversion.formats.companions import CODE_FILES
+from qwen1.programs.shipped import TINY_CHAT
 from qwen1.training import finetuning
 from qwen1.training.tiny import commands, examination, journey, report
 from qwen1.training.tiny.dialogues import Dialogue
@@ -121,7 +122,9 @@ def test_perplexity_is_that_of_the_model_loss(byte_tokenizer, tiny_model):
 
 
 def test_a_folder_without_its_plan_is_an_error(tmp_path):
-    done = runner.invoke(commands.app, ["examine", str(tmp_path)])
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_CHAT, folder, ignore=shutil.ignore_patterns("training_log.json"))
+    done = runner.invoke(commands.app, ["examine", str(folder)])
     assert done.exit_code == 1
     assert "training_log.json" in done.output
 
