@@ -266,7 +266,13 @@ class QWenBitsLinear(_Few, nn.Linear):
         return self.codes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O); gradients flow to the input and the bias."""
+        """(..., I) -> (..., O); gradients flow to the input and the bias.
+
+        Raises:
+            ValueError: an input of another width.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"An input of shape {tuple(x.shape)} doesn't fit {self.in_features} columns of weights.")
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))

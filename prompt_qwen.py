@@ -63,11 +63,8 @@ def prompt_attention(
         kwargs: what `sdpa` takes; whatever isn't plain attention is left to it.
     """
     plain = not dropout and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
-    ours = attention_mask is None or (
-        attention_mask.dtype == torch.bool and attention_mask.shape[2:] == (query.shape[2], key.shape[2])
-    )
-    native = kernels_for(query) if query.dtype == key.dtype == value.dtype else None
-    if native is None or not plain or not ours or kwargs.get("output_attentions"):
+    native = kernels_for(query) if plain and _fit(query, key, value, attention_mask) else None
+    if native is None or kwargs.get("output_attentions"):
         options = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
@@ -75,6 +72,20 @@ def prompt_attention(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return _attend(native, query, key, value, attention_mask, causal, scale), None
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None) -> bool:
+    """Whether shapes, dtypes and devices are what the kernel takes for granted; where not, torch says what is wrong."""
+    batch, heads, count, size = query.shape
+    kv_heads, length = key.shape[1:3]
+    if key.shape != (batch, kv_heads, length, size) or value.shape != key.shape or not kv_heads or heads % kv_heads:
+        return False
+    if not length or any((part.dtype, part.device) != (query.dtype, query.device) for part in (key, value)):
+        return False
+    if seen is None:
+        return True
+    broadcast = seen.dim() == 4 and seen.shape[0] in (1, batch) and seen.shape[1] in (1, heads)
+    return broadcast and seen.shape[2:] == (count, length) and (seen.dtype, seen.device) == (torch.bool, query.device)
 
 
 def _attend(

@@ -165,9 +165,10 @@ def _put_weights(layer: Layer, block: Any, shape: _Shape, plain: Plain, states: 
         return False
     matrices = (products["c_attn"], products["c_proj"], parts["w1"], parts["w2"], parts["c_proj"])
     found = [matrix_of(module, plain, states) for module in matrices]
-    norms = [place(cast(torch.Tensor, module._parameters["weight"]), states.dtype) for module in (ln_1, ln_2)]
+    weights = [cast(torch.Tensor, module._parameters["weight"]) for module in (ln_1, ln_2)]
+    norms = [place(weight, states.dtype) for weight in weights if weight.numel() == states.shape[-1]]
     shapes = [matrix and (matrix.rows, matrix.columns) for matrix in found]
-    if None in norms or shapes != shape.matrices(states.shape[-1]):
+    if len(norms) != 2 or None in norms or shapes != shape.matrices(states.shape[-1]):
         return False
     layer.c_attn, layer.c_proj, layer.w1, layer.w2, layer.down = found
     layer.ln_1, layer.ln_2 = norms
@@ -183,7 +184,7 @@ def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix |
         return module.matrix(states.dtype)
     weight, bias = cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"]
     places = place(weight, states.dtype), bias if bias is None else place(bias, states.dtype)
-    if places[0] is None or (bias is not None and places[1] is None):
+    if places[0] is None or (bias is not None and (places[1] is None or bias.numel() != weight.shape[0])):
         return None
     return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
 
@@ -225,7 +226,9 @@ def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torc
     """Logits of a few tokens, (B, T, E) -> (B, T, V), or None where the kernel can't tell."""
     native = kernels_for_few(states)
     matrix = None if native is None else matrix_of(head, plain, states)
-    return None if native is None or matrix is None else product(native, matrix, states)
+    if native is None or matrix is None or matrix.columns != states.shape[-1]:
+        return None
+    return product(native, matrix, states)
 
 
 def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor:

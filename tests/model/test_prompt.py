@@ -89,6 +89,18 @@ def test_no_causality_without_a_mask(kernel_alone):
     assert not torch.allclose(output, causal, atol=1e-3)
 
 
+@pytest.mark.parametrize("wrong", ["rows of the mask", "heads of the mask", "size of the keys", "dtype"])
+def test_what_does_not_fit_is_told_by_torch(monkeypatch, wrong):
+    """The kernel would read beyond its end."""
+    query, key, value = drawn(SHAPES["square"], torch.float32, torch.Generator())
+    masks = {"rows of the mask": (2, 1, 150, 150), "heads of the mask": (1, 3, 150, 150)}
+    mask = torch.ones(masks[wrong], dtype=torch.bool) if wrong in masks else None
+    key = key[..., :15] if wrong == "size of the keys" else key.double() if wrong == "dtype" else key
+    monkeypatch.setattr(prompt_qwen, "_attend", None)
+    with pytest.raises(RuntimeError):
+        prompt_attention(module_of(SHAPES["square"]), query, key, value, mask)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads(kernel_alone, threads):
     states = drawn(SHAPES["grouped, odd"], torch.float32, torch.Generator().manual_seed(0))

@@ -167,3 +167,10 @@ def test_what_watches_each_operation_sees_those_of_torch(kernel):
             dual = few._product(forward_ad.make_dual(x, x))
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected, rtol=1e-4, atol=1e-3)
     assert not kernel
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (1, 128), (40, 32), (63,), (2, 3, 96)])
+def test_an_input_of_another_width_is_an_error(shape):
+    """Which the kernel would read beyond the end of, or in part."""
+    with torch.no_grad(), pytest.raises(ValueError, match=r"doesn't fit 64 columns"):
+        layer(48, 64, 32, 8)(torch.ones(shape))

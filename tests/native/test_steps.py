@@ -238,6 +238,27 @@ def test_the_head(tiny_model, monkeypatch):
         handle.remove()
 
 
+@pytest.mark.parametrize("part", ["ln_1", "attn.c_attn", "mlp.c_proj"])
+def test_weights_of_another_size_are_told_by_torch(tiny_model, steps, part):
+    """The kernel would read beyond their end."""
+    model = tiny_model("sdpa")
+    ids = torch.arange(8)[None]
+    cache = new_cache(model.transformer)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        module = model.transformer.h[1].get_submodule(part)
+        module.weight = nn.Parameter(module.weight[..., :-1].contiguous())
+        with pytest.raises(RuntimeError):
+            model(ids[:, :1], cache=cache)
+    assert not steps
+
+
+def test_a_head_of_another_width_is_told_by_torch(tiny_model):
+    model = tiny_model("sdpa")
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        steps_qwen.logits_of_head(nn.Linear(63, 9), steps_qwen.Plain(), torch.ones((1, 1, model.config.n_embd)))
+
+
 def test_compiled_and_exported_programs_hold_the_modules(tiny_model, steps):
     model = tiny_model("sdpa")
     torch.compile(model, backend="eager")(torch.tensor([[3]]), use_cache=False)
