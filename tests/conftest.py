@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizer  # noqa: E402
+from qwen1 import QWenConfig, QWenLMHeadModel, QWenTokenizer, native_qwen  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +22,16 @@ else:
     import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """Have the kernels made before the first test.
+
+    Some tests compare, bit for bit, what two processes compute: a process that began while the compiler was at work
+    computes through torch, and one that began later by the kernels.
+    """
+    if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
+        native_qwen.wait()
 
 
 def pytest_collection_modifyitems(items):
