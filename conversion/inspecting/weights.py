@@ -97,7 +97,7 @@ def _should_be_there(subject: Subject, name: str) -> bool:
         return False
     if subject.stored.places is not None:
         return subject.stored.places.get(name) not in subject.stored.unreadable
-    if subject.stored.is_llama_original:
+    if subject.stored.is_llama_original and name[:2].isdigit():  # not where config.json is of another model
         return subject.stored.parts[int(name[:2])].weights is not None
     return not subject.stored.unreadable
 
