@@ -78,6 +78,7 @@ from .steps_qwen import Plain, logits_of_head, steps_of_blocks
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
+from .turning_qwen import turned as turned
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""The C++ text of the attention of a prompt on a CPU, behind that of `native_products_qwen`."""
+"""The C++ text of the attention and the rotation of a prompt on a CPU, behind that of `native_steps_qwen`."""
 
 PROMPT = r"""
 namespace {
@@ -214,9 +214,30 @@ template <class T> int attend_prompt(const Prompt &a) {
     return short_of_memory;
 }
 
+struct Turn {  // as `turning_qwen.Turn`
+    const void *heads;
+    void *result;
+    const float *cosine, *sine;
+    int64_t batch, count, number, size, rotated, row, token, head, angle_row, threads;
+};
+
+// Each head of each token by the angles of the token's place: (batch, count, number, size).
+template <class T> void turn(const Turn &a) {
+    #pragma omp parallel for num_threads(a.threads)
+    for (int64_t place = 0; place < a.batch * a.count; place++) {
+        const int64_t row = place / a.count, token = place % a.count, angles = row * a.angle_row + token * a.rotated;
+        for (int64_t n = 0; n < a.number; n++)
+            rotate((const T *)a.heads + row * a.row + token * a.token + n * a.head,
+                   (T *)a.result + (place * a.number + n) * a.size, a.cosine + angles, a.sine + angles, a.rotated,
+                   a.size);
+    }
+}
+
 }  // namespace
 
-#define PROMPT(NAME, T) extern "C" int qwen_prompt_##NAME(const Prompt *a) { return attend_prompt<T>(*a); }
+#define PROMPT(NAME, T) \
+    extern "C" int qwen_prompt_##NAME(const Prompt *a) { return attend_prompt<T>(*a); } \
+    extern "C" void qwen_turn_##NAME(const Turn *a) { turn<T>(*a); }
 PROMPT(float32, float)
 PROMPT(bfloat16, bf16)
 """

@@ -1,6 +1,14 @@
 """The C++ text of a token's way through all blocks on a CPU, behind that of `native_products_qwen`."""
 
 STEPS = r"""
+#ifdef __clang__  // no product and sum in one, which would leave out a rounding
+#define EACH_ROUNDED
+#define CLANG_EACH_ROUNDED _Pragma("clang fp contract(off)")
+#else
+#define EACH_ROUNDED __attribute__((optimize("fp-contract=off")))
+#define CLANG_EACH_ROUNDED
+#endif
+
 namespace {
 
 template <class T> void norm(const T *x, const T *weight, T *y, int64_t width, double eps) {
@@ -17,12 +25,13 @@ template <class T> void norm(const T *x, const T *weight, T *y, int64_t width, d
     for (; column < width; column++) put(y + column, rounded<T>(up(x[column]) * factor) * up(weight[column]));
 }
 
-// Rotates the first channels of a head and rounds them, as they go to `to`.
-template <class T>
+// Rotates the first channels of a head and rounds them, as they go to `to`; products are rounded too, as by torch.
+template <class T> EACH_ROUNDED
 void rotate(const T *head, T *to, const float *cosine, const float *sine, int64_t rotated, int64_t size) {
-    int64_t half = rotated / 2;
+    CLANG_EACH_ROUNDED
+    const int64_t half = rotated / 2;
     for (int64_t c = 0; c < half; c++) {
-        float first = up(head[c]), second = up(head[c + half]);
+        const float first = up(head[c]), second = up(head[c + half]);
         put(to + c, first * cosine[c] - second * sine[c]);
         put(to + c + half, second * cosine[c + half] + first * sine[c + half]);
     }

@@ -15,6 +15,7 @@ from torch import nn
 from .ntk_qwen import stretched_base
 from .positions_qwen import text_lengths
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
+from .turning_qwen import turned
 
 
 def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
@@ -91,6 +92,9 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
         freqs: angles, (B or 1, T, 1, R), or their cosine and sine.
     """
     cos, sin = (freqs.cos(), freqs.sin()) if isinstance(freqs, torch.Tensor) else freqs
+    result = turned(t, cos, sin)
+    if result is not None:
+        return result
     channels = cos.shape[-1]
     rotated = _turned(t[..., :channels].float(), cos, sin).type_as(t)
     return rotated if channels == t.shape[-1] else torch.cat((rotated, t[..., channels:]), dim=-1)

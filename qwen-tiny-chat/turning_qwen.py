@@ -1,0 +1,1 @@
+../turning_qwen.py
