@@ -113,6 +113,7 @@ case "$(basename "$0") $*" in
 "pytest "*)
     [[ "$*" != *tests/bits* ]] || environment=bits
     echo "$environment: pytest $*" >>"$LOG"
+    [[ -z "$SKIP" ]] || echo "SKIPPED [2] tests/model/test_it.py:7: $SKIP"
     [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && echo a last word && exit
     echo "FAILED tests/model/test_$environment.py::test_it"
     echo "=== 1 failed in $environment ===" && exit 1 ;;
@@ -128,7 +129,7 @@ def ci(tmp_path):
     repository, programs = tmp_path / "repository", tmp_path / "programs"
     (repository / ".ci").mkdir(parents=True)
     programs.mkdir()
-    for name in (".ci/run", "README.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
+    for name in (".ci/run", ".ci/skips", "README.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
         (repository / name).write_bytes((ROOT / name).read_bytes())
     for name in ("python3", "chromium", "g++"):
         (programs / name).write_text(STUB)
@@ -147,7 +148,7 @@ def ci(tmp_path):
     def run(newest: str, fail: str = "", **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(repository / ".ci" / "run")],
-            env={**environment, "NEWEST": newest, "FAIL": fail, **changes},
+            env={**environment, "NEWEST": newest, "FAIL": fail, "SKIP": "", **changes},
             capture_output=True,
             text=True,
         )
@@ -208,13 +209,27 @@ def test_ci_fails_where_tests_would_skip_for_want_of_a_program(ci, pin, tmp_path
         "rm",
     ):
         (programs / name).symlink_to(shutil.which(name))
-    for name in ("sed", "tail", "tee", "wc"):
+    for name in ("sed", "sort", "tail", "tee", "wc"):
         (programs / name).symlink_to(shutil.which(name))
     (programs / "g++").unlink()
     done = ci(pin, PATH=str(programs))
     assert done.returncode == 1
     assert "CI: no g++, and it can't be installed here: tests that need it are skipped" in done.stdout.splitlines()
     assert "CI: failed: outside" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("reason", ["could not import 'peft'", "needs a compiler", "chromium is not installed"])
+def test_ci_fails_where_a_test_skips_that_should_run(ci, pin, reason):
+    done = ci(pin, SKIP=reason)
+    assert done.returncode == 1
+    assert f"CI: tests that should have run skipped:\nCI: {reason}\n" in done.stdout
+    assert "CI: failed: skipped" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("reason", ["needs a CUDA device", "for Qwen2 as well: skipped: test requires MPS"])
+def test_ci_lets_tests_skip_for_what_it_cannot_have(ci, pin, reason):
+    done = ci(pin, SKIP=reason)
+    assert done.returncode == 0 and "should have run" not in done.stdout
 
 
 def test_ci_tells_of_a_newer_release_that_holds(ci):
