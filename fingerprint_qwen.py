@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .products_qwen import column_sums
+from .products_qwen import checksums
 
 _WORD = 8
 """Bytes that are added up at a time: as int64, the one width for which torch has a fast sum that wraps around."""
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module) -> bytes | None:
         that was replaced), or tensors can't be read here (shards of other processes).
     """
     digest = hashlib.blake2b(digest_size=16)
-    sums: list[torch.Tensor] = []
+    pieces: list[torch.Tensor] = []
     configurations = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     digest.update(repr([_plain(vars(config)) for config in configurations.values()]).encode())
     for module in model.modules():
@@ -53,12 +53,12 @@ def fingerprint(model: nn.Module) -> bytes | None:
         digest.update(repr(settings).encode())
         for name, tensor in (*_tensors(module), *scales):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
-            parts = _checksum(_at_hand(module, name, tensor))
+            parts = _octets(_at_hand(module, name, tensor))
             if parts is None:
                 return None
-            sums += parts
-    for device in dict.fromkeys(part.device for part in sums):
-        digest.update(repr(torch.stack([part for part in sums if part.device == device]).tolist()).encode())
+            pieces += parts
+    for device in dict.fromkeys(piece.device for piece in pieces):
+        digest.update(repr(_sums([piece for piece in pieces if piece.device == device])).encode())
     return digest.digest()
 
 
@@ -160,20 +160,34 @@ def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def _checksum(tensor: torch.Tensor) -> list[torch.Tensor] | None:
-    """Sums over all bytes of a tensor, () int64 each, on its device; None where the bytes can't be read."""
+def _octets(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """All bytes of a tensor as some of (N,) uint8 on its device; None where they can't be read."""
     if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors
         held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        inner = [_checksum(value) for value in held if isinstance(value, torch.Tensor)]  # no mesh of processes
+        inner = [_octets(value) for value in held if isinstance(value, torch.Tensor)]  # no mesh of processes
         return None if None in inner else [part for parts in inner if parts for part in parts]
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return None
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return [tensor.detach().contiguous().reshape(-1).view(torch.uint8)]
+
+
+@torch.no_grad()
+def _sums(pieces: list[torch.Tensor]) -> list[int]:
+    """Sums over all bytes of tensors of one device."""
+    # Weights are of a class of their own, which a view of theirs is too.
+    sums = checksums([piece.as_subclass(torch.Tensor) for piece in pieces]) if pieces[0].device.type == "cpu" else None
+    if sums is None:
+        return torch.stack([part for piece in pieces for part in _sums_by_torch(piece)]).tolist()
+    return sums
+
+
+def _sums_by_torch(octets: torch.Tensor) -> list[torch.Tensor]:
+    """Sums over all bytes of a tensor, () int64 each, on its device."""
     if octets.storage_offset() % _WORD:
         octets = octets.clone()
     end = octets.numel() // _WORD * _WORD
     words = octets[:end].view(torch.int64)
-    strands = column_sums(words[: len(words) // _STRANDS * _STRANDS].view(_STRANDS, -1))
+    strands = words[: len(words) // _STRANDS * _STRANDS].view(_STRANDS, -1).sum(0)
     return [_weighted(part) for part in (strands, words[len(strands) * _STRANDS :], octets[end:].long())]
 
 

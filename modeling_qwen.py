@@ -62,7 +62,7 @@ from .ntk_qwen import alpha_of_call, choose_alpha
 from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .peft_qwen import ChatAdapterMixin
 from .positions_qwen import positions_of_call, text_starts
-from .products_qwen import column_sums as column_sums
+from .products_qwen import checksums as checksums
 from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids

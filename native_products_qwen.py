@@ -441,30 +441,27 @@ template <class T> void decode(const Matrix &m, T *y, int64_t first, int64_t blo
 PRODUCTS(float32, float)
 PRODUCTS(bfloat16, bf16)
 
-// Sums of the columns of whole numbers (rows, columns), which wrap around. Each thread reads rows of its own.
-extern "C" int qwen_column_sums(const uint64_t *words, int64_t rows, int64_t columns, uint64_t *sums, int64_t threads) {
-    const int64_t some = 16384;  // columns whose sums a core keeps
-    bool short_of_memory = false;
-    std::memset(sums, 0, columns * sizeof *sums);
+// Of pieces of memory, each a whole number of words and less than one more: the sum of their words, each brought down
+// onto itself and times an odd number of its own. All are read once, from one end to the other, by each thread a part.
+extern "C" void qwen_checksums(const uint8_t *const *pieces, const int64_t *lengths, int64_t count, uint64_t *sums,
+                               int64_t threads) {
+    std::memset(sums, 0, count * sizeof *sums);
     #pragma omp parallel num_threads(threads)
-    {
-        Room room(some * sizeof(uint64_t) + 64);
-        uint64_t *own = room.take<uint64_t>(some);
-        if (!room.there()) {
-            #pragma omp atomic write
-            short_of_memory = true;
+    for (int64_t piece = 0; piece < count; piece++) {
+        const int64_t words = lengths[piece] / 8;
+        const Part mine = share(words, 512);
+        uint64_t total = 0, last = 0;
+        for (int64_t n = mine.first; n < mine.end; n++) {
+            int64_t word;
+            std::memcpy(&word, pieces[piece] + 8 * n, sizeof word);
+            total += (uint64_t)(word ^ (word >> 29)) * (uint64_t)(2 * n + 1);
         }
-        #pragma omp barrier
-        const Part part = share(rows, 1);
-        for (int64_t column = 0; column < columns && !short_of_memory; column += some) {
-            const int64_t count = std::min(some, columns - column);
-            std::memset(own, 0, count * sizeof *own);
-            for (int64_t row = part.first; row < part.end; row++)
-                for (int64_t c = 0; c < count; c++) own[c] += words[row * columns + column + c];
-            #pragma omp critical
-            for (int64_t c = 0; c < count; c++) sums[column + c] += own[c];
+        if (omp_get_thread_num() == 0) {
+            std::memcpy(&last, pieces[piece] + 8 * words, lengths[piece] % 8);
+            total += last * (uint64_t)(2 * words + 1);
         }
+        #pragma omp atomic
+        sums[piece] += total;
     }
-    return short_of_memory;
 }
 """

@@ -6,6 +6,7 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -78,13 +79,17 @@ def decoded(native: ctypes.CDLL, matrix: Matrix, first: int, blocks: int, dtype:
     return numbers
 
 
-def column_sums(words: torch.Tensor) -> torch.Tensor:
-    """Sums of the columns of whole numbers, (R, C) int64 -> (C,) int64, which wrap around."""
-    native = library() if words.device.type == "cpu" and words.is_contiguous() else None
-    if native is None or type(words) is not torch.Tensor or _is_watched():
-        return words.sum(0)
-    sums = words.new_empty(words.shape[1])
-    places, shape = (words.data_ptr(), sums.data_ptr()), map(ctypes.c_int64, words.shape)
-    threads = ctypes.c_int64(torch.get_num_threads())
-    failed = native.qwen_column_sums(ctypes.c_void_p(places[0]), *shape, ctypes.c_void_p(places[1]), threads)
-    return words.sum(0) if failed else sums
+def checksums(pieces: Sequence[torch.Tensor]) -> list[int] | None:
+    """A sum over the bytes of each of some tensors, (N,) uint8 on the CPU, of 64 bits; None without a kernel.
+
+    Each word of 8 bytes is multiplied by an odd number of its own, so that their order tells.
+    """
+    native = library()
+    plain = all(type(piece) is torch.Tensor and piece.is_contiguous() for piece in pieces)
+    if native is None or not plain or _is_watched():
+        return None
+    count = len(pieces)
+    places = (ctypes.c_void_p * count)(*(piece.data_ptr() for piece in pieces))
+    lengths, sums = (ctypes.c_int64 * count)(*map(len, pieces)), (ctypes.c_uint64 * count)()
+    native.qwen_checksums(places, lengths, ctypes.c_int64(count), sums, ctypes.c_int64(torch.get_num_threads()))
+    return list(sums)

@@ -146,11 +146,24 @@ def test_other_dtypes_and_modes_go_by_torch(kernel):
     assert not kernel
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(255, 1), (255, 2763), (3, 5000), (1, 7), (255, 0)])
-def test_column_sums_wrap_around_as_those_of_torch(rows, columns):
-    words = torch.randint(-(2**63), 2**63 - 1, (rows, columns), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(products_qwen.column_sums(words), words.sum(0))
-    assert torch.equal(products_qwen.column_sums(words.t()), words.sum(1))
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 4095, 4096, 4097, 100_003])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_checksums_are_of_every_byte_at_its_place(length, threads):
+    octets = torch.randint(0, 256, (length + 3,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)[3:]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        one, both = products_qwen.checksums([octets]), products_qwen.checksums([octets, octets.flip(0), octets])
+    finally:
+        torch.set_num_threads(before)
+    text, expected = bytes(octets.tolist()), 0
+    for number in range(-(-length // 8)):
+        part = text[8 * number : 8 * number + 8]
+        word = int.from_bytes(part, "little", signed=len(part) == 8)
+        if len(part) == 8:
+            word ^= word >> 29
+        expected += word * (2 * number + 1)
+    assert one == [expected % 2**64] and both[::2] == one * 2
 
 
 def test_what_watches_each_operation_sees_those_of_torch(kernel):
