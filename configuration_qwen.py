@@ -7,7 +7,9 @@ from .versions_qwen import check_versions as check_versions  # first: older vers
 # isort: split
 
 import inspect
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -252,6 +254,21 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
         return chosen[0] if chosen else None
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers.
+
+        Raises:
+            ValueError: a `config.json` that holds something else than an object.
+        """
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError):  # which say nothing of a file
+            _refuse_no_object(os.path.join(pretrained_model_name_or_path, "config.json"))
+            raise
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; a file whose two spellings of a key differ is refused, overrides are checked as well.
 
@@ -327,6 +344,16 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
 
     # The base class becomes a dataclass, whose own comparison would see none of the keys above.
     __eq__ = PreTrainedConfig.__eq__
+
+
+def _refuse_no_object(path: str) -> None:
+    """Raise ValueError if this is a file of JSON, and that holds no object."""
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path!r} holds {content!r:.80}, no object with settings: download it again.")
 
 
 def _spellings(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -12,6 +12,9 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from .pieces_qwen import split_pattern
 from .tokens_qwen import TokensMixin
 
+_LONGEST = 2**62  # tokens; more than any text has
+_UNCUT = (False, "do_not_truncate")
+
 
 class EncodingMixin(TokensMixin):
     """The `allowed_special` interface of 2023 and the batches of transformers, by way of lists of ids.
@@ -58,6 +61,29 @@ class EncodingMixin(TokensMixin):
                     "disallowed_special=()."
                 )
 
+    def _get_padding_truncation_strategies(
+        self,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: Any = None,
+        pad_to_multiple_of: Any = None,
+        verbose: Any = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, for numbers that lengths can be.
+
+        Raises:
+            ValueError: a length that is no whole number or negative, or a multiple below 1.
+        """
+        for name, value, least in (("max_length", max_length, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}.")
+        if max_length is not None:  # `model_max_length` may be 1e30, which fits no word
+            max_length = min(max_length, _LONGEST)
+        return super()._get_padding_truncation_strategies(
+            padding, truncation, max_length, pad_to_multiple_of, verbose, **kwargs
+        )
+
     def tokenize(  # type: ignore[override]
         self,
         text: str,
@@ -74,7 +100,13 @@ class EncodingMixin(TokensMixin):
             allowed_special: "all", or the special tokens to recognise; the others are ordinary text.
             disallowed_special: (), "all", or special tokens whose presence raises ValueError.
             pair: a second text, whose tokens follow.
+
+        Raises:
+            ValueError: what is no text, or a disallowed special token.
         """
+        for given in (text, pair or ""):
+            if not isinstance(given, str):
+                raise ValueError(f"Only a str can be split into tokens, got {type(given).__name__}: {given!r:.80}")
         allowed = self._resolve_allowed(allowed_special, split_special_tokens)
         texts = [text] if pair is None else [text, pair]
         self._check_disallowed(texts, allowed, disallowed_special)
@@ -135,6 +167,8 @@ class EncodingMixin(TokensMixin):
         if joined and padding in (False, "do_not_pad"):
             columns = joined if batched else {key: rows[0] for key, rows in joined.items()}
             return BatchEncoding(columns, tensor_type=return_tensors, prepend_batch_axis=not batched)
+        if options.get("max_length") == 0 and options["truncation"] not in _UNCUT:  # which transformers takes for None
+            sequences = [([], None if second is None else []) for _, second in sequences]
         # transformers' slow and fast classes share these steps, but keep them in the slow class.
         tokenizer: Any = self
         prepare = functools.partial(PreTrainedTokenizer.prepare_for_model, tokenizer)
@@ -172,10 +206,46 @@ class EncodingMixin(TokensMixin):
         wanted = ("max_length", "return_overflowing_tokens", "return_special_tokens_mask", "return_length")
         token_types = options.get("return_token_type_ids")
         return (
-            options["truncation"] in (False, "do_not_truncate")
+            options["truncation"] in _UNCUT
             and not any(options.get(name) for name in wanted)
             and not ("token_type_ids" in self.model_input_names if token_types is None else token_types)
         )
+
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: Any = "longest_first",
+        stride: int = 0,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """As in transformers' slow class, but of two texts the longer is cut first as the `tokenizers` library does.
+
+        What is cut off a pair so is not returned, there as here.
+
+        Raises:
+            ValueError: more is to be cut off a text than it has.
+        """
+        if num_tokens_to_remove > 0 and truncation_strategy in ("only_first", "only_second"):
+            first = truncation_strategy == "only_first"
+            if len(ids if first else pair_ids or ()) <= num_tokens_to_remove:
+                raise ValueError(
+                    f"{num_tokens_to_remove} tokens are to be cut off the {'first' if first else 'second'} text of a "
+                    f"pair, which hasn't more: raise max_length, or cut both with truncation='longest_first'."
+                )
+        if pair_ids is None or truncation_strategy != "longest_first" or num_tokens_to_remove <= 0:
+            tokenizer: Any = self
+            cut = PreTrainedTokenizer.truncate_sequences
+            return cut(tokenizer, ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
+        room = max(len(ids) + len(pair_ids) - num_tokens_to_remove, 0)
+        shorter = min(len(ids), len(pair_ids))
+        shorter = shorter if 2 * shorter <= room else room // 2
+        lengths = (shorter, room - shorter) if len(ids) <= len(pair_ids) else (room - shorter, shorter)
+        kept = [
+            row[len(row) - length :] if self.truncation_side == "left" else row[:length]
+            for row, length in zip((ids, pair_ids), lengths, strict=True)
+        ]
+        return kept[0], kept[1], []
 
     # Ids to text
 

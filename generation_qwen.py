@@ -146,6 +146,14 @@ def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt) -
     return output
 
 
+def _check_counts(settings: GenerationSettings) -> None:
+    """Refuse numbers by which transformers would divide, or of which it would make nothing."""
+    for name in ("num_beams", "num_return_sequences"):
+        count = settings[name]
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
+
+
 def _with_stop_words(
     criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
 ) -> StoppingCriteriaList | None:
@@ -198,10 +206,11 @@ class QWenGenerationMixin(_GenerativeModel):
             (the others): as in transformers.
 
         Raises:
-            ValueError: stop words or a seed of the wrong form; a seed with beams; two different caches.
+            ValueError: stop words or a seed of the wrong form; a seed with beams; no beam; two different caches.
         """
         extras = {name: kwargs.pop(name) for name in _EXTRAS if name in kwargs}
         settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
+        _check_counts(settings)
         given = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         arguments = {
             "generation_config": generation_config,

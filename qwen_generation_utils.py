@@ -66,6 +66,8 @@ def make_context(
     Source: `golden/tokenizer/chat_context.json`.
     """
     if chat_format == "raw":
+        if not isinstance(query, str):
+            raise ValueError(f"The query must be a str, got {type(query).__name__}: {query!r:.80}.")
         return query, tokenizer.encode(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")

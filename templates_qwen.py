@@ -17,8 +17,11 @@ from .encoding_qwen import EncodingMixin
 from .pieces_qwen import NFC, repair_surrogates, split_pattern
 
 # What a special token could be built from in callers' text, by itself or together with what a template writes around it
-# or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars.
-UNSAFE_TEXT = re.compile(r"\||<(?=\s*\Z)|\A\s*(?=>)|im_start|im_end|endoftext|extra_(?=[0-9])")
+# or leaves of it: every "|", "<" at the end, ">" at the start, and the names between the bars, in whatever case.
+# The letters behind them are those of ASCII in another case.
+UNSAFE_TEXT = re.compile(
+    r"\||<(?=\s*\Z)|\A\s*(?=>)|(?i:im_start|im_end|endoftext|extra_(?=[0-9]))|[\u0130\u0131\u017f\ufb00-\ufb06]"
+)
 
 
 # --- rendering ---
@@ -59,13 +62,19 @@ def render_chats(
     """
     tools = caller["tools"]
     caller = {**caller, "tools": tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]}
-    strings = [template]
-    # The copy holds plain lists: an iterator among the contents can be read once only.
-    caller = _map_strings(caller, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
-    mask, edge = unused_characters(strings, 2)
-    masked = _map_strings(caller, lambda text: mask_unsafe(text, mask))
-    variables = {**named, **masked, "edge": edge if with_edges else ""}
-    result: Any = render_jinja_template(chat_template=template, **variables, **options)
+    strings, mask = [template], ""
+    try:
+        # The copy holds plain lists: an iterator among the contents can be read once only.
+        caller = _map_values(caller, lambda text: strings.append(text) or text)  # type: ignore[func-returns-value]
+        mask, edge = unused_characters(strings, 2)
+        masked = _map_values(caller, lambda text: mask_unsafe(text, mask))
+        variables = {**named, **masked, "edge": edge if with_edges else ""}
+        result: Any = render_jinja_template(chat_template=template, **variables, **options)
+    except RecursionError as error:
+        raise ValueError("Messages, tools and what else a template is given may not be nested so deep.") from error
+    except Exception as error:  # what a template raises may quote the caller
+        error.args = tuple(unmask(item, mask) if mask and isinstance(item, str) else item for item in error.args)
+        raise
     texts, spans = result
     return RenderedChats(texts, spans or [[] for _ in texts], mask, edge)
 
@@ -95,13 +104,20 @@ def _plain(value: Any) -> Any:
     return dump() if callable(dump) and not isinstance(value, (Mapping, type)) else value
 
 
+def _map_values(variables: Mapping[str, Any], function: Callable[[str], str]) -> dict[str, Any]:
+    """`_map_strings` of what variables hold; their names are those that the template knows them by."""
+    return {name: _map_strings(value, function) for name, value in variables.items()}
+
+
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """Rebuild a template argument out of plain types, with `function` applied to each string, keys included.
 
     Objects that are neither data nor containers are replaced by their text, as rendering them would do.
     """
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, (int, float)):  # plain: one of a derived class may print as any text
+        return int.__int__(value) if isinstance(value, int) else float.__float__(value)
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
@@ -201,7 +217,8 @@ class TemplatesMixin(EncodingMixin):
         surrogates are one character each, and pairs too): `char_to_token`, `encodings` and the like.
 
         Raises:
-            ValueError: for combinations of arguments that transformers refuses too.
+            ValueError: for combinations of arguments that transformers refuses too, and for endless nesting.
+            jinja2.TemplateError: whatever the template refuses; the shipped one says what and why.
         """
         kwargs.pop("sanitize_control_tokens", None)  # an option of newer transformers; here it is always on
         wanted: dict[str, Any] = {

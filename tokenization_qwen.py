@@ -29,6 +29,7 @@ from .versions_qwen import check_versions as check_versions  # before the others
 
 # isort: split
 
+import codecs
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -115,7 +116,7 @@ class QWenTokenizerMixin(TemplatesMixin):
         """Arguments for transformers' constructor: the defaults of this model where nothing is given.
 
         Raises:
-            ValueError: a named token is not in the vocabulary; `add_prefix_space` is true.
+            ValueError: a named token is not in the vocabulary; `add_prefix_space` is true; no such `errors`, no length.
         """
         # Files written by other tokenizers name a backend here, and `AutoTokenizer` reads `use_fast`; neither is ours.
         if "resume_download" in kwargs:  # passed by programs of 2023; it would be saved with the tokenizer
@@ -127,6 +128,13 @@ class QWenTokenizerMixin(TemplatesMixin):
                 "`add_prefix_space=True` is not possible: this model was trained on text as it is. Leave the argument "
                 "out, and begin the text with a space where you want one."
             )
+        try:
+            codecs.lookup_error(self.errors)
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(f"errors={self.errors!r:.80} is unknown: use 'replace', 'ignore' or 'strict'.") from None
+        length = kwargs.get("model_max_length")
+        if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or not length >= 0):
+            raise ValueError(f"model_max_length={length!r} is impossible: it must be a number of tokens.")
         for key, default in (("eos_token", ENDOFTEXT), ("pad_token", ENDOFTEXT), ("chat_template", CHAT_TEMPLATE)):
             if kwargs.get(key) is None:
                 kwargs[key] = default
@@ -166,6 +174,13 @@ class QWenTokenizerMixin(TemplatesMixin):
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # transformers doesn't say in which file
             name_damaged_json(folder, names)
             raise
+        except (AttributeError, LookupError, TypeError) as error:
+            if not os.path.isfile(os.path.join(folder, SETTINGS_FILES[0])):
+                raise
+            raise ValueError(
+                f"The settings of the tokenizer in {folder!r} can't be used ({type(error).__name__}: {error}): mend "
+                f"its {SETTINGS_FILES[0]}, or download it again."
+            ) from error
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `qwen.tiktoken`, and `qwen_extra.tiktoken` if there are extra tokens; return the paths.
@@ -181,7 +196,7 @@ class QWenTokenizerMixin(TemplatesMixin):
             return super().save_pretrained(*args, **kwargs)
 
 
-class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):
+class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):  # type: ignore[misc]
     """The tokenizer on top of tiktoken, with the interface published in December 2023.
 
     Tokens are bytes, and str for special tokens. `decoder` maps ids to tokens.
@@ -320,9 +335,6 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
     slow_tokenizer_class = QWenTokenizer  # type: ignore[assignment]
     _tokenizer: Any
 
-    # transformers keeps these two steps in its slow class; `_from_ids` uses them here too.
-    truncate_sequences = PreTrainedTokenizer.truncate_sequences
-
     def __init__(
         self,
         vocab_file: str | os.PathLike | None = None,
@@ -377,6 +389,19 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
     def _token_of(self, index: int) -> str | bytes | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
 
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """As in transformers: a token or tokens by id, None for an id that no token has.
+
+        Raises:
+            ValueError: a number that no id can be.
+        """
+        try:
+            return super().convert_ids_to_tokens(ids, skip_special_tokens)
+        except OverflowError as error:  # of the library, whose ids have 32 bits
+            raise ValueError(
+                f"ids={ids!r:.80} has a number that no id can be; they go from 0 to {len(self) - 1}"
+            ) from error
+
     @kept
     def mergeable_ranks(self) -> dict[bytes, int]:
         """Token bytes -> id, read back from the backend; extra vocabulary included."""
@@ -420,7 +445,14 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
             if twin := self._shortcut.twin(self._tokenizer, self.special_tokens, texts):
                 return self._encode_by_twin(twin, text, texts, kwargs)
         own = self._for_one_call(kwargs, is_plain)
-        return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
+        try:
+            return TokenizersBackend._encode_plus(own, text, text_pair, split_special_tokens=False, **kwargs)
+        except Exception as error:
+            if type(error) is not Exception:  # the library has no kind of its own
+                raise
+            raise ValueError(
+                f"{error}: raise max_length, or cut both texts with truncation='longest_first'."
+            ) from error
 
     def _wants_ids(self, options: Mapping[str, Any]) -> bool:
         """Whether a call on plain texts asks for ids and for nothing that needs places, other tokens or more rows."""

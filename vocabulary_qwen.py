@@ -144,7 +144,7 @@ def load_base_ranks(path: str | os.PathLike) -> dict[bytes, int]:
     """Read the base vocabulary: like `load_ranks`, but the ids must be 0 ... n - 1 and hold every single byte.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_ranks`; also for a missing id or byte.
+        FileNotFoundError, ValueError: as `load_ranks`; also for a missing id or byte, or the text of a special token.
     """
     ranks, line_of_id = _read_vocabulary(path)
     for expected, rank in enumerate(sorted(line_of_id)):
@@ -158,6 +158,11 @@ def load_base_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         raise ValueError(
             f"{os.fspath(path)}, after line {max(line_of_id.values(), default=0)}: no token for the single byte "
             f"{missing[0]} ({len(missing)} of 256 are missing); the file may be truncated, download it again"
+        )
+    if control := next((token for token in map(str.encode, SPECIAL_TOKENS) if token in ranks), None):
+        raise ValueError(
+            f"{os.fspath(path)}, line {line_of_id[ranks[control]]}: {control!r} is the text of a special token, "
+            "whose id follows from the number of lines; leave the line out"
         )
     return ranks
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from ..pieces_qwen import repair_surrogates
 from ..programs.few_bits import in_bits
 from ..programs.models import open_model
 from ..qwen_generation_utils import ChatHistory
@@ -144,7 +145,11 @@ class Conversation:
 
 
 def _clean(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A text without bytes of the terminal that were none, and without halves of characters."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return repair_surrogates(text)
 
 
 def open_conversation(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..pieces_qwen import repair_surrogates
 from .errors import CommandError
 
 _TURN = ("user", "assistant")
@@ -22,7 +23,8 @@ LARGEST = 64 * 2**20
 def save(path: Path, system: str, turns: Iterable[tuple[str, str]], overwrite: bool = False) -> None:
     """Write `{"messages": [{"role": …, "content": …}, …]}` on one line; the file appears when it is complete.
 
-    A new file is for its owner alone; one that is there keeps its permissions, and a link stays one.
+    A new file is for its owner alone; one that is there keeps its permissions, and a link stays one. Halves of
+    characters, which can't be written, become U+FFFD, as the model reads them.
 
     Raises:
         CommandError: there is a file already and `overwrite` isn't set, or it can't be written.
@@ -30,7 +32,7 @@ def save(path: Path, system: str, turns: Iterable[tuple[str, str]], overwrite: b
     messages = [{"role": "system", "content": system}]
     for turn in turns:
         messages += [{"role": role, "content": content} for role, content in zip(_TURN, turn, strict=True)]
-    content = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+    content = repair_surrogates(json.dumps({"messages": messages}, ensure_ascii=False)) + "\n"
     try:
         found = _stat_of_file(path) if path.exists() else None
         if overwrite or found is None:

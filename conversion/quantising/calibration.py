@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 
 from ...tokenization_qwen import QWenTokenizer
 from ..errors import CheckpointError
@@ -103,7 +104,7 @@ def make_rows(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, s
         length: tokens of a row; fewer, where that would give less than eight rows.
 
     Raises:
-        CheckpointError: too little text.
+        CheckpointError: too little text, or a conversation that the chat template refuses.
     """
     order = list(texts)
     random.Random(seed).shuffle(order)
@@ -126,9 +127,12 @@ def make_rows(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, s
 
 
 def _encoded(text: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids of a text or a conversation, and which of them count."""
+    """Token ids of a text or a conversation, and which of them count; nothing in them becomes a control token."""
     if isinstance(text, str):
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, allowed_special=set())["input_ids"]
         return ids, [True] * len(ids)
-    found = tokenizer.apply_chat_template(text, return_dict=True, return_assistant_tokens_mask=True)
+    try:
+        found = tokenizer.apply_chat_template(text, return_dict=True, return_assistant_tokens_mask=True)
+    except (ValueError, TemplateError) as error:
+        raise CheckpointError(f"The conversation {text!r:.120} is none to calibrate on: {error}.") from error
     return found["input_ids"], [bool(said) for said in found["assistant_masks"]]
