@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -76,7 +77,7 @@ class EncodingMixin(TokensMixin):
             ValueError: a length that is no whole number or negative, or a multiple below 1.
         """
         for name, value, least in (("max_length", max_length, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, Integral) or value < least):
                 raise ValueError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}.")
         if max_length is not None:  # `model_max_length` may be 1e30, which fits no word
             max_length = min(max_length, _LONGEST)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,7 +151,7 @@ def _check_counts(settings: GenerationSettings) -> None:
     """Refuse numbers by which transformers would divide, or of which it would make nothing."""
     for name in ("num_beams", "num_return_sequences"):
         count = settings[name]
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and (not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..programs.few_bits import BITS_HELP, in_bits
-from ..programs.models import one_line, open_model
+from ..programs.failures import is_of_machine, told
+from ..programs.few_bits import BITS_HELP, LESS_MEMORY, in_bits
+from ..programs.models import open_model
 from ..programs.options import version_option
 from ..programs.packages import explain, require
 from ..programs.shipped import TINY_CHAT
@@ -62,8 +63,10 @@ def serve(
         model, tokenizer = open_model(checkpoint, **in_bits(bits, cpu_only))
         page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
         launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
-    except (ImportError, OSError, ValueError) as error:
-        said = explain(error) if isinstance(error, ImportError) else one_line(error)
+    except Exception as error:
+        if not isinstance(error, (ImportError, OSError, ValueError)) and not is_of_machine(error):
+            raise
+        said = explain(error) if isinstance(error, ImportError) else told(error, LESS_MEMORY)
         typer.echo(f"qwen1-browser: {said}", err=True)
         raise typer.Exit(1) from error
 

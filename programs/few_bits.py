@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+LESS_MEMORY = "round the weights (--bits 8 or --bits 4), take a smaller model, or end other programs"
 BITS_HELP = "Round the weights to 8 or 4 bits, on the processor; on a GPU bitsandbytes is the tool."
 
 

@@ -80,10 +80,18 @@ def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
             f"{path} is a model of the type {kind!r}, not QWen (Qwen-1): open it with transformers alone"
             f"{convert if kind in _READ else ''}."
         )
+    _check_readable(path)
     if not any((path / vocabulary).exists() for vocabulary in _VOCABULARIES):
         raise ModelError(
             f"{path} has no vocabulary ({' or '.join(_VOCABULARIES)}): copy that of the model it was made from into it."
         )
+
+
+def _check_readable(folder: Path) -> None:
+    """Say which file may not be read; safetensors would say that it doesn't exist."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise ModelError(f"{path} may not be read: give yourself the right (chmod u+r), or ask its owner.")
 
 
 def _check_id(name: str) -> None:
@@ -210,11 +218,6 @@ def _check_published(name: str) -> None:
         ) from error
     if kind != "qwen":
         raise ModelError(f"{name} is a model of the type {kind!r}, not QWen (Qwen-1): open it with transformers alone.")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def leading(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from .failures import is_of_machine, told
+
 _DISTRIBUTIONS = {
     "compressed_tensors": "compressed-tensors",
     "markdown_it": "markdown-it-py",
@@ -43,6 +45,8 @@ def explain(error: ImportError) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, MissingPackage):
         return said
+    if is_of_machine(error):  # a library for which there is no memory
+        return told(error)
     cause: BaseException | None = error
     while cause is not None:  # transformers hides the import that failed behind one of its own
         top = ((cause.name if isinstance(cause, ImportError) else None) or "").partition(".")[0]

@@ -53,13 +53,22 @@ def import_door(name: str) -> ModuleType:
 
 
 def _run(name: str, program: str) -> NoReturn:
-    """Run a program; a package that it misses is a sentence with the command that installs it."""
+    """Run a program.
+
+    A package that it misses is a sentence with the command that installs it; space, rights or memory that the machine
+    refuses, one with what helps.
+    """
     try:
         sys.exit(import_door(name).main())
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("qwen1", "qwen1_commands"):
             raise  # no package is missing, but a part of this one
         sys.exit(f"{program}: {import_door('programs.packages').explain(error)}")
+    except Exception as error:
+        failures = import_door("programs.failures")
+        if not failures.is_of_machine(error):
+            raise
+        sys.exit(f"{program}: {failures.told(error)}")
 
 
 def browser() -> NoReturn:

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..programs.models import ModelError, is_model_folder, leading, names_model, one_line
+from ..programs.failures import is_of_machine, told
+from ..programs.few_bits import LESS_MEMORY
+from ..programs.models import ModelError, is_model_folder, leading, names_model
 from ..programs.packages import explain
 from ..programs.printing import printable
 from ..programs.shipped import TINY_CHAT
@@ -111,8 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except (ImportError, OSError, ValueError) as error:
-        said = explain(error) if isinstance(error, ImportError) else one_line(error)
+    except Exception as error:
+        if not isinstance(error, (ImportError, OSError, ValueError)) and not is_of_machine(error):
+            raise
+        said = explain(error) if isinstance(error, ImportError) else told(error, LESS_MEMORY)
         if options.guessed and isinstance(error, ModelError):
             said += f" If it is a question: qwen1-chat -m {options.checkpoint!r}"
         print(f"qwen1-chat: {printable(said)}", file=sys.stderr)

@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_MAKING_A_MODEL = ("config.json", ADAPTER_CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model*.safetensors", "adapter_model.*", "*/adapter_model.*", "pytorch_model*", "global_step*")
 """Where a checkpoint has its weights: whole or in files, adapters, FSDP's shards, DeepSpeed's."""
@@ -33,6 +34,7 @@ _FULL = re.compile(r"no space left|quota exceeded", re.IGNORECASE)
 _WRITING = re.compile(rf"{_FULL.pattern}|os error \d+|inline_container|StreamWriter|iostream", re.IGNORECASE)
 """What torch and safetensors say, in errors of no kind of their own, where a file can't be written."""
 
+_OF_TORCH = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
 _HARDLY_ANY = 2**20  # bytes; torch's error doesn't say that the disk is full
 
 
@@ -181,7 +183,9 @@ def _put_in_place(partial: Path, folder: Path) -> None:
             f"{folder} has got no weights: {partial} holds them in shards. Put them together from there, and next time "
             "let DeepSpeed do so: stage3_gather_16bit_weights_on_model_save."
         )
-    written = sorted(partial.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER_CONFIG))
+    written = sorted(partial.iterdir(), key=lambda path: path.name in _MAKING_A_MODEL)
+    for name in _MAKING_A_MODEL:  # of an earlier model, first: one of both together would pass for a whole one
+        (folder / name).unlink(missing_ok=True)
     for stale in folder.glob("*.safetensors*"):  # shards of a model that had more of them
         stale.unlink()
     for path in written:
@@ -224,6 +228,8 @@ def saving_error(error: BaseException, partial: Path, folder: str | os.PathLike)
     reason, free = next(iter(str(error).splitlines()), type(error).__name__), _free_space(partial)
     if _FULL.search(reason) or free < _HARDLY_ANY:
         reason = f"no space left on its disk ({free} bytes free)"
+    elif _OF_TORCH.search(reason):
+        reason = "torch couldn't write a file to its end, as where a disk is full for a moment"
     shutil.rmtree(partial, ignore_errors=True)
     good = last_checkpoint(folder)
     rest = "there is no complete checkpoint" if good is None else f"the last good checkpoint is {good}"

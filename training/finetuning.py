@@ -29,6 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
 from ..peft_qwen import SETTINGS
+from ..programs.failures import is_of_machine, told
 from ..programs.models import check_model
 from ..programs.packages import explain
 from ..programs.version import add_version
@@ -42,6 +43,10 @@ from .options import LOOKS
 from .packing import Collator, ExampleDataset, PackedDataset, pack
 
 FAILED, INTERRUPTED = 1, 130
+LESS_MEMORY = (
+    "lower --per_device_train_batch_size or --model_max_length, pass --gradient_checkpointing, or train an adapter "
+    "(--use_lora)"
+)
 
 _RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
 
@@ -477,9 +482,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         run(arguments)
-    except (DataError, TrainingError, ImportError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (DataError, TrainingError, ImportError, OSError)) and not is_of_machine(error):
+            raise
         if arguments[-1].process_index == 0 or isinstance(error, SavingError):
-            said = explain(error) if isinstance(error, ImportError) else error
+            said = explain(error) if isinstance(error, ImportError) else told(error, LESS_MEMORY)
             print(f"qwen1-finetune: {said}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..programs.failures import told
 from ..programs.version import add_version
 
 
@@ -41,6 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         count = extend_vocabulary(options.vocab_file, options.words_file, options.output)
     except (OSError, ValueError) as error:
-        print(f"qwen1-extend-vocabulary: {error}", file=sys.stderr)
+        print(f"qwen1-extend-vocabulary: {told(error)}", file=sys.stderr)
         sys.exit(2)
     print(f"{count} new tokens in {options.output}", file=sys.stderr)

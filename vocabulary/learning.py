@@ -14,10 +14,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
 from tokenizers import Regex, pre_tokenizers
 from transformers.utils import logging
 
+from ..programs.failures import naming
 from ..tokenization_qwen import PAT_STR, SPECIAL_TOKENS, load_base_ranks
 
 logger = logging.get_logger(__name__)
@@ -144,6 +146,17 @@ def extend_vocabulary(vocab_file: str | os.PathLike, words_file: str | os.PathLi
     ranks = load_base_ranks(vocab_file)
     words = learnable_words(read_words(words_file), ranks)
     learned = learn_merges(ranks, words, first_id=len(ranks) + len(SPECIAL_TOKENS))
-    with open(output, "wb") as file:
-        file.writelines(base64.b64encode(token) + b" %d\n" % i for token, i in learned.items())
+    _write(learned, Path(output))
     return len(learned)
+
+
+def _write(learned: Mapping[bytes, int], output: Path) -> None:
+    """Write a tiktoken file, under its name only when complete; where that fails, an old one stays."""
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        with naming(output), open(partial, "wb") as file:
+            file.writelines(base64.b64encode(token) + b" %d\n" % i for token, i in learned.items())
+        partial.replace(output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

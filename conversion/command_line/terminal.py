@@ -19,6 +19,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from ...programs.failures import is_of_machine, told
 from ..errors import CheckpointError
 from ..writing.progress import Progress
 
@@ -119,8 +120,10 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with _silence():
                 command(*args, **kwargs)
-        except (CheckpointError, OSError) as error:
-            err.print(f"qwen1-checkpoint: {error}", style="red")
+        except Exception as error:
+            if not isinstance(error, (CheckpointError, OSError)) and not is_of_machine(error):
+                raise
+            err.print(f"qwen1-checkpoint: {told(error)}", style="red")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             err.print("Interrupted. The same command takes up what is unfinished.")

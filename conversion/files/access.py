@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...loading_qwen import is_pointer
+from ...programs.failures import lacks_memory, told
 from ...programs.models import likely
 from ..errors import CheckpointError
 
@@ -102,8 +103,10 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} can't be read ({reason}): look after its disk or network, then try again.")
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that is open but makes no sense, or can't be opened after all."""
+def damaged(path: Path, error: Exception) -> CheckpointError | OSError:
+    """The error for a file that is open but makes no sense, can't be opened after all, or takes too much memory."""
+    if lacks_memory(error):
+        return OSError(f"{path} can't be read. {told(error)}")  # none of the checkpoint, so what is written stays
     if isinstance(error, OSError) and error.errno is not None:
         return unreadable(path, error)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

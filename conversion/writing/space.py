@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from rich.filesize import decimal
+
 _SPARE = 2**20  # bytes of disk space for folders and the like
 
 
@@ -12,6 +14,6 @@ def check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted + _SPARE > free:
         raise OSError(  # which leaves what an interrupted run wrote
-            f"{wanted / 1e9:.2f} GB are needed in {folder.parent}, but only {free / 1e9:.2f} GB are free: free some "
-            "space, or name a folder on another disk."
+            f"{decimal(wanted)} are needed in {folder.parent}, but only {decimal(free)} are free: free some space, or "
+            "name a folder on another disk."
         )

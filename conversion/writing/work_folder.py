@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ...programs.failures import naming
 from ..errors import CheckpointError
 from .files import PlannedFile
 from .progress import Progress
@@ -93,7 +94,8 @@ def write_files(folder: Path, files: Sequence[PlannedFile], job: Mapping[str, An
 def replace_text(path: Path, text: str) -> None:
     """Write a small file at once, under its name only when complete."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with naming(path):
+        temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -110,7 +112,8 @@ def _write_missing(folder: Path, files: Sequence[PlannedFile], progress: Progres
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
         try:
-            file.write(temporary, progress)
+            with naming(path):
+                file.write(temporary, progress)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

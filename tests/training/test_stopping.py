@@ -116,6 +116,25 @@ def test_a_good_model_stays(options, tmp_path, failed, during):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_kill_while_a_new_model_takes_the_place_of_an_old_one_leaves_none_of_both(options, tmp_path, monkeypatch):
+    """The weights of one with the configuration of the other would load."""
+    main(options("--max_steps", 1))
+    replace = os.replace
+
+    def replace_and_be_killed(source, target):
+        replace(source, target)
+        if target == tmp_path / "out" / "model.safetensors":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_be_killed)
+    with pytest.raises(SystemExit):
+        main(options("--max_steps", 2, "--overwrite_output_dir"))
+    assert "model.safetensors" in names(tmp_path / "out") and "config.json" not in names(tmp_path / "out")
+    monkeypatch.undo()
+    main(options("--max_steps", 2, "--overwrite_output_dir"))
+    assert "config.json" in names(tmp_path / "out")
+
+
 def test_an_adapter_that_is_nan(options, tmp_path, failed, during):
     during(At(3, spoil, behind=True))
     said = failed(options("--max_steps", 4, *EACH_STEP, "--use_lora", "--lora_r", 2))

@@ -145,3 +145,10 @@ def test_an_interruption_has_its_exit_code(tmp_path, monkeypatch):
     done = runner.invoke(commands.app, ["make", str(tmp_path / "model")])
     assert done.exit_code == 130
     shutil.rmtree(tmp_path)
+
+
+def test_what_a_kill_leaves_behind_a_complete_stage_goes(tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned.partial" / "checkpoint-3").mkdir(parents=True)
+    journey._stage(tmp_path / "tuned", lambda folder: pytest.fail("it is complete"))
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...programs.failures import is_of_machine, told
 from ...programs.models import check_model
 from ...programs.options import version_option
 from ...programs.packages import require
@@ -41,8 +42,10 @@ def _failures() -> Iterator[None]:
     """Expected failures as one line and exit code 1."""
     try:
         yield
-    except (DataError, TrainingError, OSError, ValueError) as error:
-        typer.echo(f"qwen1-tiny-chat: {error}", err=True)
+    except Exception as error:
+        if not isinstance(error, (DataError, TrainingError, OSError, ValueError)) and not is_of_machine(error):
+            raise
+        typer.echo(f"qwen1-tiny-chat: {told(error)}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("\nInterrupted; the same command goes on from the last checkpoint.", err=True)

@@ -100,9 +100,10 @@ def _read_plan(note: Path) -> dict[str, object]:
 
 def _stage(folder: Path, make: Callable[[Path], Trainer]) -> None:
     """Train into a folder beside it and rename that when complete; its log becomes `log.json`."""
-    if folder.exists():
-        return
     partial = folder.with_name(f"{folder.name}.partial")
+    if folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed behind the renaming
+        return
     trainer = make(partial)
     trainer.save_model(str(partial / "model"))
     (partial / "model" / "log.json").write_text(json.dumps(trainer.state.log_history))

@@ -1,0 +1,117 @@
+"""What the machine refuses, be it space, rights or memory, said in one sentence with what helps."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MORE_MEMORY = "end other programs, or take a smaller model or a machine with more"
+
+_NO_MEMORY = re.compile(
+    r"cannot allocate|can't allocate|out of memory|not enough memory|bad_alloc|can't start new thread"
+    r"|failed to map segment|os error 12\b|memory allocation of",
+    re.IGNORECASE,
+)
+_BYTES = re.compile(r"(?:allocate|mmap|allocation of) (\d+) bytes")
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, which is no Python, tells what the system said."""
+_TORCH_WRITING = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
+
+_RIGHT = "may not be used ({reason}): give yourself the right (chmod u+rw, of its folder too), or name another"
+_SENTENCES = {
+    errno.ENOSPC: "can't be written, for no space is left on its disk: free some, or name a folder on another disk",
+    errno.EDQUOT: "can't be written, for your quota of its disk is used up: free some, or name a folder elsewhere",
+    errno.EFBIG: "can't be written, for the system lets no file become so long: raise the limit (ulimit -f)",
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.EROFS: "can't be written, for its disk is read-only: name a folder elsewhere",
+    errno.EMFILE: "can't be opened beside so many files: raise their number (ulimit -n)",
+    errno.ENFILE: "can't be opened beside so many files of other programs: end some",
+    errno.EIO: "can't be read or written ({reason}): look after its disk, then try again",
+    errno.ENOENT: "doesn't exist: name one that does",
+}
+
+
+def told(error: BaseException, memory: str = MORE_MEMORY) -> str:
+    """What an error says, in one line: with what helps where the machine has refused something, else as it is.
+
+    Args:
+        memory: what helps where there isn't enough.
+    """
+    if lacks_memory(error):
+        found = _BYTES.search(str(error))
+        return f"There isn't enough memory{f' for another {_size(int(found[1]))}' if found else ''}: {memory}."
+    number = _number(error)
+    if number is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    reason = os.strerror(number)
+    sentence = _SENTENCES.get(number, "can't be used ({reason}): name another, or look after its disk")
+    return f"{_file(error)} {sentence.format(reason=reason)}."
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there wasn't enough memory, for this or for what it followed from."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        is_told = isinstance(cause, (OSError, RuntimeError, ImportError)) or _is_of_safetensors(cause)
+        if isinstance(cause, MemoryError) or is_told and _NO_MEMORY.search(str(cause)):
+            return True
+        seen.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether the machine has refused something, which no traceback explains."""
+    return lacks_memory(error) or _number(error) is not None
+
+
+def _is_of_safetensors(error: BaseException) -> bool:
+    return type(error).__name__ == "SafetensorError"  # by name, for this file imports nothing heavy
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):  # of others, such as those of the network, the number says less than the text
+        is_of_file = error.errno in _SENTENCES or (error.errno or 0) > 0 and error.filename is not None
+        return error.errno if is_of_file else None
+    found = _NUMBER.search(str(error)) if _is_of_safetensors(error) else None
+    if found is None and isinstance(error, RuntimeError) and _TORCH_WRITING.search(str(error)):
+        return errno.ENOSPC  # torch doesn't tell why it couldn't go on
+    return int(found[1]) if found else None
+
+
+def _file(error: BaseException) -> str:
+    """The file that the system refused; of two, that which was to be written."""
+    names = [getattr(error, name, None) for name in ("filename2", "filename")]
+    return next((os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))), "A file")
+
+
+def _size(nbytes: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes / 1e3:.1f} kB"
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give errors of writing, which don't know what was written, the name of the file.
+
+    Raises:
+        OSError: the system refused it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number is None or lacks_memory(error):
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
