@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
+from .card import CARD, is_replaceable
 from .errors import SavingError, TrainingError
 
 logger = logging.get_logger(__name__)
@@ -148,10 +149,13 @@ def check_output(args: TrainingArguments, *, overwrite: bool) -> None:
         shutil.rmtree(path)
 
 
-def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
+def save_trained(trainer: Trainer, folder: str | os.PathLike, card: str | None = None) -> None:
     """Save model or adapter, with the tokenizer; the file that makes the folder a model appears last.
 
     All processes call it; one writes.
+
+    Args:
+        card: what README.md becomes, where no author has written one.
 
     Raises:
         SavingError: no space is left, or the weights were not put together.
@@ -172,6 +176,9 @@ def save_trained(trainer: Trainer, folder: str | os.PathLike) -> None:
             if (partial / ADAPTER_CONFIG).is_file():  # peft saves none
                 settings = trainer.accelerator.unwrap_model(trainer.model).generation_config
                 (partial / GENERATION_CONFIG_NAME).write_text(settings.to_json_string(use_diff=True))
+            (partial / CARD).unlink(missing_ok=True)  # peft's empty form
+            if card is not None and is_replaceable(folder / CARD):
+                (partial / CARD).write_text(card, encoding="utf-8")
             _put_in_place(partial, folder)
             trainer.save_state()
         trainer.accelerator.wait_for_everyone()

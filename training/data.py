@@ -42,7 +42,7 @@ def read_conversations(path: str | os.PathLike) -> list[Messages]:
         DataError: anything else; the first bad record by its line, and how many more there are.
         OSError: the file can't be read.
     """
-    return _read_records(Path(path), parse_conversation)
+    return read_records(Path(path), parse_conversation)
 
 
 def read_texts(path: str | os.PathLike) -> list[str]:
@@ -54,7 +54,7 @@ def read_texts(path: str | os.PathLike) -> list[str]:
     """
     path = Path(path)
     if path.suffix.lower() in (".json", ".jsonl"):
-        return _read_records(path, _parse_text)
+        return read_records(path, _parse_text)
     if path.suffix.lower() != ".txt":
         raise DataError(
             f"{path} is neither .txt (texts with blank lines between them) nor .jsonl: rename or convert it."
@@ -127,7 +127,13 @@ def _parse_text(record: Any) -> str:
 # --- records and their lines ---
 
 
-def _read_records(path: Path, parse: Callable[[Any], Record]) -> list[Record]:
+def read_records(path: Path, parse: Callable[[Any], Record]) -> list[Record]:
+    """What `parse` makes of each record of a JSON list or of JSON Lines.
+
+    Raises:
+        DataError: a record that it refuses, by its line, or no JSON.
+        OSError: the file can't be read.
+    """
     content = _read_file(path)
     listed = content.lstrip(" \t\r\n").startswith("[")
     parsed: list[Record] = []

@@ -31,16 +31,19 @@ from transformers.training_args import ParallelMode
 from ..peft_qwen import SETTINGS
 from ..programs.failures import is_of_machine, told
 from ..programs.models import check_model
-from ..programs.packages import explain
+from ..programs.packages import explain, require
 from ..programs.version import add_version
 from ..qwen_generation_utils import DEFAULT_WINDOW
+from .card import describe, farewell, model_card
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
 from .data import read_conversations, read_texts
 from .errors import DataError, SavingError, TrainingError
 from .examples import Encoded, Example, encode_all
-from .loop import QWenTrainer
+from .loop import QWenTrainer, WatchedTrainer
 from .options import LOOKS
 from .packing import Collator, ExampleDataset, PackedDataset, pack
+from .plots import PNG, plotted
+from .preferences import load_pairs, require_trl
 
 FAILED, INTERRUPTED = 1, 130
 LESS_MEMORY = (
@@ -87,6 +90,9 @@ class DataArguments:
     plain_texts: bool = _option(
         "Continue pretraining on texts: .txt with blank lines between, or {'text': ...}.", False
     )
+    dpo: bool = _option(
+        "Learn from preference pairs: {'prompt': ..., 'chosen': ..., 'rejected': ...}; needs trl.", False
+    )
     lazy_preprocess: bool = _option("Taken from published scripts, without effect.", False)
 
 
@@ -121,7 +127,14 @@ class FinetuningArguments(TrainingArguments):
     weight_decay: float = _option("Decay of the weights.", 0.1)
     adam_beta2: float = _option("Second beta of AdamW.", 0.95)
     logging_steps: float = _option("Steps between lines of the log.", 10)
-    report_to: str = _option("none, tensorboard, wandb ...", "none")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "png (curves as a picture, beside the result), tensorboard, wandb ...; several, or none."},
+    )
+    dpo_beta: float = _option("With --dpo: how closely to keep to the model from before.", 0.1)
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = _option("With --dpo: the loss.", "sigmoid")
+
+    plots = False  # no option: --report_to png
 
 
 Arguments = tuple[ModelArguments, DataArguments, LoraArguments, FinetuningArguments]
@@ -151,7 +164,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except (ValueError, ImportError) as error:  # combinations that TrainingArguments refuses
         parser.error(str(error))
     if all(name != "--learning_rate" for name, _, _ in pairs):
-        training.learning_rate = 3e-4 if lora.use_lora else 1e-5  # as published
+        rates = (1e-6, 1e-5) if data.dpo else (1e-5, 3e-4)  # TRL's, and as published
+        training.learning_rate = rates[lora.use_lora]
+    training.plots = PNG in training.report_to
+    training.report_to = [name for name in training.report_to if name not in (PNG, "none")]
+    if data.dpo and all(name != "--lora_dropout" for name, _, _ in pairs):
+        lora.lora_dropout = 0.0
     if problem := _find_problem(model, data, lora, training):
         parser.error(problem)
     return model, data, lora, training
@@ -175,6 +193,15 @@ def _find_problem(
         and training.parallel_mode != ParallelMode.DISTRIBUTED,
         f"--num_train_epochs {training.num_train_epochs} must be above 0": training.num_train_epochs <= 0
         and training.max_steps <= 0,
+        "--dpo goes with neither --plain_texts nor --packing: leave them out": data.dpo
+        and (data.plain_texts or data.packing),
+        "--lora_dropout has no effect with --dpo, which compares two models: leave it out": data.dpo
+        and lora.lora_dropout > 0,
+        "--label_smoothing_factor has no effect with --dpo: leave it out": data.dpo
+        and training.label_smoothing_factor != 0,
+        f"--dpo_beta {training.dpo_beta} must be above 0": training.dpo_beta <= 0,
+        "--dpo_beta and --dpo_loss need --dpo": not data.dpo
+        and (training.dpo_beta, training.dpo_loss) != (0.1, "sigmoid"),
         f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
         f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
         f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
@@ -418,7 +445,8 @@ def train(
         callbacks=list(callbacks),
     )
     model.config.use_cache = use_cache  # transformers turns it off, and would save it so
-    trainer.train(None if checkpoint is None else str(checkpoint))
+    with plotted(trainer):
+        trainer.train(None if checkpoint is None else str(checkpoint))
     return trainer
 
 
@@ -439,38 +467,70 @@ def _check_run(args: TrainingArguments, rows: int) -> None:
 # --- the program ---
 
 
-def run(arguments: Arguments) -> QWenTrainer:
+def run(arguments: Arguments) -> WatchedTrainer:
     """Train as the options say, and save the result.
 
     Raises:
         DataError, TrainingError, OSError: see `load_examples`, `load_model`, `check_output` and `train`.
+        MissingPackage: what the options ask for isn't installed.
     """
     model_arguments, data, lora, args = arguments
     first = args.process_index == 0
+    if data.dpo:
+        require_trl()
+    if args.plots:
+        require("matplotlib", "--report_to png")
     if first:
         check_output(args, overwrite=args.overwrite_output_dir)
     set_seed(args.seed)  # transformers' loop does so too, but after an adapter has drawn its first weights
     model, tokenizer = load_model(model_arguments, lora, args)
-    examples, held_out = load_examples(tokenizer, data, args.seed, progress=first)
+    load: Any = load_pairs if data.dpo else load_examples
+    examples, held_out = load(tokenizer, data, args.seed, progress=first)
     if lora.use_lora and first:
         model.print_trainable_parameters()
     if not data.plain_texts:
         teach_settings(model, tokenizer)  # now, for the checkpoints
-    trainer = train(
-        model,
-        tokenizer,
-        examples.examples,
-        held_out.examples if held_out else None,
-        args,
-        packing=data.packing,
-        max_length=data.model_max_length,
-    )
+    parts = (model, tokenizer, examples.examples, held_out.examples if held_out else None, args)
+    if data.dpo:
+        trainer = _train_preferences(model_arguments, lora, *parts)
+    else:
+        trainer = train(*parts, packing=data.packing, max_length=data.model_max_length)
     if held_out and args.eval_strategy == "no":
         trainer.evaluate()
     if not data.plain_texts:
         teach_settings(model, tokenizer)  # again, because transformers puts the tokenizer's ends in front
-    save_trained(trainer, args.output_dir)
+    read = {Path(data.data_path).name: examples.report()}
+    if held_out:
+        read[f"{Path(data.eval_data_path or data.data_path).name} (evaluation)"] = held_out.report()
+    told = describe(arguments, trainer, read)
+    save_trained(trainer, args.output_dir, model_card(told))
+    if first:
+        print(farewell(told), file=sys.stderr)
     return trainer
+
+
+def _train_preferences(model_arguments: ModelArguments, lora: LoraArguments, model: Any, *parts: Any) -> WatchedTrainer:
+    """Train on pairs, held against the adapter's base, the adapter that goes on, or a second copy of the weights."""
+    from .dpo import train_preferences  # here, for TRL is an extra, and takes seconds
+
+    args = parts[-1]
+    _check_run(args, len(parts[1]))
+    reference = None
+    if not lora.use_lora:
+        options = {"attn_implementation": model_arguments.attn_implementation}
+        reference = AutoModelForCausalLM.from_pretrained(
+            model_arguments.model_name_or_path,
+            dtype=model.dtype,
+            **{name: value for name, value in options.items() if value},
+        )
+    return train_preferences(
+        model,
+        reference,
+        *parts,
+        beta=args.dpo_beta,
+        loss=args.dpo_loss,
+        new_adapter=not lora.lora_weight_path,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

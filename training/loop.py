@@ -27,11 +27,8 @@ class RunIsFinished(Exception):
     """The checkpoint that is taken up has all steps of the run."""
 
 
-class QWenTrainer(Trainer):
-    """Transformers' loop, without a cache of keys and values, and with the perplexity of evaluations.
-
-    Nothing that is not finite gets into an optimizer or onto a disk, see `Watch`.
-    """
+class WatchedTrainer(Trainer):
+    """Transformers' loop, in which nothing that is not finite gets into an optimizer or onto a disk, see `Watch`."""
 
     model: Any
 
@@ -40,21 +37,11 @@ class QWenTrainer(Trainer):
         self.losses: list[torch.Tensor] = []
         self.checkpoint_being_written: Path | None = None
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; not by `config.use_cache`, which would be saved with the model."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'; the loss is looked at before the optimizer's step."""
         loss = super().training_step(*args, **kwargs)
         self.losses.append(loss.detach())
         return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As transformers', with `eval_perplexity` beside `eval_loss`."""
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], _LARGEST_EXPONENT))
-        super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a checkpoint with all steps of the run is loaded, and nothing trained.
@@ -129,10 +116,24 @@ class QWenTrainer(Trainer):
         return TrainingError(f"{what}: training diverged, and nothing of it is saved. {rest} and {lower}{clip}{half}.")
 
 
+class QWenTrainer(WatchedTrainer):
+    """The loop for conversations and texts: without a cache of keys and values, with the perplexity of evaluations."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; not by `config.use_cache`, which would be saved with the model."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with `eval_perplexity` beside `eval_loss`."""
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], _LARGEST_EXPONENT))
+        super().log(logs, *args, **kwargs)
+
+
 class Watch(TrainerCallback):
     """Looks at each step before it is made."""
 
-    def __init__(self, trainer: QWenTrainer):
+    def __init__(self, trainer: WatchedTrainer):
         self.trainer = trainer
         self._skipped = 0
 

@@ -54,6 +54,8 @@ ON_THE_WAY = [
     ("checkpoint", "gptqmodel", ["quantize", "model", "new", "--bits", "4", "--group-size", "32", "--length", "16"]),
     ("finetune", "peft", [*TRAIN, "--use_lora"]),
     ("finetune", "bitsandbytes", [*TRAIN, "--use_lora", "--q_lora"]),
+    ("finetune", "trl", [*TRAIN, "--dpo"]),
+    ("finetune", "matplotlib", [*TRAIN, "--report_to", "png"]),
     ("finetune", "tensorboard", [*TRAIN, "--report_to", "tensorboard"]),
     ("tiny_chat", "matplotlib", ["make", "new"]),
 ]
