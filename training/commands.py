@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..programs.version import version
+from .noise import quiet
 from .options import help_at_once
 
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(words) and (text := help_at_once()) is not None:
         print(text, end="")
         return
-    from . import finetuning  # here, for it imports torch and transformers, which take seconds
+    with quiet():
+        from . import finetuning  # here, for it imports torch and transformers, which take seconds
 
-    finetuning.main(words)
+        finetuning.main(words)

@@ -14,8 +14,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_template_qwen import CHAT_TEMPLATE
 from ..qwen_generation_utils import DEFAULT_SYSTEM
-from .data import Messages
+from .records import Item, Messages, ToolConversation
 
 IGNORED = -100
 """Label of tokens without a loss."""
@@ -33,7 +34,7 @@ class Encoded:
     Attributes:
         examples: `input_ids` and `labels` as arrays of 32-bit numbers, which take a tenth of the space of lists.
         shortened: conversations of which the last turns were left out.
-        dropped: conversations of which not even the first pair of turns fits.
+        dropped: conversations of which not even the first answer fits.
         split: texts that were cut into several examples.
     """
 
@@ -41,13 +42,6 @@ class Encoded:
     shortened: int = 0
     dropped: int = 0
     split: int = 0
-
-    def report(self) -> str:
-        """A line for the user."""
-        tokens = sum(len(example["input_ids"]) for example in self.examples)
-        learnt = sum(len(example["labels"]) - example["labels"].count(IGNORED) for example in self.examples)
-        cut = f"{self.shortened} conversations shortened, {self.dropped} left out, {self.split} texts split"
-        return f"{len(self.examples)} examples of {tokens} tokens, {learnt} of them with a loss; too long: {cut}."
 
 
 class Encoder:
@@ -78,6 +72,22 @@ class Encoder:
         }
         self._newline = newline
 
+    def encode(self, items: Sequence[Item]) -> list[tuple[list[Example], bool]]:
+        """For each item its examples, none where it doesn't fit, and whether it was too long for a single whole one."""
+        plain = [item for item in items if isinstance(item, list)]
+        texts = [item for item in items if isinstance(item, str)]
+        chats, pieces = iter(self.conversations(plain)), iter(self.texts(texts))
+        found: list[tuple[list[Example], bool]] = []
+        for item in items:
+            if isinstance(item, str):
+                found.append((cut := next(pieces), len(cut) > 1))
+            elif isinstance(item, ToolConversation):
+                found.append(self.tool_conversation(item))
+            else:
+                example, was_cut = next(chats)
+                found.append(([] if example is None else [example], was_cut))
+        return found
+
     def conversations(self, conversations: Sequence[Messages]) -> list[tuple[Example | None, bool]]:
         """For each conversation its example, None where it doesn't fit, and whether turns were left out."""
         conversations = [self._with_system(messages) for messages in conversations]
@@ -97,6 +107,41 @@ class Encoder:
             pieces = [ids[start : start + length] for start in range(0, max(len(ids) - 1, 1), max(length - 1, 1))]
             examples.append([{"input_ids": piece, "labels": list(piece)} for piece in pieces])
         return examples
+
+    def tool_conversation(self, conversation: ToolConversation) -> tuple[list[Example], bool]:
+        """An example for each question, and whether steps were left out because they don't fit.
+
+        The tools are described in the last question only, as a chat does. So each question is the last of an example
+        of its own, with the turns before it, and the loss is on what the model says to it: thoughts, calls up to
+        `Observation:` and the answer, and not on the results.
+        """
+        messages = conversation.messages
+        questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        examples, was_cut = [], False
+        for end in [*questions[1:], len(messages)]:
+            example = self._tool_example(messages[:end], conversation.tools)
+            length = self._fitting(example)
+            was_cut |= length < len(example["input_ids"])
+            if length:
+                examples.append({key: values[:length] for key, values in example.items()})
+        return examples, was_cut
+
+    def _tool_example(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Example:
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True
+        )
+        ids, said = list(rendered["input_ids"]), rendered["assistant_masks"]
+        answer = len(ids) - 1 - ids[::-1].index(self.tokenizer.im_start_id)  # no text can hold this token
+        labels = [i if said[place] and place > answer else IGNORED for place, i in enumerate(ids)]
+        return {"input_ids": ids, "labels": labels}
+
+    def _fitting(self, example: Example) -> int:
+        """Length up to the end of the last thing said that fits; 0 where there is none."""
+        labels = example["labels"]
+        if self.max_length is None or len(labels) <= self.max_length:
+            return len(labels)
+        ends = (end for end in range(self.max_length, 0, -1) if labels[end - 1] != IGNORED and labels[end] == IGNORED)
+        return next(ends, 0)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -160,7 +205,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Messages] | Sequence[str],
+    items: Sequence[Item],
     max_length: int | None = None,
     *,
     description: str = "Encoding",
@@ -182,15 +227,12 @@ def encode_all(
     encoder, result = Encoder(tokenizer, max_length), Encoded([])
     with tqdm(total=len(items), desc=description, unit="", disable=not progress) as bar:
         for batch in _batches(items):
-            if isinstance(batch[0], str):
-                for pieces in encoder.texts(batch):
-                    result.split += len(pieces) > 1
-                    result.examples += map(_compact, pieces)
-            else:
-                for example, was_cut in encoder.conversations(batch):
-                    result.dropped += example is None
-                    result.shortened += was_cut and example is not None
-                    result.examples += [] if example is None else [_compact(example)]
+            for item, (examples, was_cut) in zip(batch, encoder.encode(batch), strict=True):
+                is_text = isinstance(item, str)
+                result.split += is_text and was_cut
+                result.dropped += not examples
+                result.shortened += was_cut and bool(examples) and not is_text
+                result.examples += map(_compact, examples)
             bar.update(len(batch))
     return result
 

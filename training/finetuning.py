@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import random
+import math
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    AwqConfig,
-    BitsAndBytesConfig,
-    GPTQConfig,
     HfArgumentParser,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -28,22 +24,25 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import ParallelMode
 
-from ..peft_qwen import SETTINGS
 from ..programs.failures import is_of_machine, told
 from ..programs.models import check_model
 from ..programs.packages import explain, require
 from ..programs.version import add_version
-from ..qwen_generation_utils import DEFAULT_WINDOW
 from .card import describe, farewell, model_card
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
-from .data import read_conversations, read_texts
+from .checks import check_before_loading, check_layers, check_reports
 from .errors import DataError, SavingError, TrainingError
-from .examples import Encoded, Example, encode_all
+from .examples import Example
 from .loop import QWenTrainer, WatchedTrainer
+from .mixing import EpochOfRows, WeightedRows, make_rows
+from .models import load_model, load_tokenizer, teach_settings
+from .noise import no_bars_of_files, quiet
 from .options import LOOKS
-from .packing import Collator, ExampleDataset, PackedDataset, pack
+from .packing import Collator
 from .plots import PNG, plotted
 from .preferences import load_pairs, require_trl
+from .sources import Part, TrainingData, read_data
+from .watching import Pace, SameData
 
 FAILED, INTERRUPTED = 1, 130
 LESS_MEMORY = (
@@ -82,9 +81,15 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data_path: str = field(metadata={"help": "Conversations: a JSON list or JSON Lines. With --plain_texts: texts."})
-    eval_data_path: str | None = _option("Data of the same form to evaluate on.")
-    eval_fraction: float = _option("Part of the data to evaluate on instead, such as 0.05; drawn by the seed.", 0.0)
+    data_path: list[str] = field(
+        metadata={"help": "Files of conversations: JSON lists or JSON Lines. With --plain_texts: of texts."}
+    )
+    data_weights: list[float] | None = _option("How often the data of each file come in an epoch, such as 2 or 0.5.")
+    eval_data_path: list[str] | None = _option("Files of the same forms to evaluate on.")
+    eval_fraction: float = _option("Part of each file to evaluate on instead, such as 0.05; drawn by the seed.", 0.0)
+    streaming: bool = _option(
+        "Hold the data in a file of --output_dir as they are trained on, not in memory, however large they are.", False
+    )
     model_max_length: int = _option("Tokens of an example, and of a packed row.", 2048)
     packing: bool = _option("Lay several examples end to end in a row; none sees another. Saves padding.", False)
     plain_texts: bool = _option(
@@ -193,8 +198,8 @@ def _find_problem(
         and training.parallel_mode != ParallelMode.DISTRIBUTED,
         f"--num_train_epochs {training.num_train_epochs} must be above 0": training.num_train_epochs <= 0
         and training.max_steps <= 0,
-        "--dpo goes with neither --plain_texts nor --packing: leave them out": data.dpo
-        and (data.plain_texts or data.packing),
+        "--dpo goes with none of --plain_texts, --packing, --streaming and --data_weights: leave them out": data.dpo
+        and (data.plain_texts or data.packing or data.streaming or bool(data.data_weights)),
         "--lora_dropout has no effect with --dpo, which compares two models: leave it out": data.dpo
         and lora.lora_dropout > 0,
         "--label_smoothing_factor has no effect with --dpo: leave it out": data.dpo
@@ -206,6 +211,7 @@ def _find_problem(
         f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
         f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
         f"--eval_fraction {data.eval_fraction} must be from 0 to below 1": not 0 <= data.eval_fraction < 1,
+        **_problems_of_weights(data),
         "--eval_data_path and --eval_fraction exclude each other": data.eval_data_path is not None
         and data.eval_fraction > 0,
         f"--eval_strategy {strategy} needs --eval_data_path or --eval_fraction": training.eval_strategy != "no"
@@ -215,184 +221,47 @@ def _find_problem(
     return next((text for text, wrong in problems.items() if wrong), None)
 
 
+def _problems_of_weights(data: DataArguments) -> dict[str, bool]:
+    weights, files = data.data_weights or [], data.data_path
+    shown = " ".join(f"{weight:g}" for weight in weights)
+    return {
+        f"--data_weights {shown} must be one for each of the {len(files)} files of --data_path": bool(weights)
+        and len(weights) != len(files),
+        f"--data_weights {shown} must be numbers above 0": not all(0 < weight < math.inf for weight in weights),
+        "--data_path names a file twice: give it a weight of 2 with --data_weights": len(set(files)) < len(files),
+    }
+
+
 # --- data ---
 
 
-def load_examples(
-    tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int, *, progress: bool = True
-) -> tuple[Encoded, Encoded | None]:
-    """Read and encode the data: (to train on, to evaluate on or None).
+def load_examples(tokenizer: PreTrainedTokenizerBase, data: DataArguments, args: TrainingArguments) -> TrainingData:
+    """Read and encode the data; the first process says what was read.
 
     Raises:
         DataError: bad data, or none of it left.
-        OSError: a file can't be read.
+        OSError: a file can't be read, or none be written.
     """
-    read: Any = read_texts if data.plain_texts else read_conversations
-    items = read(data.data_path)
-    held_out = read(data.eval_data_path) if data.eval_data_path else []
-    if data.eval_fraction:
-        random.Random(seed).shuffle(items)
-        count = max(1, round(len(items) * data.eval_fraction))
-        held_out, items = items[:count], items[count:]
-        if not items:
-            raise DataError(f"{data.data_path}: --eval_fraction {data.eval_fraction} leaves nothing to train on.")
-    sets = []
-    for name, part in (("Training data", items), ("Evaluation data", held_out)):
-        encoded = encode_all(tokenizer, part, data.model_max_length, description=name, progress=progress)
-        if part and not encoded.examples:
-            raise DataError(f"{name}: none fits into --model_max_length {data.model_max_length}; raise it.")
-        if part and progress:
-            print(f"{name}: {encoded.report()}", file=sys.stderr)
-        sets.append(encoded)
-    return sets[0], sets[1] if held_out else None
-
-
-# --- model ---
-
-
-def load_model(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> tuple[Any, Any]:
-    """Load (model, tokenizer), with an adapter around the model's layers if asked for.
-
-    Raises:
-        TrainingError: no model that can be trained here, or a package is missing.
-        OSError: nothing to train under that name, or files are missing.
-    """
-    check_model(model.model_name_or_path, adapters=False)
-    if lora.use_lora:
-        _require("peft", "--use_lora")
-    options: dict[str, Any] = {"dtype": _choose_dtype(model, lora, training)}
-    packed = _packed(model.model_name_or_path)
-    if packed is not None and not lora.use_lora:
-        raise TrainingError(
-            f"The weights of {model.model_name_or_path} are quantised, so they can't be trained themselves: train an "
-            "adapter (--use_lora True), or full weights (qwen1-checkpoint convert --dequantize)."
-        )
-    if packed is not None:  # as published, --q_lora means the bits that are there
-        options |= {"quantization_config": packed, "device_map": {"": training.device}}
-    elif lora.q_lora:
-        _require("bitsandbytes", "--q_lora")
-        options |= {"quantization_config": _four_bits(training), "device_map": {"": training.device}}
-    if model.attn_implementation:
-        options["attn_implementation"] = model.attn_implementation
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
-    loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
-    embedding: Any = loaded.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if not hasattr(tokenizer, "im_start_id") or len(tokenizer) > rows:
-        raise TrainingError(
-            f"{model.model_name_or_path} has a {type(tokenizer).__name__} of {len(tokenizer)} tokens and {rows} rows "
-            "in its embedding: it must be a QWen model, with a row for each token (model.resize_token_embeddings)."
-        )
-    if lora.use_lora:
-        is_chat = is_chat_model(loaded, model.model_name_or_path)
-        if lora.q_lora and not is_chat and training.process_index == 0:
-            print(
-                f"Warning: {model.model_name_or_path} is a base model, whose embeddings of <|im_start|> and <|im_end|> "
-                "were never trained and are not with --q_lora: to chat, start from a chat model or leave --q_lora out.",
-                file=sys.stderr,
-            )
-        loaded = add_adapter(loaded, lora, training, is_chat=is_chat)
-    return loaded, tokenizer
-
-
-def is_chat_model(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model was taught to chat: by its generation settings, else by its name, as published."""
-    chat_format = getattr(model.generation_config, "chat_format", None)
-    return "chat" in Path(name).name.lower() if chat_format is None else chat_format == "chatml"
-
-
-def add_adapter(model: Any, lora: LoraArguments, training: TrainingArguments, *, is_chat: bool) -> Any:
-    """Put peft's LoRA around the layers of a model, whose own weights are frozen.
-
-    A base model has hardly seen the control tokens of a chat, so its embedding and head are trained in full, unless
-    the base is in few bits; as published.
-
-    Raises:
-        TrainingError: the layers or the adapter don't fit the model.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    in_few_bits = lora.q_lora or getattr(model, "is_quantized", False)
-    if in_few_bits:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
-    if training.gradient_checkpointing:
-        model.enable_input_require_grads()  # else nothing in front of the first adapter asks for a gradient
-    try:
-        if lora.lora_weight_path:
-            return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
-        config = LoraConfig(
-            r=lora.lora_r,
-            lora_alpha=lora.lora_alpha,
-            target_modules=lora.lora_target_modules,
-            lora_dropout=lora.lora_dropout,
-            bias=lora.lora_bias,
-            task_type="CAUSAL_LM",
-            modules_to_save=None if is_chat or in_few_bits else ["wte", "lm_head"],
-        )
-        return get_peft_model(model, config)
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"No adapter can be put on this model: {error}") from error
-
-
-def teach_settings(model: Any, tokenizer: Any) -> None:
-    """Give a model the generation settings of a chat, which a base model lacks, and its adapters a copy of them."""
-    generation = model.generation_config
-    ends, pad = generation.eos_token_id, generation.pad_token_id
-    window = getattr(generation, "max_window_size", None)
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    settings = {
-        "chat_format": "chatml",
-        "eos_token_id": list(dict.fromkeys([tokenizer.im_end_id, *ends, tokenizer.eod_id])),
-        "pad_token_id": tokenizer.eod_id if pad is None else pad,
-        "max_window_size": min(DEFAULT_WINDOW, model.config.n_positions) if window is None else window,
-    }
-    generation.update(**settings, allow_custom_entries=True)
-    generation._from_model_config = False  # else transformers makes it anew when the model is loaded
-    for adapter in getattr(model, "peft_config", {}).values():
-        adapter.auto_mapping = {"base_model_class": "QWenLMHeadModel", "parent_library": "qwen1", SETTINGS: settings}
-
-
-def _choose_dtype(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> torch.dtype:
-    if model.model_dtype != "auto":
-        return getattr(torch, model.model_dtype)
-    if lora.use_lora or training.deepspeed:
-        return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    return torch.float32
-
-
-def _packed(name: str) -> Any:
-    """How to load a model that is stored in few bits, so that adapters around it are trained; None for a full one.
-
-    Raises:
-        TrainingError: stored by a method that nothing here can train on.
-    """
-    config = AutoConfig.from_pretrained(name)
-    settings = getattr(config, "quantization_config", None)
-    if not settings or settings.get("quant_method") == "bitsandbytes":  # which transformers loads as it is
-        return None
-    method = settings.get("quant_method")
-    if method not in ("gptq", "awq"):
-        raise TrainingError(
-            f"The weights of {name} are quantised ({method}), on which no adapter can be trained here: take full ones, "
-            "or those of GPTQ or AWQ."
-        )
-    # The kernels that are chosen without a word are for inference only.
-    kind: Any = GPTQConfig if method == "gptq" else AwqConfig
-    return kind(bits=settings.get("bits", 4), backend="auto_trainable")
-
-
-def _four_bits(training: TrainingArguments) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32,
+    folder = Path(str(args.output_dir)) / f".data-{args.process_index}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if data.streaming:
+        folder.mkdir(parents=True)
+    return read_data(
+        tokenizer,
+        data.data_path,
+        weights=data.data_weights,
+        eval_paths=data.eval_data_path or (),
+        eval_fraction=data.eval_fraction,
+        plain_texts=data.plain_texts,
+        max_length=data.model_max_length,
+        seed=args.seed,
+        folder=folder if data.streaming else None,
+        say=_say if args.process_index == 0 else None,
     )
 
 
-def _require(package: str, option: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise TrainingError(f"{option} needs {package}: pip install {package}")
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 # --- the loop ---
@@ -407,6 +276,8 @@ def train(
     *,
     packing: bool,
     max_length: int,
+    parts: Sequence[Part] = (),
+    checksum: int | None = None,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> QWenTrainer:
     """Train a model on encoded examples and return the trainer, whose `state.log_history` has the losses.
@@ -419,20 +290,17 @@ def train(
         model: a QWen model, or peft's around one; its tokenizer is saved with each checkpoint.
         train_examples, eval_examples: `input_ids` and `labels`; no evaluation with None.
         packing: lay examples end to end in rows of `max_length` tokens.
+        parts: the examples of each file, with their weights, see `WeightedRows`; none for examples that all weigh 1.
+        checksum: of the data, by which a run that is taken up knows them again.
 
     Raises:
         TrainingError: nothing to train on, no such checkpoint, or tensorboard is asked for and missing.
         ValueError: an example is longer than `max_length`.
     """
-    if not train_examples:
-        raise TrainingError("There are no examples to train on.")
     checkpoint = checkpoint_to_resume(args)
     seed = args.seed if args.data_seed is None else args.data_seed
-
-    def dataset(examples: Sequence[Example]) -> Any:
-        return PackedDataset(examples, pack(examples, max_length, seed)) if packing else ExampleDataset(examples)
-
-    rows = dataset(train_examples)
+    dataset = partial(make_rows, packing=packing, max_length=max_length, seed=seed)
+    rows = dataset(train_examples, parts)
     _check_run(args, len(rows))
     use_cache = model.config.use_cache
     trainer = QWenTrainer(
@@ -440,28 +308,37 @@ def train(
         args=args,
         data_collator=Collator(int(tokenizer.pad_token_id), packing),
         train_dataset=rows,
-        eval_dataset=dataset(eval_examples) if eval_examples else None,
+        eval_dataset=dataset(eval_examples, ()) if eval_examples else None,
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[*_watching(rows, checksum), *callbacks],
     )
     model.config.use_cache = use_cache  # transformers turns it off, and would save it so
-    with plotted(trainer):
+    with no_bars_of_files(), plotted(trainer):
         trainer.train(None if checkpoint is None else str(checkpoint))
     return trainer
 
 
+def _watching(rows: Any, checksum: int | None) -> list[TrainerCallback]:
+    """What looks at a training of these rows, beside the trainer's own."""
+    watching: list[TrainerCallback] = [Pace()]
+    if isinstance(rows, WeightedRows):
+        watching.append(EpochOfRows(rows))
+    if checksum is not None:
+        watching.append(SameData(f"{checksum:08x} {len(rows)}"))
+    return watching
+
+
 def _check_run(args: TrainingArguments, rows: int) -> None:
     """Refuse what would fail only after the training, or train nothing."""
+    if not rows:
+        raise TrainingError("There are no examples to train on.")
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         raise TrainingError(
             f"The {rows} rows are fewer than a batch ({batch}), which --dataloader_drop_last leaves out: take it away, "
             "or lower --per_device_train_batch_size."
         )
-    if "tensorboard" in (args.report_to or ()) and not any(
-        map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))
-    ):
-        raise TrainingError("--report_to tensorboard needs tensorboard: pip install tensorboard")
+    check_reports(args)
 
 
 # --- the program ---
@@ -483,26 +360,51 @@ def run(arguments: Arguments) -> WatchedTrainer:
     if first:
         check_output(args, overwrite=args.overwrite_output_dir)
     set_seed(args.seed)  # transformers' loop does so too, but after an adapter has drawn its first weights
-    model, tokenizer = load_model(model_arguments, lora, args)
-    load: Any = load_pairs if data.dpo else load_examples
-    examples, held_out = load(tokenizer, data, args.seed, progress=first)
+    name = model_arguments.model_name_or_path
+    check_model(name, adapters=False)
+    check_before_loading(model_arguments, data, lora, args)
+    tokenizer = load_tokenizer(name)
+    if lora.use_lora and not lora.lora_weight_path:
+        check_layers(name, lora.lora_target_modules)
+    if data.dpo:
+        pairs, held_out = load_pairs(tokenizer, data, args.seed, progress=first)
+        reports = {", ".join(Path(path).name for path in data.data_path): pairs.report()}
+        if held_out:
+            reports["(evaluation)"] = held_out.report()
+        return _run_on(pairs.examples, held_out.examples if held_out else None, tokenizer, arguments, reports)
+    with closing(load_examples(tokenizer, data, args)) as read:
+        ours = {"parts": read.parts, "checksum": read.checksum}
+        return _run_on(read.examples, read.held_out, tokenizer, arguments, read.reports, **ours)
+
+
+def _run_on(
+    examples: Sequence[Any],
+    held_out: Sequence[Any] | None,
+    tokenizer: Any,
+    arguments: Arguments,
+    reports: dict[str, str],
+    **about: Any,
+) -> WatchedTrainer:
+    """Load the model, now that the data are known to be good, train it and save it; `about` is for `train`."""
+    model_arguments, data, lora, args = arguments
+    first = args.process_index == 0
+    model, tokenizer = load_model(model_arguments, lora, args, tokenizer)
     if lora.use_lora and first:
-        model.print_trainable_parameters()
+        trained, all_of_them = model.get_nb_trainable_parameters()
+        _say(f"LoRA trains {trained:,} parameters, {trained / all_of_them:.2%} of {all_of_them:,}.")
     if not data.plain_texts:
         teach_settings(model, tokenizer)  # now, for the checkpoints
-    parts = (model, tokenizer, examples.examples, held_out.examples if held_out else None, args)
+    given = (model, tokenizer, examples, held_out, args)
+    trainer: WatchedTrainer
     if data.dpo:
-        trainer = _train_preferences(model_arguments, lora, *parts)
+        trainer = _train_preferences(model_arguments, lora, *given)
     else:
-        trainer = train(*parts, packing=data.packing, max_length=data.model_max_length)
+        trainer = train(*given, packing=data.packing, max_length=data.model_max_length, **about)
     if held_out and args.eval_strategy == "no":
         trainer.evaluate()
     if not data.plain_texts:
         teach_settings(model, tokenizer)  # again, because transformers puts the tokenizer's ends in front
-    read = {Path(data.data_path).name: examples.report()}
-    if held_out:
-        read[f"{Path(data.eval_data_path or data.data_path).name} (evaluation)"] = held_out.report()
-    told = describe(arguments, trainer, read)
+    told = describe(arguments, trainer, reports)
     save_trained(trainer, args.output_dir, model_card(told))
     if first:
         print(farewell(told), file=sys.stderr)
@@ -533,6 +435,7 @@ def _train_preferences(model_arguments: ModelArguments, lora: LoraArguments, mod
     )
 
 
+@quiet()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; ends the process with its exit status where it isn't 0.
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .checkpoints import ADAPTER_CONFIG, is_of_writing, last_checkpoint, saving_error
 from .errors import TrainingError
+from .mixing import WeightedRows
 from .packing import PackedDataset
 
 logger = logging.get_logger(__name__)
@@ -199,7 +200,11 @@ def _plan(dataset: Any, args: TrainingArguments, state: Any) -> str:
     rows, batch = len(dataset), args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     packed = f" of {len(dataset.examples)} packed examples" if isinstance(dataset, PackedDataset) else ""
     begun = f", from step {state.global_step + 1} on" if state.global_step else ""
-    plan = f"Training: {rows} rows{packed}, {batch} a step, {state.max_steps} steps{begun}."
+    epochs = state.max_steps / max(1, math.ceil(rows / batch))
+    plan = f"Training: {rows} rows{packed}, {batch} a step, {state.max_steps} steps{begun}. Epochs: {epochs:.3g}."
+    if isinstance(dataset, WeightedRows):
+        plan = f"{dataset.report()}\n{plan}"
+        packed = packed or (" packed" if isinstance(dataset.rows, PackedDataset) else "")
     if packed and rows < batch:
         plan += (
             f"\nWarning: packing leaves fewer rows ({rows}) than a step takes ({batch}): an epoch is one step, and "

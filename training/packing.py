@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .examples import IGNORED, Example
+from .store import Chosen, ExampleStore
 
 
 def pack(examples: Sequence[Example], max_length: int, seed: int) -> list[list[int]]:
@@ -33,9 +34,13 @@ def pack(examples: Sequence[Example], max_length: int, seed: int) -> list[list[i
     Raises:
         ValueError: an example that is longer than a row.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
+    return pack_lengths(lengths_of(examples), max_length, seed)
+
+
+def pack_lengths(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
+    """As `pack`, of examples of which the lengths are known."""
     if lengths and max(lengths) > max_length:
-        index = lengths.index(max(lengths))
+        index = list(lengths).index(max(lengths))
         raise ValueError(f"Example {index} has {lengths[index]} tokens, a row only {max_length}: raise max_length.")
     shuffled = random.Random(seed)
     order = list(range(len(lengths)))
@@ -64,6 +69,13 @@ def pack(examples: Sequence[Example], max_length: int, seed: int) -> list[list[i
         shuffled.shuffle(group)
     shuffled.shuffle(rows)
     return rows
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example."""
+    if isinstance(examples, (ExampleStore, Chosen)):  # which know them without reading the tokens
+        return examples.lengths().tolist()
+    return [len(example["input_ids"]) for example in examples]
 
 
 class PackedDataset(Dataset):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from packaging.version import Version
 from tqdm.auto import tqdm
@@ -136,7 +136,7 @@ def _parse_answer(field: str, answer: Any) -> dict[str, Any]:
     if isinstance(turn, dict) and role in turn and turn[role] not in _ANSWERING:
         raise DataError(f"{field!r} must be a message of the assistant, got one of {turn[role]!r:.80}")
     try:
-        return parse_conversation({form: [{role: "user", content: "any"}, turn]})[-1]
+        return cast(Messages, parse_conversation({form: [{role: "user", content: "any"}, turn]}))[-1]
     except DataError as error:
         raise DataError(f"{field!r}: {str(error).replace('turn 2', 'the answer')}") from None
 
@@ -157,7 +157,7 @@ def _part_conversations(record: dict[str, Any]) -> Preference:
 
 def _parse(field: str, conversation: dict[str, Any]) -> Messages:
     try:
-        return parse_conversation(conversation)
+        return cast(Messages, parse_conversation(conversation))  # no tools are given
     except DataError as error:
         raise DataError(f"{field!r}: {error}") from None
 

@@ -47,7 +47,7 @@ def test_the_card_of_a_run(options, tmp_path, monkeypatch, words):
     main(options("--max_steps", 2, "--eval_fraction", 0.2, "--learning_rate", 0.002, *words))
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "# Model Card for Model ID" not in text and "[More Information Needed]" not in text
-    assert "- `data.jsonl`: 10 examples of " in text and "- `data.jsonl (evaluation)`: 2 examples of " in text
+    assert "- `data.jsonl`: 12 conversations, " in text and "- `evaluation`: 2 of 12 examples, held out by " in text
     assert "| steps | 2 |" in text and "| learning rate | 0.002 |" in text and "| examples in a step | 2 |" in text
     assert ("| rank, alpha, dropout | 4, 16, 0.05 |" in text) == bool(words)
     assert re.search(r"\| step \| training loss \| evaluation loss \|\n.*\n\| 1 \| [\d.]+ \|  \|", text)
@@ -70,7 +70,7 @@ def test_the_card_of_texts_continues_them(options, tmp_path, checkpoint_folder, 
     (tmp_path / "texts.txt").write_text("one text\n\nanother\n\n" + "long " * 40)
     main(options("--max_steps", 1, "--plain_texts", data=tmp_path / "texts.txt"))
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "model.chat" not in text and "- `texts.txt`: 4 examples" in text
+    assert "model.chat" not in text and "- `texts.txt`: 3 texts, 219 tokens, " in text
     assert run_code(text, tmp_path, monkeypatch).startswith("Once upon a time")
 
 

@@ -60,14 +60,14 @@ def test_line_separators_of_unicode_end_no_line(write):
 BAD_RECORDS = {
     "no object": (["a"], "a record must be an object, got ['a']"),
     "number": (3, "a record must be an object, got 3"),
-    "no key": ({"text": "a"}, "found neither, but ['text']"),
-    "both keys": ({**PUBLISHED, "messages": MESSAGES}, "either 'conversations' or 'messages'; found both"),
+    "no key": ({"text": "a"}, "found none of them, but ['text']"),
+    "both keys": ({**PUBLISHED, "messages": MESSAGES}, "'instruction'; found 'conversations' and 'messages'"),
     "no turns": ({"messages": []}, "'messages' must be a list with a user's and an assistant's turn, got []"),
     "no list": ({"conversations": "hi"}, "'conversations' must be a list"),
     "turn no object": ({"messages": ["hi"]}, "turn 1 must be an object with 'role' and 'content', got 'hi'"),
     "mixed forms": ({"messages": PUBLISHED["conversations"]}, "turn 1 must be an object with 'role' and 'content'"),
     "no content": ({"messages": [MESSAGES[0], {"role": "assistant"}]}, "turn 2 must be an object with"),
-    "unknown role": (chat("user", "tool"), "turn 2 has the unknown role 'tool': use system, user or assistant"),
+    "unknown role": (chat("user", "bot"), "turn 2 has the unknown role 'bot': use system, user, assistant or tool"),
     "role no text": (chat("user", ["assistant"]), "turn 2 has the unknown role ['assistant']"),
     "content no text": (
         {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]},
@@ -96,7 +96,7 @@ def test_bad_records_are_named_by_line(write, record, reason, listed):
 
 
 def test_further_bad_records_are_counted(write):
-    with pytest.raises(DataError, match=r"line 2: .*neither.* \(and 2 more bad records\)$"):
+    with pytest.raises(DataError, match=r"line 2: .*none of them.* \(and 2 more bad records\)$"):
         read_conversations(write(f"{GOOD}\n{{}}\n3\n{GOOD}\n[]"))
 
 

@@ -316,8 +316,8 @@ def test_nobody_is_told(words, monkeypatch):
 @pytest.mark.parametrize(
     "more, reason",
     [
-        (["--packing"], "--dpo goes with neither --plain_texts nor --packing"),
-        (["--plain_texts"], "--dpo goes with neither --plain_texts nor --packing"),
+        (["--packing"], "--dpo goes with none of --plain_texts, --packing"),
+        (["--plain_texts"], "--dpo goes with none of --plain_texts, --packing"),
         (["--use_lora", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --dpo"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor has no effect with --dpo"),
         (["--dpo_beta", "0"], "--dpo_beta 0.0 must be above 0"),

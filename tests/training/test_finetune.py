@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
+from qwen1.training import checks, finetuning, models
 from qwen1.training import commands as door
-from qwen1.training import finetuning
 from qwen1.training.checkpoints import last_checkpoint
 from qwen1.training.errors import TrainingError
 from qwen1.training.finetuning import main, parse_arguments, run
@@ -89,7 +89,8 @@ def test_full_training_with_evaluation(options, tmp_path, checkpoint_folder, cap
     assert evaluated
     for line in evaluated:
         assert line["eval_perplexity"] == pytest.approx(torch.tensor(line["eval_loss"]).exp().item(), rel=1e-4)
-    assert "Training data: 10 examples" in (said := capsys.readouterr().err) and "Evaluation data: 2 examples" in said
+    said = capsys.readouterr().err
+    assert "data.jsonl: 12 conversations, " in said and "Held out for evaluation: 2 of 12 examples" in said
     before, after = weights(checkpoint_folder), weights(tmp_path / "out")
     assert before.keys() == after.keys() and not same(before, after)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -160,7 +161,7 @@ def test_an_adapter_is_trained_on(options, tmp_path):
 
 def test_layers_that_do_not_exist(options, failed):
     said = failed(options(*STEPS, "--use_lora", "--lora_target_modules", "q_proj"))
-    assert "qwen1-finetune: No adapter can be put on this model:" in said and "q_proj" in said
+    assert "qwen1-finetune: --lora_target_modules q_proj is no layer of" in said and "c_attn, c_proj, lm_head" in said
 
 
 def test_missing_packages(options, failed, without):
@@ -176,15 +177,15 @@ def test_bitsandbytes_is_missing(options, failed, without):
 
 def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_folder, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
-    load, asked = finetuning.AutoModelForCausalLM.from_pretrained, {}
+    load, asked = models.AutoModelForCausalLM.from_pretrained, {}
 
     def from_pretrained(name, quantization_config, device_map, **kwargs):
         asked.update(settings=quantization_config, device_map=device_map)
         return load(name, **kwargs)
 
-    monkeypatch.setattr(finetuning, "_require", lambda *names: None)
-    monkeypatch.setattr(finetuning, "BitsAndBytesConfig", dict)  # the real one asks for the package's version
-    monkeypatch.setattr(finetuning.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(checks, "_require", lambda *names: None)
+    monkeypatch.setattr(models, "BitsAndBytesConfig", dict)  # the real one asks for the package's version
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     main(options(*STEPS, "--use_lora", "--q_lora", "--gradient_checkpointing"))
     assert asked["settings"] == {
         "load_in_4bit": True,
@@ -209,7 +210,7 @@ def test_an_adapter_is_trained_on_the_bits_that_are_there(
 ):
     """By kernels that can be trained through, which are not those that are chosen without a word."""
     edit_json(checkpoint_folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    load, asked = finetuning.AutoModelForCausalLM.from_pretrained, {}
+    load, asked = models.AutoModelForCausalLM.from_pretrained, {}
 
     def from_pretrained(name, quantization_config, device_map, **kwargs):
         asked.update(settings=quantization_config, device_map=device_map)
@@ -217,7 +218,7 @@ def test_an_adapter_is_trained_on_the_bits_that_are_there(
         del config.quantization_config
         return load(name, config=config, **kwargs)
 
-    monkeypatch.setattr(finetuning.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     main(options(*STEPS, "--use_lora", *words))
     settings = asked["settings"].to_dict()
     assert str(getattr(settings["quant_method"], "value", settings["quant_method"])) == method
@@ -249,15 +250,15 @@ def test_weights_in_few_bits_that_cannot_be_trained_are_refused(
 )
 def test_dtype(options, words, expected):
     model_arguments, _, lora, training = parse_arguments(options(*words))
-    assert finetuning.load_model(model_arguments, lora, training)[0].dtype == expected
+    assert models.load_model(model_arguments, lora, training)[0].dtype == expected
 
 
 def test_chat_models_are_told_by_their_name_where_nothing_else_says(tiny_model):
     model = tiny_model()
-    assert finetuning.is_chat_model(model, "Qwen/Qwen-7B-Chat")
-    assert not finetuning.is_chat_model(model, "Chat/Qwen-7B")
+    assert models.is_chat_model(model, "Qwen/Qwen-7B-Chat")
+    assert not models.is_chat_model(model, "Chat/Qwen-7B")
     model.generation_config.update(chat_format="raw", allow_custom_entries=True)
-    assert not finetuning.is_chat_model(model, "Qwen-7B-Chat")
+    assert not models.is_chat_model(model, "Qwen-7B-Chat")
 
 
 # --- checkpoints ---
@@ -443,7 +444,7 @@ def test_bad_data(options, tmp_path, failed):
 
 
 def test_nothing_left_to_train_on(options, data, failed):
-    assert "none fits into --model_max_length 8; raise it" in failed(options("--model_max_length", 8))
+    assert "none of it fits into --model_max_length 8; raise it" in failed(options("--model_max_length", 8))
     data.write_text(data.read_text().splitlines()[0])
     assert "--eval_fraction 0.5 leaves nothing to train on" in failed(options("--eval_fraction", 0.5))
     *_, training = parse_arguments(options())
