@@ -17,7 +17,70 @@ _LONGEST = 2**62  # tokens; more than any text has
 _UNCUT = (False, "do_not_truncate")
 
 
-class EncodingMixin(TokensMixin):
+class LengthsMixin(TokensMixin):
+    """How long texts may get, and what is cut off them: the same in both classes."""
+
+    def _get_padding_truncation_strategies(
+        self,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: Any = None,
+        pad_to_multiple_of: Any = None,
+        verbose: Any = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, for numbers that lengths can be.
+
+        Raises:
+            ValueError: a length that is no whole number or negative, or a multiple below 1.
+        """
+        for name, value, least in (("max_length", max_length, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
+            if value is not None and (not isinstance(value, Integral) or value < least):
+                raise ValueError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}.")
+        if max_length is not None:  # `model_max_length` may be 1e30, which fits no word
+            max_length = min(max_length, _LONGEST)
+        return super()._get_padding_truncation_strategies(
+            padding, truncation, max_length, pad_to_multiple_of, verbose, **kwargs
+        )
+
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: Any = "longest_first",
+        stride: int = 0,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """As in transformers' slow class, but of two texts the longer is cut first as the `tokenizers` library does.
+
+        What is cut off a pair so is not returned, there as here.
+
+        Raises:
+            ValueError: more is to be cut off a text than it has.
+        """
+        if num_tokens_to_remove > 0 and truncation_strategy in ("only_first", "only_second"):
+            first = truncation_strategy == "only_first"
+            if len(ids if first else pair_ids or ()) <= num_tokens_to_remove:
+                raise ValueError(
+                    f"{num_tokens_to_remove} tokens are to be cut off the {'first' if first else 'second'} text of a "
+                    f"pair, which hasn't more: raise max_length, or cut both with truncation='longest_first'."
+                )
+        if pair_ids is None or truncation_strategy != "longest_first" or num_tokens_to_remove <= 0:
+            tokenizer: Any = self
+            cut = PreTrainedTokenizer.truncate_sequences
+            return cut(tokenizer, ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
+        room = max(len(ids) + len(pair_ids) - num_tokens_to_remove, 0)
+        shorter = min(len(ids), len(pair_ids))
+        shorter = shorter if 2 * shorter <= room else room // 2
+        lengths = (shorter, room - shorter) if len(ids) <= len(pair_ids) else (room - shorter, shorter)
+        kept = [
+            row[len(row) - length :] if self.truncation_side == "left" else row[:length]
+            for row, length in zip((ids, pair_ids), lengths, strict=True)
+        ]
+        return kept[0], kept[1], []
+
+
+class EncodingMixin(LengthsMixin):
     """The `allowed_special` interface of 2023 and the batches of transformers, by way of lists of ids.
 
     Subclasses implement `_encode_texts`.
@@ -61,29 +124,6 @@ class EncodingMixin(TokensMixin):
                     f"pass allowed_special={{{match.group()!r}, ...}}; to encode it as ordinary text, pass "
                     "disallowed_special=()."
                 )
-
-    def _get_padding_truncation_strategies(
-        self,
-        padding: Any = False,
-        truncation: Any = None,
-        max_length: Any = None,
-        pad_to_multiple_of: Any = None,
-        verbose: Any = True,
-        **kwargs: Any,
-    ) -> Any:
-        """As in transformers, for numbers that lengths can be.
-
-        Raises:
-            ValueError: a length that is no whole number or negative, or a multiple below 1.
-        """
-        for name, value, least in (("max_length", max_length, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
-            if value is not None and (not isinstance(value, Integral) or value < least):
-                raise ValueError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}.")
-        if max_length is not None:  # `model_max_length` may be 1e30, which fits no word
-            max_length = min(max_length, _LONGEST)
-        return super()._get_padding_truncation_strategies(
-            padding, truncation, max_length, pad_to_multiple_of, verbose, **kwargs
-        )
 
     def tokenize(  # type: ignore[override]
         self,
@@ -211,42 +251,6 @@ class EncodingMixin(TokensMixin):
             and not any(options.get(name) for name in wanted)
             and not ("token_type_ids" in self.model_input_names if token_types is None else token_types)
         )
-
-    def truncate_sequences(
-        self,
-        ids: list[int],
-        pair_ids: list[int] | None = None,
-        num_tokens_to_remove: int = 0,
-        truncation_strategy: Any = "longest_first",
-        stride: int = 0,
-    ) -> tuple[list[int], list[int] | None, list[int]]:
-        """As in transformers' slow class, but of two texts the longer is cut first as the `tokenizers` library does.
-
-        What is cut off a pair so is not returned, there as here.
-
-        Raises:
-            ValueError: more is to be cut off a text than it has.
-        """
-        if num_tokens_to_remove > 0 and truncation_strategy in ("only_first", "only_second"):
-            first = truncation_strategy == "only_first"
-            if len(ids if first else pair_ids or ()) <= num_tokens_to_remove:
-                raise ValueError(
-                    f"{num_tokens_to_remove} tokens are to be cut off the {'first' if first else 'second'} text of a "
-                    f"pair, which hasn't more: raise max_length, or cut both with truncation='longest_first'."
-                )
-        if pair_ids is None or truncation_strategy != "longest_first" or num_tokens_to_remove <= 0:
-            tokenizer: Any = self
-            cut = PreTrainedTokenizer.truncate_sequences
-            return cut(tokenizer, ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
-        room = max(len(ids) + len(pair_ids) - num_tokens_to_remove, 0)
-        shorter = min(len(ids), len(pair_ids))
-        shorter = shorter if 2 * shorter <= room else room // 2
-        lengths = (shorter, room - shorter) if len(ids) <= len(pair_ids) else (room - shorter, shorter)
-        kept = [
-            row[len(row) - length :] if self.truncation_side == "left" else row[:length]
-            for row, length in zip((ids, pair_ids), lengths, strict=True)
-        ]
-        return kept[0], kept[1], []
 
     # Ids to text
 

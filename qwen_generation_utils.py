@@ -66,9 +66,7 @@ def make_context(
     Source: `golden/tokenizer/chat_context.json`.
     """
     if chat_format == "raw":
-        if not isinstance(query, str):
-            raise ValueError(f"The query must be a str, got {type(query).__name__}: {query!r:.80}.")
-        return query, tokenizer.encode(query)
+        return _text_of("user", query), tokenizer.encode(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")
     newline = tokenizer.encode("\n")
@@ -90,10 +88,14 @@ def make_context(
 
 def _turn(tokenizer: PreTrainedTokenizerBase, newline: TokensType, role: str, content: str) -> tuple[str, TokensType]:
     """What one side says, as text and as token ids, with the control tokens around it."""
+    ids = tokenizer.encode(role) + newline + tokenizer.encode(_text_of(role, content), allowed_special=set())
+    return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
+
+
+def _text_of(role: str, content: Any) -> str:
     if not isinstance(content, str):
         raise ValueError(f"The text of the {role} must be a str, got {type(content).__name__}: {content!r:.80}.")
-    ids = tokenizer.encode(role) + newline + tokenizer.encode(content, allowed_special=set())
-    return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
+    return content
 
 
 class ChatHistory(HistoryType):

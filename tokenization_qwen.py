@@ -316,7 +316,22 @@ _FOR_IDS = (  # what a call may have that wants ids only
 _CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
 
 
-class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[misc]
+class _CheckedIds(TokenizersBackend):
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """As in transformers: a token or tokens by id, None for an id that no token has.
+
+        Raises:
+            ValueError: a number that no id can be.
+        """
+        try:
+            return super().convert_ids_to_tokens(ids, skip_special_tokens)
+        except OverflowError as error:  # of the library, whose ids have 32 bits
+            raise ValueError(
+                f"ids={ids!r:.80} has a number that no id can be; they go from 0 to {len(self) - 1}"
+            ) from error
+
+
+class QWenTokenizerFast(QWenTokenizerMixin, _CheckedIds):  # type: ignore[misc]
     """The tokenizer on top of the `tokenizers` library, built from the same file, with the same ids.
 
     Tokens are byte-level strings ("Ġhello" for b" hello"). Building from `qwen.tiktoken` takes about a second, loading
@@ -388,19 +403,6 @@ class QWenTokenizerFast(QWenTokenizerMixin, TokenizersBackend):  # type: ignore[
 
     def _token_of(self, index: int) -> str | bytes | None:
         return self._tokenizer.id_to_token(index) if index >= 0 else None
-
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """As in transformers: a token or tokens by id, None for an id that no token has.
-
-        Raises:
-            ValueError: a number that no id can be.
-        """
-        try:
-            return super().convert_ids_to_tokens(ids, skip_special_tokens)
-        except OverflowError as error:  # of the library, whose ids have 32 bits
-            raise ValueError(
-                f"ids={ids!r:.80} has a number that no id can be; they go from 0 to {len(self) - 1}"
-            ) from error
 
     @kept
     def mergeable_ranks(self) -> dict[bytes, int]:
