@@ -9,6 +9,7 @@ from qwen1 import QWenTokenizer
 from qwen1.conversion.quantising.calibration import make_rows, read_calibration
 from qwen1.training.data import read_conversations, read_texts
 from qwen1.training.examples import IGNORED, encode_all
+from qwen1.training.preferences import encode_pairs, read_preferences
 
 from .conftest import ATTACKS, SHIPPED, controls, turns
 
@@ -30,13 +31,40 @@ def as_messages(text):
     return {"messages": [{"role": role, "content": text} for role in ("system", "user", "assistant")]}
 
 
-@pytest.mark.parametrize("record", [as_published, as_messages])
-def test_conversations(tokenizer, tmp_path, record):
+def as_alpaca(text):
+    return {"instruction": text, "input": text, "output": text, "system": text, "history": [[text, text]]}
+
+
+def as_tools(text):
+    function = {"name": "look", "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {text: text}}}
+    said = [("system", text), ("user", text), ("tool", text), ("assistant", text)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    messages.insert(2, {"role": "assistant", "content": text, "tool_calls": [call]})
+    return {"messages": messages, "tools": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    "record, count, answers", [(as_published, 3, 1), (as_messages, 3, 1), (as_alpaca, 5, 2), (as_tools, 3, 1)]
+)
+def test_conversations(tokenizer, tmp_path, record, count, answers):
     examples = encode_all(tokenizer, read_conversations(write(tmp_path / "a.jsonl", map(record, TEXTS)))).examples
     assert len(examples) == len(TEXTS)
     for example in examples:
-        assert controls(tokenizer, example["input_ids"]) == turns(3, is_open=False)
-        assert controls(tokenizer, [i for i in example["labels"] if i != IGNORED]) == ["<|im_end|>"]
+        assert controls(tokenizer, example["input_ids"]) == turns(count, is_open=False)
+        assert controls(tokenizer, [i for i in example["labels"] if i != IGNORED]) == ["<|im_end|>"] * answers
+
+
+def test_preferences(tokenizer, tmp_path):
+    records = [
+        {"prompt": text, "system": text, "history": [[text, text]], "chosen": text, "rejected": f"{text}!"}
+        for text in TEXTS
+    ]
+    pairs = encode_pairs(tokenizer, read_preferences(write(tmp_path / "a.jsonl", records)), progress=False).examples
+    assert len(pairs) == len(TEXTS)
+    for pair in pairs:
+        assert controls(tokenizer, pair["prompt_ids"]) == turns(4)
+        assert [controls(tokenizer, pair[f"{side}_ids"]) for side in ("chosen", "rejected")] == [["<|im_end|>"]] * 2
 
 
 def test_texts(tokenizer, tmp_path):

@@ -317,6 +317,8 @@ def test_nobody_is_told(words, monkeypatch):
     "more, reason",
     [
         (["--packing"], "--dpo goes with none of --plain_texts, --packing"),
+        (["--streaming"], "--streaming and --data_weights: leave them out"),
+        (["--data_weights", "2"], "--streaming and --data_weights: leave them out"),
         (["--plain_texts"], "--dpo goes with none of --plain_texts, --packing"),
         (["--use_lora", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --dpo"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor has no effect with --dpo"),
