@@ -175,7 +175,8 @@ class QWenTokenizerMixin(TemplatesMixin):
             name_damaged_json(folder, names)
             raise
         except (AttributeError, LookupError, TypeError) as error:
-            if not os.path.isfile(os.path.join(folder, SETTINGS_FILES[0])):
+            # The other error is of an argument that has the name of a method, which may be the caller's own.
+            if not os.path.isfile(os.path.join(folder, SETTINGS_FILES[0])) or "conflicts with the method" in str(error):
                 raise
             raise ValueError(
                 f"The settings of the tokenizer in {folder!r} can't be used ({type(error).__name__}: {error}): mend "
