@@ -11,8 +11,16 @@ from transformers import Trainer, TrainingArguments
 
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.modeling_qwen import QWenMLP
+from qwen1.native_qwen import SWITCH
 
 IDS = torch.arange(12)[None]
+
+
+@pytest.fixture(autouse=True, params=["by-kernel", "by-torch"])
+def way(request, monkeypatch):
+    """Sums of weights by the kernel, where there is one, and by torch."""
+    if request.param == "by-torch":
+        monkeypatch.setenv(SWITCH, "0")
 
 
 @pytest.fixture
