@@ -18,7 +18,7 @@ _NO_MEMORY = re.compile(
 _BYTES = re.compile(r"(?:allocate|mmap|allocation of) (\d+) bytes")
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 """How safetensors, which is no Python, tells what the system said."""
-_TORCH_WRITING = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
+TORCH_WRITING = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
 
 _RIGHT = "may not be used ({reason}): give yourself the right (chmod u+rw, of its folder too), or name another"
 _SENTENCES = {
@@ -79,7 +79,7 @@ def _number(error: BaseException) -> int | None:
         is_of_file = error.errno in _SENTENCES or (error.errno or 0) > 0 and error.filename is not None
         return error.errno if is_of_file else None
     found = _NUMBER.search(str(error)) if _is_of_safetensors(error) else None
-    if found is None and isinstance(error, RuntimeError) and _TORCH_WRITING.search(str(error)):
+    if found is None and isinstance(error, RuntimeError) and TORCH_WRITING.search(str(error)):
         return errno.ENOSPC  # torch doesn't tell why it couldn't go on
     return int(found[1]) if found else None
 

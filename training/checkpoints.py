@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
+from ..programs.failures import TORCH_WRITING
 from .card import CARD, is_replaceable
 from .errors import SavingError, TrainingError
 
@@ -32,10 +33,9 @@ _WEIGHTS = ("model*.safetensors", "adapter_model.*", "*/adapter_model.*", "pytor
 _OPTIMIZER = ("*optimizer*", "global_step*")
 _ZIPPED = {".pt", ".pth", ".bin"}  # what torch.save writes
 _FULL = re.compile(r"no space left|quota exceeded", re.IGNORECASE)
-_WRITING = re.compile(rf"{_FULL.pattern}|os error \d+|inline_container|StreamWriter|iostream", re.IGNORECASE)
+_WRITING = re.compile(rf"{_FULL.pattern}|os error \d+|{TORCH_WRITING.pattern}", re.IGNORECASE)
 """What torch and safetensors say, in errors of no kind of their own, where a file can't be written."""
 
-_OF_TORCH = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
 _HARDLY_ANY = 2**20  # bytes; torch's error doesn't say that the disk is full
 
 
@@ -235,7 +235,7 @@ def saving_error(error: BaseException, partial: Path, folder: str | os.PathLike)
     reason, free = next(iter(str(error).splitlines()), type(error).__name__), _free_space(partial)
     if _FULL.search(reason) or free < _HARDLY_ANY:
         reason = f"no space left on its disk ({free} bytes free)"
-    elif _OF_TORCH.search(reason):
+    elif TORCH_WRITING.search(reason):
         reason = "torch couldn't write a file to its end, as where a disk is full for a moment"
     shutil.rmtree(partial, ignore_errors=True)
     good = last_checkpoint(folder)

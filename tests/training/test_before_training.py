@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from qwen1.training import finetuning, models
 from qwen1.training.finetuning import main, parse_arguments, run
 from qwen1.training.noise import quiet
 from qwen1.training.watching import Pace, duration
+
+from .conftest import KillAfterSaving, Killed
 
 EACH_STEP = ["--save_strategy", "steps", "--save_steps", 1]
 
@@ -213,15 +214,6 @@ def test_streaming_learns_what_memory_does(options, tmp_path, data, more_data, m
     main(options(*words, "--streaming", "--dataloader_num_workers", 1, output="streamed"))
     assert same(weights(tmp_path / "memory"), weights(tmp_path / "streamed"))
     assert not list((tmp_path / "streamed").glob(".data*"))
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAfterSaving(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        raise Killed
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 pytest.importorskip("trl", reason="trl isn't installed")
 
@@ -24,20 +24,13 @@ from qwen1.training.errors import TrainingError  # noqa: E402
 from qwen1.training.finetuning import main, parse_arguments, run  # noqa: E402
 from qwen1.training.preferences import encode_pairs, read_preferences  # noqa: E402
 
+from .conftest import KillAfterSaving, Killed  # noqa: E402
+
 BETA = 0.3
 DROPOUT = {
     "resid_pdrop": 0.2,
     **dict.fromkeys(["attn_pdrop", "attn_dropout_prob", "embd_pdrop", "emb_dropout_prob"], 0.1),
 }
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAfterSaving(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        raise Killed
 
 
 @pytest.fixture

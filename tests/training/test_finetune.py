@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.command_line.merge_lora import merge_lora
@@ -24,6 +24,8 @@ from qwen1.training import commands as door
 from qwen1.training.checkpoints import last_checkpoint
 from qwen1.training.errors import TrainingError
 from qwen1.training.finetuning import main, parse_arguments, run
+
+from .conftest import KillAfterSaving, Killed
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 DROPOUT = {
@@ -43,21 +45,6 @@ def without(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else find(name, *a))
 
     return hide
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAfterSaving(TrainerCallback):
-    """Ends a training behind the checkpoint of a step, as a crash does."""
-
-    def __init__(self, step, error=Killed):
-        self.step, self.error = step, error
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise self.error
 
 
 def weights(folder, name="model.safetensors"):
