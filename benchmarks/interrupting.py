@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,9 @@ from pathlib import Path
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.symlink"}
 """Audit events that come before a change of the file system."""
-NOBODY = 65534
+ANOTHER = 65534
+"""The user whom other files belong to."""
+CAPABILITIES_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3, whose sets have 64 bits
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -189,22 +193,34 @@ def little_disk(folder: Path, nbytes: int, is_told: bool = True) -> Callable[[],
 
 @contextmanager
 def unreadable(folder: Path) -> Iterator[None]:
-    """Files of a folder that only root may read."""
+    """Files of another user, who lets nobody else read them."""
     modes = {path: path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     for path in modes:
         path.chmod(0o600)
+        os.chown(path, ANOTHER, ANOTHER)
     try:
         yield
     finally:
         for path, mode in modes.items():
+            os.chown(path, os.geteuid(), os.getegid())
             path.chmod(mode)
 
 
-def nobody() -> None:
-    """Without the rights of root, who may do everything."""
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+def without_rights(folder: Path | None = None) -> Callable[[], None]:
+    """What is another user's is out of reach even for root, who keeps what is root's: this program's own files.
+
+    Args:
+        folder: it and all in it become another user's first.
+    """
+
+    def prepare() -> None:
+        for path in [folder, *folder.rglob("*")] if folder else []:
+            os.chown(path, ANOTHER, ANOTHER, follow_symlinks=False)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.capset(struct.pack("Ii", CAPABILITIES_VERSION, 0), bytes(24)):
+            raise OSError(ctypes.get_errno(), "capset: root's capabilities can't be given up")
+
+    return prepare
 
 
 def is_one_sentence(ended: Ended) -> bool:

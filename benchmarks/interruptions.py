@@ -36,10 +36,10 @@ from interrupting import (  # noqa: E402
     is_one_sentence,
     little_disk,
     little_memory,
-    nobody,
     own_disk,
     small_files,
     unreadable,
+    without_rights,
 )
 from interruption_cases import CASES, Case, contents, import_all, make_sources  # noqa: E402
 from measuring import machine  # noqa: E402
@@ -162,7 +162,6 @@ def fail(
     failures = 0
     for case in chosen(only):
         with tempfile.TemporaryDirectory(prefix="interruptions-") as folder:
-            os.chmod(folder, 0o755)
             failures += _fail_all(case, Path(folder), steps)
     raise typer.Exit(int(failures > 0))
 
@@ -184,8 +183,8 @@ def troubles(work: Path, size: int, steps: int) -> Iterator[Trouble]:
         yield Trouble(f"a disk full after {part} bytes", own_disk(work), little_disk(work, part, is_told=False))
         yield Trouble(f"files of at most {part} bytes", nullcontext(), small_files(part))
         yield Trouble(f"{2**step / 4:g} MB of memory", nullcontext(), little_memory(2 ** (18 + step)))
-    yield Trouble("no right to write", nullcontext(), nobody)
-    yield Trouble("no right to read", unreadable(work.parent / "sources"), nobody)
+    yield Trouble("no right to write", nullcontext(), without_rights(work))
+    yield Trouble("no right to read", unreadable(work.parent / "sources"), without_rights())
 
 
 def _fail_all(case: Case, folder: Path, steps: int) -> int:
