@@ -74,11 +74,21 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import Plain, logits_of_head, steps_of_blocks
+from .steps_qwen import Plain, is_bare, logits_of_head, steps_of_blocks
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
 from .turning_qwen import turned as turned
+
+
+def kept_for_backward() -> bool:
+    """Whether what an operation needs for its gradient is kept now; a compiler chooses for itself what that is."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def done_again(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """Keep the arguments of a function only, and call it again in the backward pass; it may draw no random numbers."""
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -97,9 +107,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.requires_grad and kept_for_backward():
             # Quickly done again in the backward pass, for which it would keep a float32 copy and a half of its input.
-            return checkpoint(self._scaled, x, use_reentrant=False, preserve_rng_state=False)
+            return done_again(self._scaled, x)
         return self._scaled(x)
 
     def extra_repr(self) -> str:
@@ -301,9 +311,22 @@ class QWenMLP(nn.Module):
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]
         self.act_fn = nn.SiLU()
 
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate) * up
+
+    def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self._gated(gate, up))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, E) -> (B, T, E)."""
-        return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
+        gate, up = self.w2(hidden_states), self.w1(hidden_states)
+        if not gate.requires_grad or not kept_for_backward() or not is_bare(self.act_fn, nn.SiLU):
+            return self._down(gate, up)
+        # Gate and up projection are all that is kept: what comes of them is quickly done again, but for the last
+        # product, before which `checkpoint` ends. An adapter there may draw random numbers, which must not be drawn anew.
+        if is_bare(self.c_proj, nn.Linear):
+            return done_again(self._down, gate, up)
+        return self.c_proj(done_again(self._gated, gate, up))
 
 
 class QWenBlock(GradientCheckpointingLayer):

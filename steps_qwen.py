@@ -52,6 +52,17 @@ class Call(ctypes.Structure):
     ]
 
 
+def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, and nothing else sees or changes what goes through it."""
+    everywhere = nn.modules.module
+    hooks = (
+        *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
+        *(everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks),
+        *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+    )
+    return type(module) is cls and "forward" not in vars(module) and not any(hooks)
+
+
 class Plain:
     """Tells whether modules compute nothing but what their published classes say, and in eval mode.
 

@@ -179,24 +179,30 @@ class TrainingStep:
 
         - the states before each norm, which is computed anew: 2hE;
         - queries, keys and values, what attention gives, and a float32 for each head: c(2Q + 2K) + 4H;
-        - of full training the inputs of the matrices: the normed states, c(E + E), of which mixed precision casts the
-          second twice; gate, its SiLU, up projection and their product, 4cM;
-        - of an adapter the gate, its SiLU and the up projection only, 3cM; with 4-bit matrices, which give back the
-          float32 of the norms, 3 * 4M; for each input of a matrix the copy that dropout gives and its mask, and the
-          rank's numbers behind it;
-        - matrices in c bytes, where they are cast.
+        - gate and up projection, of which the rest of the MLP is computed anew, 2cM; behind 4-bit matrices, which give
+          back the float32 of the norms, 2 * 4M;
+        - of full training the inputs of the other matrices: the normed states, c(E + E), of which mixed precision casts
+          the second twice;
+        - of an adapter for each input of a matrix the copy that dropout gives and its mask, and the rank's numbers
+          behind it;
+        - matrices in c bytes, where they are cast, but for the last of the MLP, which is cast anew.
         """
         a, way, c = self.shape.architecture, self.way, self.way.compute
         linears = self.shape.linears
         attention = c * (2 * a.queries + 2 * a.keys) + 4 * a.heads
         states = 2 * way.residual * a.width
         if way.adapter:
-            gate = 3 * a.mlp * (4 if way.nf4 else c)
             inputs = sum(linear.inputs for linear in linears) * (c + self.adapter.dropout_mask)
-            kept = gate + inputs + len(linears) * self.adapter.rank * c
+            kept = inputs + len(linears) * self.adapter.rank * c
         else:
-            kept = c * ((3 if way.casts else 2) * a.width + 4 * a.mlp)
-        return self.tokens * (states + attention + kept) + self._casts
+            kept = c * (3 if way.casts else 2) * a.width
+        again = 0 if way.adapter or not way.casts else linears[-1].weights * c
+        return self.tokens * (states + attention + 2 * self._gate + kept) + self._casts - again
+
+    @property
+    def _gate(self) -> int:
+        """Bytes of a token's gate, of its SiLU, of the up projection or of their product."""
+        return self.shape.architecture.mlp * (4 if self.way.nf4 else self.way.compute)
 
     @property
     def _casts(self) -> int:
@@ -268,16 +274,17 @@ class TrainingStep:
     @property
     def backward_begins(self) -> int:
         """Layers and what is behind the loss, and the largest of: the last norm computed anew and its gradients,
-        22 bytes a number from half precision and 16 from float32; gradients in the MLP, 2cM, of an adapter in float32
-        too, 12M, half of which is given up by the layer meanwhile. Under checkpointing all that a layer keeps is added.
+        22 bytes a number from half precision and 16 from float32; the MLP's SiLU and product computed anew and gradients
+        of them, 4cM, of an adapter the SiLU and gradients in float32 too, 12M, half of which is given up by the layer
+        meanwhile. Under checkpointing all that a layer keeps is added.
         """
         a, way, n, c = self.shape.architecture, self.way, self.tokens, self.way.compute
         norm = n * a.width * (22 if way.residual < 4 else 16)
-        mlp = 12 * n * a.mlp if way.adapter else 2 * c * n * a.mlp - c * n * a.width
+        mlp = 12 * n * a.mlp if way.adapter else n * (4 * self._gate - c * a.width)
         base = self.layers + self._behind_loss + self._gathered(3)
         if self.checkpointing:
             return base + max(norm, self.layer - self._inputs + mlp)
-        return base + max(norm, mlp // 2 if way.adapter else mlp)
+        return base + max(norm, mlp // 2 + n * self._gate if way.adapter else mlp)
 
     @property
     def backward_ends(self) -> int:
@@ -289,7 +296,7 @@ class TrainingStep:
         a = self.shape.architecture
         gradients = self._gradients
         states = n * a.width * way.residual * 2
-        mlp = 12 * n * a.mlp if way.adapter else 2 * way.compute * n * a.mlp
+        mlp = 12 * n * a.mlp if way.adapter else 4 * n * self._gate
         first = gradients + self.layer + states + mlp
         if not way.adapter:  # those of this layer and of the embedding are still to come
             coming = self.shape.layer + self.shape.matrix * (self.shape.matrices - 1)
