@@ -1,6 +1,7 @@
 """The whole journey to a chat model, in a few minutes at most."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,20 +11,24 @@ from typer.testing import CliRunner
 
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.programs.shipped import TINY_CHAT
-from qwen1.training import finetuning
-from qwen1.training.tiny import commands, examination, journey, report
-from qwen1.training.tiny.dialogues import Dialogue
+from qwen1.schemas_qwen import as_tools
+from qwen1.tools_qwen import Exchange
+from qwen1.training.tiny import commands, examination, journey, report, training
+from qwen1.training.tiny.dialogues import KINDS, Dialogue
+from qwen1.training.tiny.tools import calculator, exchange
 
 runner = CliRunner()
 SMALL = journey.Size(
     texts=60,
     dialogues=150,
+    practice=60,
+    refinement=60,
     vocabulary=700,
     n_embd=32,
     n_layer=1,
     ffn_hidden_size=64,
-    rows=4,
-    row_length=256,
+    tokens=512,
+    row_length=512,
     save_steps=3,
 )
 
@@ -39,14 +44,21 @@ def test_make_goes_all_the_way(tmp_path):
         "training_log.json",
     }  # fmt: skip
     log = json.loads((output / "training_log.json").read_text())
-    evaluations = [entry["eval_loss"] for entry in log["tuned"] if "eval_loss" in entry]
+    talks = [entry for stage in journey.STAGES[1:] for entry in log[stage]]
+    evaluations = [entry["eval_loss"] for entry in talks if "eval_loss" in entry]
     assert evaluations[-1] < 0.7 * evaluations[0], "nothing was learnt"
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
     assert AutoModel.from_pretrained(output).config.model_type == "qwen"
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert model.chat(tokenizer, "hello")[0]
-    assert "| all | 35 |" in (output / "README.md").read_text()
+    card, figures = (output / "README.md").read_text(), json.loads((output / "examination.json").read_text())
+    assert "| all | 55 |" in card
+    can = re.search(r"It can, (.*?)\n\n", card, re.S)
+    for kind in KINDS:
+        reliable = figures["right"][kind] >= report.RELIABLE * figures["asked"][kind]
+        claimed = can is not None and report.ABILITIES[kind] in " ".join(can[1].split())
+        assert claimed == reliable, kind
     again = runner.invoke(commands.app, ["make", str(output), "--quick"])
     assert again.exit_code == 1 and "exists" in again.output
 
@@ -61,12 +73,12 @@ def test_a_killed_run_goes_on_to_the_same_model(tmp_path, monkeypatch):
                 killed.append(args.output_dir)
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(journey, "train", lambda *a, **k: finetuning.train(*a, **k, callbacks=[KillOnce()]))
-    for _ in ("pretraining", "fine-tuning"):
+    monkeypatch.setattr(journey, "train", lambda *a, **k: training.train(*a, **k, callbacks=[KillOnce()]))
+    for _ in journey.STAGES:
         with pytest.raises(KeyboardInterrupt):
             journey.run(tmp_path / "killed", 0, SMALL)
     resumed = journey.run(tmp_path / "killed", 0, SMALL)
-    assert len(killed) == 2
+    assert len(killed) == len(journey.STAGES)
     for name in ("model.safetensors", "qwen.tiktoken", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
 
@@ -112,10 +124,57 @@ def test_an_examination_counts_exact_replies_only(byte_tokenizer, tiny_model, mo
     assert result.perplexity > 1
 
 
+class Caller:
+    """Stands for a model that makes a call and reads its result."""
+
+    def __init__(self, *replies):
+        self.replies = list(replies)
+        self.asked = []
+
+    def chat(self, tokenizer, query, history, system, tools, do_sample):
+        self.asked.append(query)
+        exchange = Exchange.begin(query, history, tools)
+        reply = self.replies.pop(0)
+        return exchange.reply(reply), exchange.history(reply)
+
+
+@pytest.mark.parametrize(
+    ("replies", "right"),
+    [
+        (["{call}", "I now know the final answer.\nFinal Answer: 6*7=42"], True),
+        (["{call}", "I now know the final answer.\nFinal Answer: 6*7=43"], False),
+        (["{call}4"], False),
+        (["Thought: I now know the final answer.\nFinal Answer: 6*7=42"], False),
+    ],
+)
+def test_a_call_and_its_answer_have_to_be_right(replies, right):
+    expected = exchange("calculator", {"expression": "6*7"}, "42", "6*7=42", "en")
+    call = expected.partition("\nObservation")[0]
+    dialogue = Dialogue("tools", "en", [("6*7", expected)], tools=list(as_tools([calculator]).values()))
+    model = Caller(*(reply.replace("{call}", call) for reply in replies))
+    assert (examination.with_tools(model, None, dialogue) == expected) == right
+    assert len(model.asked) == len(replies)
+
+
+def figures(**shares):
+    result = examination.Result(dict.fromkeys(KINDS, 100), dict.fromkeys(KINDS, 100))
+    result.right.update({kind.replace("_", " "): round(100 * share) for kind, share in shares.items()})
+    return result
+
+
+def test_the_card_claims_what_the_examination_shows():
+    said = " ".join(report.abilities(figures(names=0.3, tools=0, three_digits=0.94)).split())
+    can, tries, cannot = said.split(" It ")
+    assert "remember a name" in can and "language of the last message" in can
+    assert "three digits (94.0%)" in tries and "names that it never saw (30.0%)" in tries
+    assert "call a calculator" in cannot
+    assert "It tries" not in report.abilities(figures())
+
+
 def test_perplexity_is_that_of_the_model_loss(byte_tokenizer, tiny_model):
     dialogue = Dialogue("facts", "en", [("a", "right"), ("b", "no")])
     model = tiny_model()
-    example = examination.encode_all(byte_tokenizer, [dialogue.messages()], progress=False).examples[0]
+    example = training.encode_all(byte_tokenizer, [dialogue.messages()], progress=False).examples[0]
     with torch.no_grad():
         loss = model(torch.tensor([list(example["input_ids"])]), labels=torch.tensor([list(example["labels"])])).loss
     assert examination.perplexity(model, byte_tokenizer, [dialogue]) == pytest.approx(float(loss.exp()), rel=1e-5)
@@ -135,9 +194,14 @@ def test_dialogues_are_printed_in_the_messages_format():
     assert [message["role"] for message in json.loads(lines[0])["messages"]][:3] == ["system", "user", "assistant"]
 
 
-def test_the_second_training_is_drawn_behind_the_first():
-    log = {"pretrained": [{"step": 5, "loss": 3.0}, {"step": 9}], "tuned": [{"step": 2, "loss": 1.0}]}
-    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0)]
+def test_each_training_is_drawn_behind_the_one_before():
+    log = {
+        "pretrained": [{"step": 5, "loss": 3.0}, {"step": 9}],
+        "tuned": [{"step": 2, "loss": 1.0}],
+        "practised": [{"step": 1, "loss": 0.5}],
+        "refined": [{"step": 3, "loss": 0.4}],
+    }
+    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0), (12, 0.5), (15, 0.4)]
 
 
 def test_an_interruption_has_its_exit_code(tmp_path, monkeypatch):

@@ -9,12 +9,13 @@ from qwen1.training.tiny.dialogues import (
     Dialogue,
     Generator,
     examination_dialogues,
-    held_out,
+    number_key,
     training_dialogues,
     worked,
 )
 from qwen1.training.tiny.facts import COUNTRIES
-from qwen1.training.tiny.phrases import SYSTEMS, UNKNOWN
+from qwen1.training.tiny.names import CHARACTERS, REAL_NAMES, Names, held_out
+from qwen1.training.tiny.phrases import SMALL_TALK, SYSTEMS, UNKNOWN
 from qwen1.training.tiny.texts import training_texts
 
 SUM = re.compile(r"(?:^|\. )(\d+)([+-])(\d+)=(-?\d+)$", re.M)
@@ -47,7 +48,8 @@ def test_a_seed_gives_the_same_conversations_and_another_seed_others(learnt):
 
 def test_every_kind_is_drawn(learnt, examined):
     assert {dialogue.kind for dialogue in learnt} == set(KINDS)
-    assert [sum(dialogue.kind == kind for dialogue in examined) for kind in KINDS] == [40] * len(KINDS)
+    counts = {kind: sum(dialogue.kind == kind for dialogue in examined) for kind in KINDS}
+    assert counts == dict.fromkeys(KINDS, 40) | {"names": 80}
 
 
 def test_sums_are_right(learnt, examined):
@@ -69,6 +71,57 @@ def test_no_held_out_name_is_trained():
     generator, examiner = Generator(0), Generator(0, examination=True)
     assert not any(held_out(generator.name("en")) for _ in range(300))
     assert all(held_out(examiner.name("zh")) for _ in range(100))
+
+
+def test_the_real_names_are_two_hundred_and_all_examined():
+    assert len(set(REAL_NAMES)) == 200
+    assert [language for language, _ in REAL_NAMES].count("zh") == 100
+    prompts = [d.turns[-1] for d in examination_dialogues(100, seed=1, seen=set()) if d.kind == "names"]
+    assert {name for _, name in REAL_NAMES if any(name in reply for _, reply in prompts)} == {n for _, n in REAL_NAMES}
+
+
+def test_no_real_name_is_trained(learnt):
+    generator = Generator(0)
+    generator.latin_name = lambda: generator.random.choice(["Björk", "Zoe"])
+    assert {generator.name("en") for _ in range(60)} - {generator.chinese_name()} >= {"Zoe"}
+    assert "Björk" not in {generator.name("en") for _ in range(200)}
+    said = "\n".join(text for d in learnt for turn in d.turns for text in turn)
+    for name in (name for _, name in REAL_NAMES if len(name) > 2):
+        assert not re.search(rf"\b{name}\b", said), name
+
+
+def test_names_are_made_of_far_more_than_the_vocabulary_holds():
+    assert len(set(CHARACTERS)) == 3755 + 3008
+    names = Names(0)
+    drawn = "".join(names.name("zh") for _ in range(3000))
+    assert len({c for c in drawn if CHINESE.match(c)}) > 2500
+    plain = Names(0, rare=False)
+    assert len({c for c in "".join(plain.name("zh") for _ in range(3000)) if CHINESE.match(c)}) < 300
+
+
+@pytest.mark.parametrize("kind", ["small talk", "facts", "unknown", "language"])
+def test_the_reply_is_in_the_language_of_the_last_message(learnt, kind):
+    """Small talk and what isn't known have replies without words of the other language."""
+    fixed = {UNKNOWN["en"], UNKNOWN["zh"]} | {texts[0] for topic in SMALL_TALK.values() for texts in topic.values()}
+    system = {text for texts in SYSTEMS.values() for text in texts}
+    asked = [d.turns[-1] for d in learnt if d.kind == kind and d.system not in system]
+    asked = [(query, reply) for query, reply in asked if reply in fixed]
+    assert len(asked) > 30 or kind == "facts"
+    for query, reply in asked:
+        assert bool(CHINESE.search(reply)) == bool(CHINESE.search(query.replace("×", "乘"))), (query, reply)
+
+
+def test_the_language_changes_in_the_last_message(learnt):
+    changed = [d for d in learnt if d.kind == "language"]
+    assert len(changed) > 100
+    assert {d.language for d in changed} == {"en", "zh"}
+    assert all(len(d.turns) > 1 for d in changed)
+
+
+def test_sums_for_a_calculator_are_held_out_as_others_are():
+    assert number_key("12+34") == number_key("34+12") == ("+", 12, 34)
+    assert number_key("34-12") == ("-", 34, 12)
+    assert number_key("2*3+4") == ("2*3+4",)
 
 
 def test_examined_prompts_differ_from_the_seen_and_from_one_another(learnt):

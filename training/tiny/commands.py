@@ -17,7 +17,7 @@ from ...programs.models import check_model
 from ...programs.options import version_option
 from ...programs.packages import require
 from ..errors import DataError, TrainingError
-from .dialogues import PER_KIND, training_dialogues
+from . import PER_KIND
 
 if TYPE_CHECKING:
     from .examination import Result
@@ -57,7 +57,7 @@ def make(
     output: Annotated[Path, typer.Argument(help="Folder of the finished model; must not exist.")],
     work: Annotated[Path | None, typer.Option(help="Folder of stages and checkpoints [OUTPUT.work].")] = None,
     seed: Annotated[int, typer.Option(help="Of data, first weights and order.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model in three minutes, to see it work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model in a minute or two, to see it work.")] = False,
     per_kind: Annotated[int, typer.Option(min=1, help="Prompts of each kind in the examination.")] = PER_KIND,
 ) -> None:
     """Texts, vocabulary, pretraining, fine-tuning, examination, export; run again after a kill, it goes on.
@@ -116,6 +116,8 @@ def dialogues(
 
     Example: qwen1-tiny-chat dialogues --count 1000 > data.jsonl
     """
+    from .dialogues import training_dialogues
+
     for dialogue in training_dialogues(count, seed):
         sys.stdout.write(json.dumps({"messages": dialogue.messages()}, ensure_ascii=False) + "\n")
 

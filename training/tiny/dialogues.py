@@ -6,48 +6,54 @@ falls into the held-out part never occur in training.
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ...schemas_qwen import Tool
+from ...tools_qwen import react_prompt
+from . import tools
 from .facts import COUNTRIES, ELEMENTS, OPPOSITES, WORDS
+from .names import REAL_NAMES, Names
 from .phrases import (
     CLOSINGS,
-    CONSONANTS,
     FAVOURITES,
-    GIVEN,
-    KNOWN_NAMES,
     LANGUAGES,
     OPENINGS,
     SMALL_TALK,
-    SURNAMES,
-    SYLLABLES,
     SYSTEMS,
     THINGS,
     UNKNOWN,
     UNKNOWN_QUESTIONS,
-    VOWELS,
 )
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-HELD_OUT_SHARE = 10
-"""One in so many numbers, names and wordings is never shown in training."""
 
 
 @dataclass
 class Dialogue:
-    """A conversation; what is examined is its last reply."""
+    """A conversation; what is examined is its last reply.
+
+    Attributes:
+        kind: one of `KINDS`.
+        language: of its last query.
+        turns: queries and replies; a reply with calls is the whole exchange.
+        system: the system message.
+        tools: what the model may call in the last turn.
+    """
 
     kind: str
     language: str
     turns: list[tuple[str, str]] = field(default_factory=list)
     system: str = DEFAULT_SYSTEM
+    tools: list[Tool] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation in the `messages` format."""
         said = [{"role": "system", "content": self.system}]
-        for query, reply in self.turns:
+        for i, (query, reply) in enumerate(self.turns):
+            if self.tools and i == len(self.turns) - 1:
+                query = react_prompt(query, self.tools)
             said += [{"role": "user", "content": query}, {"role": "assistant", "content": reply}]
         return said
 
@@ -57,14 +63,9 @@ class Dialogue:
 
     def prompts(self) -> list[str]:
         """All that stands before each of the replies, as keys."""
-        texts = [self.system, *(text for turn in self.turns for text in turn)]
+        named = ", ".join(tool.name for tool in self.tools)
+        texts = [f"{named}\n{self.system}" if named else self.system, *(text for turn in self.turns for text in turn)]
         return ["\n".join(texts[: 2 * i + 2]) for i in range(len(self.turns))]
-
-
-def held_out(*parts: object) -> bool:
-    """Whether numbers, a name or a wording is kept for examination; the same in every run."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % HELD_OUT_SHARE == 0
 
 
 def worked(a: int, b: int, sign: str) -> str:
@@ -88,12 +89,21 @@ def worked(a: int, b: int, sign: str) -> str:
     return f"{', '.join(steps)}. {equation}"
 
 
-class Generator:
-    """Draws conversations: `Generator(seed)` those for training, with `examination=True` those never shown there."""
+class Generator(Names):
+    """Draws conversations: `Generator(seed)` those for training, with `examination=True` those never shown there.
 
-    def __init__(self, seed: int, examination: bool = False):
-        self.random = random.Random(f"{seed}/{examination}")
-        self.examination = examination
+    Args:
+        seed: as for `Names`.
+        examination: as for `Names`.
+        rare: as for `Names`.
+        late: draw as the last part of the training does, and the examination: what the user tells begins with a
+            capital letter too, and tools are more often at hand where none is needed.
+    """
+
+    def __init__(self, seed: int, examination: bool = False, rare: bool = True, late: bool = False):
+        super().__init__(seed, examination, rare)
+        self.late = late or examination
+        self.fixed: str | None = None  # the language that a system message sets
         self.kinds: dict[str, Callable[[str], tuple[str, str]]] = {
             "small talk": self.small_talk,
             "arithmetic": self.two_digits,
@@ -102,37 +112,9 @@ class Generator:
             "unknown": self.unknown,
         }
 
-    def draw(self, produce: Callable[[], tuple], key: Callable[[tuple], tuple] = lambda drawn: drawn):
-        """Draw until the key of what is drawn belongs to this generator's part."""
-        while True:
-            drawn = produce()
-            if held_out(*key(drawn)) == self.examination:
-                return drawn
-
-    # Names
-
-    def chinese_name(self) -> str:
-        """A surname and one or two characters, or what friends say."""
-        first = self.random.choice(SURNAMES if self.random.random() < 0.85 else "小阿大老")
-        return first + "".join(self.random.choices(GIVEN, k=self.random.choice((1, 2, 2))))
-
-    def latin_name(self) -> str:
-        """A name as may be met, or one made of syllables or letters."""
-        chance = self.random.random()
-        if chance < 0.1:
-            return self.random.choice(KNOWN_NAMES)
-        if chance < 0.35:  # letters in orders that no list of syllables has
-            pairs = [
-                self.random.choice(CONSONANTS) + self.random.choice(VOWELS)
-                for _ in range(self.random.choice((2, 2, 3)))
-            ]
-            return ("".join(pairs) + self.random.choice(["", "", *CONSONANTS[:20]])).capitalize()
-        return "".join(self.random.choices(SYLLABLES, k=self.random.choice((2, 2, 3, 3, 4)))).capitalize()
-
-    def name(self, language: str) -> str:
-        """A name that belongs to this generator's part."""
-        chinese = self.random.random() < (0.8 if language == "zh" else 0.05)
-        return self.draw(lambda: (self.chinese_name() if chinese else self.latin_name(),))[0]
+    def spoken(self, language: str) -> str:
+        """The language of the reply to a query: that of the query, unless a system message sets one."""
+        return self.fixed or language
 
     # Wordings
 
@@ -156,7 +138,7 @@ class Generator:
             return self.worded(self.random.choice(SMALL_TALK[topic][language][1]), language), topic
 
         query, topic = self.draw(produce, key=lambda drawn: drawn[:1])
-        return query, SMALL_TALK[topic][self.reply_language][0]
+        return query, SMALL_TALK[topic][self.spoken(language)][0]
 
     def two_digits(self, language: str) -> tuple[str, str]:
         """Addition and subtraction of numbers up to 99."""
@@ -204,9 +186,9 @@ class Generator:
 
     def _ask(self, language: str, wordings: dict[str, list[str]], replies: dict[str, str], **values) -> tuple[str, str]:
         """A question and its reply; a value is a pair of an English and a Chinese form."""
-        asked, answered = LANGUAGES.index(language), LANGUAGES.index(self.reply_language)
+        asked, answered = LANGUAGES.index(language), LANGUAGES.index(self.spoken(language))
         query = self.pick(language, wordings, **{name: pair[asked] for name, pair in values.items()})
-        reply = replies[self.reply_language].format(**{name: pair[answered] for name, pair in values.items()})
+        reply = replies[self.spoken(language)].format(**{name: pair[answered] for name, pair in values.items()})
         return query, reply
 
     def capital(self, language: str) -> tuple[str, str]:
@@ -319,13 +301,17 @@ class Generator:
                 "nowhere": self.latin_name()
                 if language == "en"
                 else self.chinese_name()[::-1] + self.random.choice("国州岛"),
-                "number": str(self.random.randrange(100)),
+                "number": str(self.random.randrange(10 ** self.random.choice((2, 2, 3, 4)))),
             }
             return (self.pick(language, UNKNOWN_QUESTIONS, **values),)
 
-        return self.draw(produce)[0], UNKNOWN[self.reply_language]
+        return self.draw(produce)[0], UNKNOWN[self.spoken(language)]
 
     # Memory
+
+    def told(self, text: str) -> str:
+        """What the user tells, with a small or, late in the training, a capital letter."""
+        return text[0].upper() + text[1:] if self.late and self.random.random() < 0.6 else text
 
     def told_name(self, language: str, name: str) -> tuple[str, str]:
         """The user says their name."""
@@ -351,8 +337,8 @@ class Generator:
         }
         replies = {"en": "Nice to meet you, {n}!", "zh": "很高兴认识你，{n}！"}
         ending = self.random.choice(["", ".", "!"] if language == "en" else ["", "。", "！"])
-        query = self.random.choice(wordings[language]).format(n=name) + ending
-        return query, replies[self.reply_language].format(n=name)
+        query = self.told(self.random.choice(wordings[language]).format(n=name) + ending)
+        return query, replies[self.spoken(language)].format(n=name)
 
     def asked_name(self, language: str, name: str | None) -> tuple[str, str]:
         """The user asks for their own name, which may be told or not."""
@@ -369,7 +355,7 @@ class Generator:
         }
         known = {"en": "Your name is {n}.", "zh": "你叫{n}。"}
         unknown = {"en": "You have not told me your name yet.", "zh": "你还没有告诉我你的名字。"}
-        return self.pick(language, wordings), (known if name else unknown)[self.reply_language].format(n=name)
+        return self.pick(language, wordings), (known if name else unknown)[self.spoken(language)].format(n=name)
 
     def told_favourite(self, language: str, thing: str, value: str) -> tuple[str, str]:
         """The user says what they like best."""
@@ -385,14 +371,14 @@ class Generator:
         }
         replies = {"en": "I will remember that your favourite {t} is {v}.", "zh": "我记住了，你最喜欢的{t}是{v}。"}
         ending = self.random.choice(["", ".", "!"] if language == "en" else ["", "。", "！"])
-        reply_noun = FAVOURITES[thing][:2][LANGUAGES.index(self.reply_language)]
-        query = self.random.choice(wordings[language]).format(t=noun, v=value) + ending
-        return query, replies[self.reply_language].format(t=reply_noun, v=value)
+        reply_noun = FAVOURITES[thing][:2][LANGUAGES.index(self.spoken(language))]
+        query = self.told(self.random.choice(wordings[language]).format(t=noun, v=value) + ending)
+        return query, replies[self.spoken(language)].format(t=reply_noun, v=value)
 
     def asked_favourite(self, language: str, thing: str, value: str | None) -> tuple[str, str]:
         """The user asks what they like best, which may be told or not."""
         noun = FAVOURITES[thing][:2][LANGUAGES.index(language)]
-        reply_noun = FAVOURITES[thing][:2][LANGUAGES.index(self.reply_language)]
+        reply_noun = FAVOURITES[thing][:2][LANGUAGES.index(self.spoken(language))]
         wordings = {
             "en": [
                 "what is my favourite {t}",
@@ -404,7 +390,7 @@ class Generator:
         }
         known = {"en": "Your favourite {t} is {v}.", "zh": "你最喜欢的{t}是{v}。"}
         unknown = {"en": "You have not told me your favourite {t} yet.", "zh": "你还没有告诉我你最喜欢的{t}。"}
-        reply = (known if value else unknown)[self.reply_language].format(t=reply_noun, v=value)
+        reply = (known if value else unknown)[self.spoken(language)].format(t=reply_noun, v=value)
         return self.pick(language, wordings, t=noun), reply
 
     def value(self, thing: str, language: str) -> str:
@@ -427,7 +413,8 @@ class Generator:
             turns.insert(0, self.told_name(language, told["name"])) if "name" not in things else None
         for _ in range(self.random.choice((1, 1, 2))):
             asked = self.random.choice([*told] if self.random.random() < 0.8 else ["name", *FAVOURITES])
-            turns.append(self._asked(language, asked, told.get(asked)))
+            tongue = language if self.random.random() < 0.85 else self.other(language)
+            turns.append(self._asked(tongue, asked, told.get(asked)))
         return turns
 
     def _told(self, language: str, thing: str, value: str) -> tuple[str, str]:
@@ -444,55 +431,192 @@ class Generator:
         """Turns of other kinds."""
         return [self.kinds[self.random.choice(list(self.kinds))](language) for _ in range(count)]
 
+    # Tools
+
+    def with_tools(self, dialogue: Dialogue) -> None:
+        """A question for a tool, or one that needs none; the reply is an exchange in the ReAct form."""
+        names = self.random.choice((["calculator", "clock"], ["clock", "calculator"], ["calculator"], ["clock"]))
+        dialogue.tools = tools.described(names, self.random)
+        earlier = dialogue.turns[-1:] if self.random.random() < 0.7 else [self._called(names, dialogue.language)]
+        dialogue.turns = [(query, tools.concluded(reply)) for query, reply in earlier] if dialogue.turns else []
+        if self.random.random() < (0.4 if self.late else 0.2):
+            dialogue.turns.append(self._without_call(dialogue.language))
+        else:
+            dialogue.turns.append(self._called(names, dialogue.language))
+
+    def _called(self, names: list[str], language: str) -> tuple[str, str]:
+        """A turn that calls the first of the tools, or now and then the second."""
+        name = names[0] if self.random.random() < 0.8 else names[-1]
+        return self.calculation(language) if name == "calculator" else self.look_at_the_clock(language)
+
+    def _without_call(self, language: str) -> tuple[str, str]:
+        """A turn of another kind, with tools at hand; none has numbers, which a calculator would be asked for."""
+        while True:
+            query, reply = self.random.choice([self.small_talk, self.small_talk, self.fact, self.unknown])(language)
+            if not re.search(r"\d", query) and not any(words in query.lower() for words in tools.ABOUT_TIME):
+                return query, tools.concluded(reply)
+
+    def calculation(self, language: str) -> tuple[str, str]:
+        """A sum that the calculator does; the answer is its equation."""
+
+        def produce() -> tuple[str, str]:
+            written, asked = tools.expression(self.random, language)
+            return written, self.pick(language, tools.QUESTIONS["calculator"], x=asked)
+
+        while True:
+            written, query = self.draw(produce, key=lambda drawn: number_key(drawn[0]))
+            try:
+                result = tools.calculator(written)
+            except ZeroDivisionError:
+                continue
+            answer = f"{written}={result}"
+            # What has no words counts as English; the shipped vocabulary was learnt without this rule.
+            tongue = language if re.search(r"[^\W\d]", query) or not self.rare else "en"
+            return query, tools.exchange("calculator", {"expression": written}, result, answer, self.spoken(tongue))
+
+    def look_at_the_clock(self, language: str) -> tuple[str, str]:
+        """A question for the time or the date."""
+        asked = self.random.choice(("time", "date"))
+        query = self.draw(lambda: (self.pick(language, tools.QUESTIONS[asked]),))[0]
+        shown = tools.moment(self.random)
+        date, time = shown.split()
+        spoken = self.spoken(language)
+        answer = tools.ANSWERS[asked][spoken].format(x=date if asked == "date" else time)
+        return query, tools.exchange("clock", {}, shown, answer, spoken)
+
     # Conversations
 
-    def dialogue(self, kind: str) -> Dialogue:
-        """A conversation that ends with a turn of the kind; "system" sets its language by the system message."""
+    def dialogue(self, kind: str, name: str | None = None) -> Dialogue:
+        """A conversation that ends with a turn of the kind.
+
+        Args:
+            kind: "system" sets the language of all replies by the system message; "language" changes that of the last
+                query.
+            name: what the user of a conversation of the kind "names" is called.
+        """
         language = self.random.choice(LANGUAGES)
         dialogue = Dialogue(kind, language)
-        self.reply_language = language
-        if kind == "system" or self.random.random() < 0.15:
-            self.reply_language = self.random.choice(LANGUAGES)
-            dialogue.system = self.random.choice(SYSTEMS[self.reply_language])
+        self.fixed = None
+        if kind == "system" or (kind != "language" and self.random.random() < 0.12):
+            self.fixed = self.random.choice(LANGUAGES)
+            dialogue.system = self.random.choice(SYSTEMS[self.fixed])
         elif self.random.random() < 0.05:
             dialogue.system = ""
         if kind == "system":
             kind = self.random.choice(["small talk", "small talk", "facts", "facts", "unknown", "memory"])
-        dialogue.turns = self.chatter(language, self._before())
-        dialogue.turns += self.memory(language) if kind == "memory" else [self.kinds[kind](language)]
+        if kind == "language":
+            kind = self.random.choice(["small talk", "small talk", "facts", "facts", "unknown", "asked"])
+            dialogue.turns = self.chatter(self.other(language), self.random.choice((1, 1, 1, 2, 3)))
+        else:
+            before = language if self.random.random() < 0.7 else self.other(language)
+            dialogue.turns = self.chatter(before, self._before())
+        if kind == "tools":
+            self.with_tools(dialogue)
+        elif kind == "asked":
+            told = self.name(self.other(language))
+            dialogue.turns += [self.told_name(self.other(language), told), self.asked_name(language, told)]
+        elif kind == "repeating":
+            dialogue.turns = dialogue.turns[-1:] + [
+                self.repeating(language) for _ in range(self.random.randrange(1, 4))
+            ]
+        elif kind == "names":
+            dialogue.turns += self.naming(language, name or self.name(language))
+        else:
+            dialogue.turns += self.memory(language) if kind == "memory" else [self.kinds[kind](language)]
         return dialogue
+
+    @staticmethod
+    def other(language: str) -> str:
+        """The one that it isn't."""
+        return LANGUAGES[1 - LANGUAGES.index(language)]
+
+    def naming(self, language: str, name: str) -> list[tuple[str, str]]:
+        """The user says their name, and may ask for it."""
+        turns = [self.told_name(language, name)]
+        if self.random.random() < 0.6:
+            turns += self.chatter(language, self.random.choice((0, 0, 1)))
+            turns.append(self.asked_name(language, name))
+        return turns
+
+    def repeating(self, language: str) -> tuple[str, str]:
+        """Names to be said again, as many as it takes to learn to copy."""
+        wordings = {
+            "en": ["repeat: {x}", "say {x}", "repeat after me: {x}", "please repeat {x}", "say it again: {x}"],
+            "zh": ["跟我说：{x}", "重复：{x}", "请重复{x}", "请说{x}", "再说一遍：{x}"],
+        }
+        tongues = self.random.choices(LANGUAGES, k=self.random.randrange(1, 5))
+        names = self.random.choice((", ", "、", " ")).join(self.name(tongue) for tongue in tongues)
+        return self.told(self.random.choice(wordings[language]).format(x=names)), names
 
     def _before(self) -> int:
         """How many turns come before: mostly few."""
         return self.random.choice((0, 0, 0, 0, 1, 1, 2)) if self.random.random() < 0.95 else self.random.randrange(12)
 
 
-PER_KIND = 100
-"""Prompts of each kind in an examination, unless told otherwise."""
-KINDS = ("small talk", "arithmetic", "three digits", "facts", "unknown", "memory", "system")
-"""What is examined, in the order of the model card."""
+def number_key(written: str) -> tuple:
+    """What is held out of a sum: its numbers, of which a calculator may have more than two."""
+    if found := re.fullmatch(r"(\d+)([+-])(\d+)", written):
+        a, b = int(found[1]), int(found[3])
+        return (found[2], *(sorted((a, b)) if found[2] == "+" else (a, b)))
+    return (written,)
+
+
+KINDS = (
+    "small talk", "arithmetic", "three digits", "facts", "unknown", "memory", "system", "language", "names", "tools"
+)  # fmt: skip
+"""What is examined, in the order of the model card; "names" are real ones, all of which are asked for by default."""
 
 SHARES = {
-    "small talk": 8, "arithmetic": 10, "three digits": 18, "facts": 18, "unknown": 7, "memory": 26, "system": 13
+    "small talk": 9, "arithmetic": 7, "three digits": 18, "facts": 16, "unknown": 7, "memory": 17, "system": 10,
+    "language": 6, "names": 6, "tools": 4,
 }  # fmt: skip
 """How often each kind is drawn for training, in percent."""
 
+PRACTICE = {
+    "small talk": 2, "arithmetic": 5, "three digits": 15, "facts": 10, "unknown": 2, "memory": 18, "system": 5,
+    "language": 4, "names": 16, "tools": 9, "repeating": 14,
+}  # fmt: skip
+"""The same for the second part of the training, which has more of what is hard, copying above all."""
 
-def training_dialogues(count: int, seed: int) -> list[Dialogue]:
-    """Conversations to learn from."""
-    generator = Generator(seed)
-    kinds = generator.random.choices(list(SHARES), weights=list(SHARES.values()), k=count)
+REFINEMENT = {
+    "small talk": 4, "arithmetic": 5, "three digits": 12, "facts": 8, "unknown": 3, "memory": 20, "system": 9,
+    "language": 5, "names": 14, "tools": 13, "repeating": 7,
+}  # fmt: skip
+"""The same for the last part."""
+
+
+def training_dialogues(
+    count: int, seed: int, rare: bool = True, shares: Mapping[str, int] | None = None, late: bool = False
+) -> list[Dialogue]:
+    """Conversations to learn from; without rare names they are what the vocabulary is learnt from."""
+    generator = Generator(seed, rare=rare, late=late)
+    shares = shares or SHARES
+    kinds = generator.random.choices(list(shares), weights=list(shares.values()), k=count)
     return [generator.dialogue(kind) for kind in kinds]
 
 
+def practice_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """Conversations for the second part of the training."""
+    return training_dialogues(count, seed + 1, shares=PRACTICE)
+
+
+def refinement_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """Conversations for the last part of the training."""
+    return training_dialogues(count, seed + 2, shares=REFINEMENT, late=True)
+
+
 def examination_dialogues(per_kind: int, seed: int, seen: set[str]) -> list[Dialogue]:
-    """Conversations to be examined on, as many of each kind; none has a prompt that occurs in `seen`."""
+    """Conversations to be examined on; none has a prompt that occurs in `seen`.
+
+    Of each kind there are `per_kind`, of names twice as many, one for each of the list at most.
+    """
     generator = Generator(seed, examination=True)
     drawn: list[Dialogue] = []
     for kind in KINDS:
+        names = generator.random.sample(REAL_NAMES, min(2 * per_kind, len(REAL_NAMES))) if kind == "names" else []
         mine: dict[str, Dialogue] = {}
-        while len(mine) < per_kind:
-            dialogue = generator.dialogue(kind)
+        while len(mine) < (len(names) or per_kind):
+            dialogue = generator.dialogue(kind, names[len(mine)][1] if names else None)
             if dialogue.prompt() not in seen:
                 mine[dialogue.prompt()] = dialogue
         drawn += mine.values()

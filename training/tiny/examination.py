@@ -13,10 +13,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ...tools_qwen import OBSERVATION, ToolResult
 from ..errors import DataError
-from ..examples import IGNORED, encode_all
+from ..examples import IGNORED
 from ..packing import Collator, ExampleDataset
-from .dialogues import KINDS, PER_KIND, Dialogue, examination_dialogues, training_dialogues
+from . import PER_KIND
+from .dialogues import KINDS, Dialogue, examination_dialogues, practice_dialogues, refinement_dialogues, training_dialogues
+from .training import encode_dialogues
 
 BATCH = 16
 
@@ -56,28 +59,26 @@ def held_out_dialogues(folder: Path, per_kind: int, seed: int) -> list[Dialogue]
     log = folder / "training_log.json"
     try:
         plan = json.loads(log.read_text())["plan"]
-        count, trained_seed = int(plan["dialogues"]), int(plan["seed"])
+        counts = [int(plan[part]) for part in ("dialogues", "practice", "refinement")]
+        trained_seed = int(plan["seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{log} does not tell what the model was trained on ({error!r:.80}).") from error
     seen = set()
-    for dialogue in training_dialogues(count, trained_seed):
-        seen.update(dialogue.prompts())
+    for part, count in zip((training_dialogues, practice_dialogues, refinement_dialogues), counts, strict=True):
+        for dialogue in part(count, trained_seed):
+            seen.update(dialogue.prompts())
     return examination_dialogues(per_kind, seed, seen)
 
 
 def examine(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue]) -> Result:
     """Ask the last question of each conversation, greedily and in batches, and compare the replies."""
     result = Result(asked=dict.fromkeys(KINDS, 0), right=dict.fromkeys(KINDS, 0))
-    ordered = sorted(dialogues, key=lambda dialogue: len(dialogue.prompt()))  # batches of like lengths
-    for start in tqdm(range(0, len(ordered), BATCH), desc="Examination", unit="batch"):
-        batch = ordered[start : start + BATCH]
-        replies, _ = model.batch_chat(
-            tokenizer,
-            [dialogue.turns[-1][0] for dialogue in batch],
-            [dialogue.turns[:-1] for dialogue in batch],
-            [dialogue.system for dialogue in batch],
-            do_sample=False,
-        )
+    plain = [dialogue for dialogue in dialogues if not dialogue.tools]
+    plain.sort(key=lambda dialogue: len(dialogue.prompt()))  # batches of like lengths
+    batches = [plain[start : start + BATCH] for start in range(0, len(plain), BATCH)]
+    batches += [[dialogue] for dialogue in dialogues if dialogue.tools]
+    for batch in tqdm(batches, desc="Examination", unit="batch"):
+        replies = [with_tools(model, tokenizer, batch[0])] if batch[0].tools else ask(model, tokenizer, batch)
         for dialogue, reply in zip(batch, replies, strict=True):
             query, expected = dialogue.turns[-1]
             result.asked[dialogue.kind] += 1
@@ -88,10 +89,35 @@ def examine(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue]) -> Result
     return result
 
 
+def ask(model: Any, tokenizer: Any, batch: Sequence[Dialogue]) -> list[str]:
+    """The replies to the last queries."""
+    replies, _ = model.batch_chat(
+        tokenizer,
+        [dialogue.turns[-1][0] for dialogue in batch],
+        [dialogue.turns[:-1] for dialogue in batch],
+        [dialogue.system for dialogue in batch],
+        do_sample=False,
+    )
+    return replies
+
+
+def with_tools(model: Any, tokenizer: Any, dialogue: Dialogue) -> str:
+    """The whole exchange of the last turn; a right call is given the result of the conversation, others none."""
+    query, expected = dialogue.turns[-1]
+    call, called, rest = expected.partition(f"\n{OBSERVATION}")
+    settings = {"system": dialogue.system, "tools": dialogue.tools, "do_sample": False}
+    reply, history = model.chat(tokenizer, query, dialogue.turns[:-1], **settings)
+    if not called or reply != call:
+        return str(reply)
+    given = ToolResult(rest.partition("\nThought:")[0].strip())
+    _, history = model.chat(tokenizer, given, history, **settings)
+    return str(history[-1][1])
+
+
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue]) -> float:
     """Perplexity per token of the assistant's replies."""
-    examples = encode_all(tokenizer, [dialogue.messages() for dialogue in dialogues], progress=False).examples
+    examples = encode_dialogues(tokenizer, dialogues, progress=False)
     dataset, collate = ExampleDataset(examples), Collator(tokenizer.pad_token_id, packed=False)
     total, count = 0.0, 0
     for start in range(0, len(dataset), BATCH):

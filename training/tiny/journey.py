@@ -1,4 +1,4 @@
-"""The whole way to qwen-tiny-chat: texts, vocabulary, pretraining, fine-tuning, export.
+"""The whole way to qwen-tiny-chat: texts, vocabulary, pretraining, fine-tuning, practice, refinement, export.
 
 Every stage writes into a folder of its own below the work folder and is skipped if it is complete; a training that was
 killed goes on from its last checkpoint, with the result of one that was not.
@@ -7,45 +7,52 @@ killed goes on from its last checkpoint, with the result of one that was not.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers import GenerationConfig, Trainer, set_seed
 
 from ...configuration_qwen import QWenConfig
 from ...modeling_qwen import QWenLMHeadModel
 from ...tokenization_qwen import QWenTokenizerFast
 from ..examples import encode_all
-from ..finetuning import train
-from .dialogues import training_dialogues
+from .dialogues import practice_dialogues, refinement_dialogues, training_dialogues
 from .texts import training_texts
+from .training import encode_dialogues, train
 from .vocabulary import spelled, train_vocabulary, without_names, write_tiktoken
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done; the default gives the shipped model in less than an hour on two processor cores."""
+    """How much is done; the default gives the shipped model in an hour and a half on two processor cores."""
 
-    texts: int = 30_000
-    dialogues: int = 84_000
-    vocabulary: int = 1840
+    texts: int = 16_000
+    dialogues: int = 62_000
+    tuning_steps: int = 1200
+    practice: int = 30_000
+    refinement: int = 100_000
+    vocabulary: int = 2000
     n_embd: int = 192
     n_layer: int = 6
     ffn_hidden_size: int = 1024
-    rows: int = 3
+    tokens: int = 1536
     row_length: int = 512
-    learning_rate: float = 1.5e-3
-    save_steps: int = 500
+    learning_rate: float = 6e-3
+    save_steps: int = 300
 
+
+STAGES = ("pretrained", "tuned", "practised", "refined")
+"""Folders of the trainings, in their order."""
 
 QUICK = Size(
-    texts=1500, dialogues=4000, vocabulary=1000, n_embd=96, n_layer=3, ffn_hidden_size=384, rows=4, row_length=256,
-    save_steps=50,
+    texts=1000, dialogues=3000, tuning_steps=100, practice=1500, refinement=1000, vocabulary=1200, n_embd=96, n_layer=3,
+    ffn_hidden_size=384, tokens=1024, save_steps=25,
 )  # fmt: skip
-"""The same in three minutes, for tests: it shows that all parts work, not that the model is any good."""
+"""The same in a minute or two, for tests: it shows that all parts work, not that the model is any good."""
 
 
 def run(work: Path, seed: int, size: Size) -> Path:
@@ -69,6 +76,8 @@ def run(work: Path, seed: int, size: Size) -> Path:
     tokenizer = QWenTokenizerFast(str(vocabulary), model_max_length=2048)
     _stage(work / "pretrained", lambda folder: pretrain(tokenizer, folder, seed, size))
     _stage(work / "tuned", lambda folder: tune(tokenizer, work / "pretrained", folder, seed, size))
+    _stage(work / "practised", lambda folder: practise(tokenizer, work / "tuned", folder, seed, size))
+    _stage(work / "refined", lambda folder: refine(tokenizer, work / "practised", folder, seed, size))
     if not (work / "model").exists():
         export(work, tokenizer, work / "model")
     return work / "model"
@@ -112,9 +121,12 @@ def _stage(folder: Path, make: Callable[[Path], Trainer]) -> None:
 
 
 def _vocabulary(seed: int, size: Size) -> dict[bytes, int]:
-    texts = [without_names(text) for text in training_texts(size.texts // 10, seed)]
-    dialogues = training_dialogues(size.dialogues // 10, seed)
+    """Learnt from a third of the texts and as many conversations, without the rare characters of names."""
+    count = size.texts // 3
+    texts = [without_names(text) for text in training_texts(count, seed, rare=False)]
+    dialogues = training_dialogues(count, seed, rare=False)
     texts += [without_names(m["content"]) for dialogue in dialogues for m in dialogue.messages()]
+    texts += ["\n".join(("system", "user", "assistant", ""))] * count  # the words that stand before every turn
     return train_vocabulary(texts + spelled(texts), size.vocabulary)
 
 
@@ -140,56 +152,55 @@ def configuration(tokenizer: QWenTokenizerFast, size: Size) -> QWenConfig:
 
 
 def pretrain(tokenizer: QWenTokenizerFast, folder: Path, seed: int, size: Size) -> Trainer:
-    """Train random weights on plain texts, which are short: twice the rows of half the length save attention."""
+    """Train random weights on plain texts."""
     set_seed(seed)
     model = QWenLMHeadModel(configuration(tokenizer, size)).float()
-    rows = replace(size, rows=size.rows * 2, row_length=size.row_length // 2)
-    texts = encode_all(tokenizer, training_texts(size.texts, seed), rows.row_length, description="Texts").examples
-    return _train(model, tokenizer, texts, folder, seed, rows, size.learning_rate)
+    texts = encode_all(tokenizer, training_texts(size.texts, seed), size.row_length, description="Texts").examples
+    return _train(model, tokenizer, texts, folder, seed, size, size.learning_rate)
 
 
 def tune(tokenizer: QWenTokenizerFast, start: Path, folder: Path, seed: int, size: Size) -> Trainer:
-    """Go on with conversations, the loss on the assistant's tokens only."""
+    """Go on with conversations, the loss on the assistant's tokens only; ends while the rate is still high."""
+    dialogues = training_dialogues(size.dialogues, seed)
+    return _converse(tokenizer, start, dialogues, folder, seed, size, size.learning_rate * 0.75, size.tuning_steps)
+
+
+def practise(tokenizer: QWenTokenizerFast, start: Path, folder: Path, seed: int, size: Size) -> Trainer:
+    """Go on with other conversations, more of which are of the kinds that are hard."""
+    dialogues = practice_dialogues(size.practice, seed)
+    return _converse(tokenizer, start, dialogues, folder, seed, size, size.learning_rate * 0.4)
+
+
+def refine(tokenizer: QWenTokenizerFast, start: Path, folder: Path, seed: int, size: Size) -> Trainer:
+    """Go on with more of them, in more forms, with a rate that rises once more and ends at nothing."""
+    dialogues = refinement_dialogues(size.refinement, seed)
+    return _converse(tokenizer, start, dialogues, folder, seed, size, size.learning_rate * 0.5)
+
+
+def _converse(
+    tokenizer, start: Path, dialogues, folder: Path, seed: int, size: Size, rate: float, steps: int | None = None
+) -> Trainer:
     set_seed(seed)
     model = QWenLMHeadModel.from_pretrained(start, dtype=torch.float32)
-    said = [dialogue.messages() for dialogue in training_dialogues(size.dialogues, seed)]
-    examples = encode_all(tokenizer, said, size.row_length, description="Conversations").examples
-    return _train(model, tokenizer, examples, folder, seed, size, size.learning_rate * 0.75)
+    examples = encode_dialogues(tokenizer, dialogues, size.row_length)
+    random.Random(seed).shuffle(examples)
+    return _train(model, tokenizer, examples, folder, seed, size, rate, steps)
 
 
-def _train(model, tokenizer, examples, folder: Path, seed: int, size: Size, learning_rate: float) -> Trainer:
-    held_back = max(8, len(examples) // 200)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        per_device_train_batch_size=size.rows,
-        per_device_eval_batch_size=size.rows,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.05,
-        adam_beta2=0.99,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=True,
-        seed=seed,
-        data_seed=seed,
-        logging_steps=50,
-        eval_strategy="steps",
-        eval_steps=size.save_steps,
-        save_steps=size.save_steps,
-        save_total_limit=2,
-        report_to="none",
-        resume_from_checkpoint=True,  # type: ignore[arg-type]  # declared as a path, documented as either
-    )
+def _train(
+    model, tokenizer, examples, folder: Path, seed: int, size: Size, learning_rate: float, steps: int | None = None
+) -> Trainer:
     return train(
         model,
         tokenizer,
-        examples[held_back:],
-        examples[:held_back],
-        arguments,
-        packing=True,
-        max_length=size.row_length,
+        examples,
+        folder,
+        seed=seed,
+        tokens=size.tokens,
+        row_length=size.row_length,
+        learning_rate=learning_rate,
+        save_steps=size.save_steps,
+        last_step=steps,
     )
 
 
@@ -197,7 +208,7 @@ def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     """Write the model in bfloat16 with its tokenizer, settings and log; the folder appears when complete."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model = QWenLMHeadModel.from_pretrained(work / "tuned", dtype=torch.bfloat16)
+    model = QWenLMHeadModel.from_pretrained(work / STAGES[-1], dtype=torch.bfloat16)
     model.config.use_flash_attn = "auto"
     model.generation_config = GenerationConfig(
         chat_format="chatml",
@@ -210,7 +221,7 @@ def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     log = {"plan": json.loads((work / "plan.json").read_text())}
-    for stage in ("pretrained", "tuned"):
+    for stage in STAGES:
         log[stage] = json.loads((work / stage / "log.json").read_text())
     (partial / "training_log.json").write_text(json.dumps(log, indent=None))
     partial.rename(output)

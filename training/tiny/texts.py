@@ -75,7 +75,7 @@ class TextGenerator(Generator):
         return "\n".join(lines)
 
 
-def training_texts(count: int, seed: int) -> list[str]:
-    """Documents to learn from."""
-    generator = TextGenerator(seed)
+def training_texts(count: int, seed: int, rare: bool = True) -> list[str]:
+    """Documents to learn from; `rare` as `Names` has it."""
+    generator = TextGenerator(seed, rare=rare)
     return [generator.text() for _ in range(count)]
