@@ -319,8 +319,11 @@ class QWenMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, E) -> (B, T, E)."""
+        if not kept_for_backward() or not is_bare(self.act_fn, nn.SiLU):
+            # Without names for what is between: each is given up as soon as it has been read.
+            return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
         gate, up = self.w2(hidden_states), self.w1(hidden_states)
-        if not gate.requires_grad or not kept_for_backward() or not is_bare(self.act_fn, nn.SiLU):
+        if not (gate.requires_grad or up.requires_grad):
             return self._down(gate, up)
         # Gate and up projection are all that is kept: what comes of them is quickly done again, but for the last
         # product, before which `checkpoint` ends. An adapter there may draw random numbers, which must not be drawn anew.
