@@ -87,6 +87,8 @@ def _renewed(checkpoint: Checkpoint, repo_id: str) -> tuple[str | None, list[str
 def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
+        if not repo_id.isascii():  # which older releases let pass
+            raise HFValidationError("Letters are those of ASCII.")
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} can't be a repository: write NAME or ORGANISATION/NAME. {error}") from error
 
