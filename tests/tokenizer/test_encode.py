@@ -1,6 +1,7 @@
 """Text to ids: golden ids, special tokens, normalisation, batches, long runs, threads."""
 
 import itertools
+import logging
 import random
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -390,7 +391,8 @@ def test_rows_are_those_of_transformers(small_vocabulary, monkeypatch, options):
     assert quick == [dict(tokenizer(*texts, **options)) for texts in inputs]
 
 
-def test_warning_of_long_text(fresh, caplog):
+def test_warning_of_long_text(fresh, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     fresh.model_max_length = 2
     fresh(["ab", "abc", "abcd"])
     fresh("abcde")
