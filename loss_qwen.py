@@ -19,9 +19,9 @@ from torch import nn
 
 from .shards_qwen import gathers_its_weight, is_partitioned
 
-_PIECE = 512  # tokens whose logits are held at once, in the dtype of the head
+_PIECE = 256  # tokens whose logits are held at once, in the dtype of the head
 _BLOCK = 16  # tokens whose logits are held in float32
-_SLICE = 2**14  # rows of the head whose gradient is added up together
+_SLICE = 2**13  # rows of the head whose gradient is added up together
 
 
 def holds_its_weight(head: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from enum import Enum
 
 from .shape import Linear, Load, Shape
 
-_PIECE, _BLOCK, _SLICE = 512, 16, 2**14  # of `loss_qwen`
+_PIECE, _BLOCK, _SLICE = 256, 16, 2**13  # of `loss_qwen`
 _NF4_BLOCK, _NF4_NESTED = 64, 256  # weights that share a scale of one byte; such scales that share a float32
 _NF4_TABLES = 4 * (16 + 256)  # the values of the codes of weights and of scales
 _BUCKET = 5 * 10**8  # numbers that DeepSpeed gathers gradients of before it sends them, and brings together of weights
@@ -234,8 +234,8 @@ class TrainingStep:
 
         - layers; states before and behind the last norm, 2hE; a copy of those that count and their gradient, 2cE;
           states and head in c bytes, where they are cast;
-        - logits of a piece of 512 tokens, and two or three times those of 16 tokens in float32;
-        - the head's gradient as a float32 sum, with the product of up to 16,384 rows that is added to it, which a
+        - logits of a piece of 256 tokens, and two or three times those of 16 tokens in float32;
+        - the head's gradient as a float32 sum, with the product of up to 8,192 rows that is added to it, which a
           CPU makes float32 first, or the whole that it is put together in;
         - under autocast with checkpointing the matrices of all layers, which it holds until the loss is there;
         - for a head that DeepSpeed has in shards the logits of all tokens instead.
@@ -275,16 +275,21 @@ class TrainingStep:
     def backward_begins(self) -> int:
         """Layers and what is behind the loss, and the largest of: the last norm computed anew and its gradients,
         22 bytes a number from half precision and 16 from float32; the MLP's SiLU and product computed anew and gradients
-        of them, 4cM, of an adapter the SiLU and gradients in float32 too, 12M, half of which is given up by the layer
-        meanwhile. Under checkpointing all that a layer keeps is added.
+        of them, 4cM, of an adapter the SiLU and gradients in float32 too, 8M and 4M more for those of dropout, half of
+        which is given up by the layer meanwhile. Under checkpointing all that a layer keeps is added.
         """
         a, way, n, c = self.shape.architecture, self.way, self.tokens, self.way.compute
         norm = n * a.width * (22 if way.residual < 4 else 16)
-        mlp = 12 * n * a.mlp if way.adapter else n * (4 * self._gate - c * a.width)
+        mlp = n * (self._adapter_gradients if way.adapter else 4 * self._gate - c * a.width)
         base = self.layers + self._behind_loss + self._gathered(3)
         if self.checkpointing:
             return base + max(norm, self.layer - self._inputs + mlp)
         return base + max(norm, mlp // 2 + n * self._gate if way.adapter else mlp)
+
+    @property
+    def _adapter_gradients(self) -> int:
+        """Of a token in the MLP."""
+        return (12 if self.adapter.dropout_mask else 8) * self.shape.architecture.mlp
 
     @property
     def backward_ends(self) -> int:
@@ -296,7 +301,7 @@ class TrainingStep:
         a = self.shape.architecture
         gradients = self._gradients
         states = n * a.width * way.residual * 2
-        mlp = 12 * n * a.mlp if way.adapter else 4 * n * self._gate
+        mlp = n * (self._adapter_gradients if way.adapter else 4 * self._gate)
         first = gradients + self.layer + states + mlp
         if not way.adapter:  # those of this layer and of the embedding are still to come
             coming = self.shape.layer + self.shape.matrix * (self.shape.matrices - 1)
