@@ -87,6 +87,14 @@ SCRIPT = """
     }
   });
 
+  // Gradio reads the field a moment after Enter or a click, when more may have been typed.
+  const keep = () => { window.qwenAsked = document.querySelector("#query textarea").value; };
+  document.addEventListener("keydown", event => {
+    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    if (sends && event.target.closest("#query")) keep();
+  }, true);
+  document.addEventListener("click", event => { if (event.target.closest("#submit")) keep(); }, true);
+
   const set = (element, name, value) => {  // another mutation only where there is something to change
     if (element.getAttribute(name) !== value) element.setAttribute(name, value);
   };

@@ -21,6 +21,13 @@ SHARE_OF_DRAWING = 0.2
 """Of the time of a reply at most this goes into its HTML; a long one grows by several words at a time."""
 STOPPABLE = "() => ({__type__: 'update', interactive: true, variant: 'stop'})"
 NOTHING_TO_STOP = "() => ({__type__: 'update', interactive: false, variant: 'secondary'})"
+# What was in the field when it was sent, see `look.SCRIPT`; behind the inputs come the outputs, which it doesn't give back.
+ASK = """(query, ...values) => {
+  const asked = window.qwenAsked;
+  delete window.qwenAsked;
+  const sent = asked !== undefined && query.startsWith(asked) ? asked : query;
+  return [sent, ...values.slice(0, %d)];
+}"""
 # The field keeps what was typed since the question was sent.
 TAKE_QUESTION = """(sent, field) => {
   const question = sent.slice(sent.indexOf(" ") + 1);
@@ -84,11 +91,13 @@ class ChatPage:
         in_the_browser: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on(asking, None, None, self.stop, js=STOPPABLE, **in_the_browser)
         # One event for all that asks the model: while it is under way the page starts no second one.
+        inputs = [self.query, self.chatbot, self.history, self.system, *self.settings]
         answering = gr.on(
             asking,
             self.answer,
-            [self.query, self.chatbot, self.history, self.system, *self.settings],
+            inputs,
             [self.sent, self.chatbot],
+            js=ASK % (len(inputs) - 1),
             concurrency_limit=self.concurrency_limit,
             trigger_mode="once",
             show_progress="minimal",

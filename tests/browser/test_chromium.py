@@ -253,6 +253,7 @@ def test_what_is_typed_while_a_reply_streams_stays(serve, visit, stub_model):
     visitor = visit(serve(stub_model))
     field = visitor.page.locator("#query textarea")
     visitor.ask("hello")
+    wait_until(lambda: visitor.texts()[-1:] and "word0" in visitor.texts()[-1])
     field.press_sequentially("a next question", delay=40)
     assert visitor.texts()[-1] != stub_model.reply + " 1"
     assert field.input_value() == "a next question"
@@ -264,6 +265,34 @@ def test_what_is_typed_while_a_reply_streams_stays(serve, visit, stub_model):
     wait_until(lambda: len(visitor.texts()) == 4)
     assert field.input_value() == ""
     assert [asked[0] for asked in stub_model.asked] == ["hello", "a next question"]
+
+
+# In one task of the page: at once, before Gradio has read the field.
+TYPE_ON = """async way => {
+  const field = document.querySelector("#query textarea");
+  const options = { key: "Enter", code: "Enter", bubbles: true, cancelable: true };
+  const send = () => {
+    if (way === "click") return document.querySelector("#submit").click();
+    field.dispatchEvent(new KeyboardEvent("keydown", options));
+    field.dispatchEvent(new KeyboardEvent("keypress", options));
+  };
+  send();
+  field.value += " and more";
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+}"""
+
+
+@pytest.mark.parametrize("way", ["key", "click"])
+def test_what_is_typed_behind_enter_is_no_part_of_the_question(serve, visit, stub_model, way):
+    visitor = visit(serve(stub_model))
+    for turn, query in enumerate(("hello", "again"), 1):
+        visitor.settle()
+        visitor.type(query)
+        visitor.page.evaluate(TYPE_ON, way)
+        wait_until(lambda turn=turn: visitor.texts()[-1:] == [f"{stub_model.reply} {turn}"])
+        visitor.settle()
+        assert visitor.page.locator("#query textarea").input_value() == " and more"
+    assert [asked[0] for asked in stub_model.asked] == ["hello", "again"]
 
 
 def test_what_is_typed_while_a_question_waits_stays(serve, visit, stub_model):
