@@ -326,7 +326,7 @@ class QWenMLP(nn.Module):
         if not (gate.requires_grad or up.requires_grad):
             return self._down(gate, up)
         # Gate and up projection are all that is kept: what comes of them is quickly done again, but for the last
-        # product, before which `checkpoint` ends. An adapter there may draw random numbers, which must not be drawn anew.
+        # product, before which `checkpoint` ends. An adapter there may draw random numbers, which must be drawn once.
         if is_bare(self.c_proj, nn.Linear):
             return done_again(self._down, gate, up)
         return self.c_proj(done_again(self._gated, gate, up))

@@ -21,7 +21,7 @@ SHARE_OF_DRAWING = 0.2
 """Of the time of a reply at most this goes into its HTML; a long one grows by several words at a time."""
 STOPPABLE = "() => ({__type__: 'update', interactive: true, variant: 'stop'})"
 NOTHING_TO_STOP = "() => ({__type__: 'update', interactive: false, variant: 'secondary'})"
-# What was in the field when it was sent, see `look.SCRIPT`; behind the inputs come the outputs, which it doesn't give back.
+# What was in the field when it was sent, see `look.SCRIPT`. The outputs come behind the inputs, and stay here.
 ASK = """(query, ...values) => {
   const asked = window.qwenAsked;
   delete window.qwenAsked;

@@ -180,7 +180,7 @@ class TrainingStep:
         - the states before each norm, which is computed anew: 2hE;
         - queries, keys and values, what attention gives, and a float32 for each head: c(2Q + 2K) + 4H;
         - gate and up projection, of which the rest of the MLP is computed anew, 2cM; behind 4-bit matrices, which give
-          back the float32 of the norms, 2 * 4M;
+          back the float32 of the norms, 2 * 4M; under ZeRO-3, which hooks every module, SiLU and product too, 4cM;
         - of full training the inputs of the other matrices: the normed states, c(E + E), of which mixed precision casts
           the second twice;
         - of an adapter for each input of a matrix the copy that dropout gives and its mask, and the rank's numbers
@@ -197,7 +197,12 @@ class TrainingStep:
         else:
             kept = c * (3 if way.casts else 2) * a.width
         again = 0 if way.adapter or not way.casts else linears[-1].weights * c
-        return self.tokens * (states + attention + 2 * self._gate + kept) + self._casts - again
+        return self.tokens * (states + attention + self._gates * self._gate + kept) + self._casts - again
+
+    @property
+    def _gates(self) -> int:
+        """How many of gate, SiLU, up projection and product are kept; the others are there in the backward pass."""
+        return 4 if self.way.sharding is Sharding.ZERO3 else 2
 
     @property
     def _gate(self) -> int:
@@ -273,14 +278,17 @@ class TrainingStep:
 
     @property
     def backward_begins(self) -> int:
-        """Layers and what is behind the loss, and the largest of: the last norm computed anew and its gradients,
-        22 bytes a number from half precision and 16 from float32; the MLP's SiLU and product computed anew and gradients
-        of them, 4cM, of an adapter the SiLU and gradients in float32 too, 8M and 4M more for those of dropout, half of
-        which is given up by the layer meanwhile. Under checkpointing all that a layer keeps is added.
+        """Layers and what is behind the loss, and the larger of the last norm and the MLP of the last layer.
+
+        - The norm is computed anew, with its gradients: 22 bytes a number from half precision and 16 from float32.
+        - The MLP's SiLU and product are computed anew, with their gradients, 4cM, or 2cM where they are kept. Of an
+          adapter it is the SiLU, and gradients in float32 too, 8M and 4M more for dropout's; half of these the layer
+          gives up meanwhile.
+        - Under checkpointing all that a layer keeps is added.
         """
         a, way, n, c = self.shape.architecture, self.way, self.tokens, self.way.compute
         norm = n * a.width * (22 if way.residual < 4 else 16)
-        mlp = n * (self._adapter_gradients if way.adapter else 4 * self._gate - c * a.width)
+        mlp = n * (self._adapter_gradients if way.adapter else (6 - self._gates) * self._gate - c * a.width)
         base = self.layers + self._behind_loss + self._gathered(3)
         if self.checkpointing:
             return base + max(norm, self.layer - self._inputs + mlp)
@@ -301,7 +309,7 @@ class TrainingStep:
         a = self.shape.architecture
         gradients = self._gradients
         states = n * a.width * way.residual * 2
-        mlp = n * (self._adapter_gradients if way.adapter else 4 * self._gate)
+        mlp = n * (self._adapter_gradients if way.adapter else (6 - self._gates) * self._gate)
         first = gradients + self.layer + states + mlp
         if not way.adapter:  # those of this layer and of the embedding are still to come
             coming = self.shape.layer + self.shape.matrix * (self.shape.matrices - 1)

@@ -7,7 +7,7 @@ falls into the held-out part never occur in training.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...schemas_qwen import Tool
@@ -123,7 +123,7 @@ class Generator(Names):
         text = self.random.choice(OPENINGS[language]) + text + self.random.choice(CLOSINGS[language])
         return text[0].upper() + text[1:] if self.random.random() < 0.6 else text
 
-    def pick(self, language: str, wordings: dict[str, list[str]], **values: str) -> str:
+    def pick(self, language: str, wordings: Mapping[str, Sequence[str]], **values: str) -> str:
         """One of the wordings in a language, with an end."""
         text = self.random.choice(wordings[language]).format(**values)
         return self.worded(text, language)

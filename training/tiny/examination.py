@@ -18,7 +18,14 @@ from ..errors import DataError
 from ..examples import IGNORED
 from ..packing import Collator, ExampleDataset
 from . import PER_KIND
-from .dialogues import KINDS, Dialogue, examination_dialogues, practice_dialogues, refinement_dialogues, training_dialogues
+from .dialogues import (
+    KINDS,
+    Dialogue,
+    examination_dialogues,
+    practice_dialogues,
+    refinement_dialogues,
+    training_dialogues,
+)
 from .training import encode_dialogues
 
 BATCH = 16

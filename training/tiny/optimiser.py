@@ -53,36 +53,36 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in weights:
+            learning = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
+            for weight, _ in learning:
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-            (self._muon if group["muon"] else self._adam)(weights, group["lr"])
+            (self._muon if group["muon"] else self._adam)(learning, group["lr"])
         return loss
 
-    def _muon(self, weights: list[Tensor], lr: float) -> None:
+    def _muon(self, learning: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """Matrices of one shape go through the iteration together."""
-        shapes: dict[torch.Size, list[Tensor]] = {}
-        for weight in weights:
-            shapes.setdefault(weight.shape, []).append(weight)
+        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for weight, gradient in learning:
+            shapes.setdefault(weight.shape, []).append((weight, gradient))
         for shape, alike in shapes.items():
             updates = []
-            for weight in alike:
+            for weight, gradient in alike:
                 state = self.state[weight]
                 momentum = state.setdefault("momentum", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 1 - MOMENTUM)
-                updates.append(weight.grad.lerp(momentum, MOMENTUM))  # as Nesterov's
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                updates.append(gradient.lerp(momentum, MOMENTUM))  # as Nesterov's
             size = 0.2 * max(shape) ** 0.5  # the usual root mean square of AdamW's updates
-            for weight, update in zip(alike, orthogonal(torch.stack(updates)), strict=True):
+            for (weight, _), update in zip(alike, orthogonal(torch.stack(updates)), strict=True):
                 weight.add_(update.to(weight.dtype), alpha=-lr * size)
 
-    def _adam(self, weights: list[Tensor], lr: float) -> None:
-        for weight in weights:
+    def _adam(self, learning: list[tuple[Tensor, Tensor]], lr: float) -> None:
+        for weight, gradient in learning:
             state = self.state[weight]
             if not state:
                 state.update(step=0, mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
             state["step"] += 1
-            state["mean"].lerp_(weight.grad, 1 - BETAS[0])
-            state["square"].lerp_(weight.grad.square(), 1 - BETAS[1])
+            state["mean"].lerp_(gradient, 1 - BETAS[0])
+            state["square"].lerp_(gradient.square(), 1 - BETAS[1])
             deviation = (state["square"] / (1 - BETAS[1] ** state["step"])).sqrt_().add_(1e-8)
             weight.addcdiv_(state["mean"], deviation, value=-lr / (1 - BETAS[0] ** state["step"]))
 

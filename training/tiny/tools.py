@@ -33,7 +33,7 @@ def calculator(expression: str) -> str:
 def _value(node: ast.expr) -> float:
     """The value of an expression; nothing in it is run but the four operations."""
     match node:
-        case ast.Constant(value=number) if type(number) in (int, float):
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return number
         case ast.UnaryOp(op=sign, operand=inner) if type(sign) in _OPERATIONS:
             return _OPERATIONS[type(sign)](_value(inner))
@@ -58,7 +58,7 @@ _EXPRESSION = (
     "要计算的算式",
 )
 
-QUESTIONS = {
+QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "calculator": {
         "en": ("what is {x}", "{x}=?", "{x}", "how much is {x}", "calculate {x}", "compute {x}", "{x} = ?"),
         "zh": ("{x}等于多少", "{x}=?", "{x}", "计算{x}", "{x}是多少", "算一下{x}", "{x}等于几"),
@@ -81,7 +81,7 @@ _THOUGHTS = {
     "calculator": {"en": "I need the calculator.", "zh": "我需要计算器。"},
     "clock": {"en": "I look at the clock.", "zh": "我看一下时钟。"},
 }
-_SIGNS = {
+_SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
     "+": {"en": ("+", " + ", " plus "), "zh": ("+", "加")},
     "-": {"en": ("-", " - ", " minus "), "zh": ("-", "减")},
     "*": {"en": ("*", " * ", " times ", "×"), "zh": ("*", "×", "乘以", "乘")},
