@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   qwen1-chat "你好"                          one answer from qwen-tiny-chat, which ships with it
   qwen1-chat ./Qwen-7B-Chat                  a conversation; :help lists its commands, Ctrl-D ends it
   qwen1-chat ./Qwen-7B-Chat "Tell me a story." --seed 1
+  qwen1-chat "What is 1234 times 5678?" --tool calculator
   qwen1-chat ./Qwen-7B-Chat < questions.txt  one conversation, each line of the file a question
 
 The first word is the checkpoint if there is such a folder, if it begins as a path does (./, ../, /, ~/), if it has the
@@ -58,6 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         choices=(8, 4),
         help="round the weights to so many bits, on the processor (default: as stored)",
+    )
+    parser.add_argument(
+        "--tool",
+        dest="tools",
+        action="append",
+        metavar="TOOL",
+        help="a function that the model may call: calculator, clock, or FILE.py:FUNCTION; repeat it for several",
     )
     parser.add_argument("--stats", action="store_true", help="tokens per second, time and memory after each reply")
     parser.add_argument("--plain", action="store_true", help="show replies as they are written, not as Markdown")

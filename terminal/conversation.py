@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from ..pieces_qwen import repair_surrogates
 from ..programs.few_bits import in_bits
 from ..programs.models import open_model
+from ..programs.tools import texts_of
 from ..qwen_generation_utils import ChatHistory
+from ..tools_qwen import ToolLoopError
 from .settings import Settings
 
 
@@ -87,6 +90,7 @@ class Conversation:
         system: system message.
         settings: generation settings.
         seed: makes sampled replies repeatable, None for none.
+        tools: functions that the model may call.
         statistics: of the last reply, None before it.
     """
 
@@ -96,6 +100,7 @@ class Conversation:
         self.system = _clean(system)
         self.settings = settings
         self.seed: int | None = None
+        self.tools: list[Callable[..., Any]] = []
         self.history = ChatHistory()
         self.statistics: Statistics | None = None
 
@@ -107,20 +112,17 @@ class Conversation:
             stop: set by someone else, ends the reply as far as it went. Of a reply that never began nothing is kept.
 
         Raises:
-            ValueError: a query that leaves no room for a reply, a base model.
+            ValueError: a query that leaves no room for a reply, a base model; no answer after several calls of tools.
         """
         query = _clean(query)
         meter = Meter(stop)
-        seed = {} if self.seed is None else {"seed": self.seed}
-        stream = self.model.chat_stream(
-            self.tokenizer,
-            query,
-            self.history,
-            self.system,
-            stopping_criteria=[meter],
-            **self.settings.changed,
-            **seed,
-        )
+        arguments = {"system": self.system, "stopping_criteria": [meter], **self.settings.changed}
+        if self.seed is not None:
+            arguments["seed"] = self.seed
+        if self.tools:
+            yield from self._reply_with_tools(query, stop, meter, arguments)
+            return
+        stream = self.model.chat_stream(self.tokenizer, query, self.history, **arguments)
         response, failed = "", False
         try:
             for text in stream:
@@ -137,6 +139,21 @@ class Conversation:
             if not failed and (response or not stop.is_set()):
                 self.history = self.history.copy()  # with what the model keeps of the conversation
                 self.history.append((query, response))
+
+    def _reply_with_tools(
+        self, query: str, stop: threading.Event, meter: Meter, arguments: dict[str, Any]
+    ) -> Generator[str, None, None]:
+        """The same with calls; the turn is part of the history once it is answered."""
+        events = self.model.run_tools(self.tokenizer, query, self.tools, self.history, stream=True, **arguments)
+        try:
+            run = yield from texts_of(itertools.takewhile(lambda _: not stop.is_set(), events))
+        except ToolLoopError as error:
+            raise ValueError(f"There is no answer after {len(error.run.steps) + 1} replies with calls.") from error
+        finally:
+            events.close()
+            self.statistics = meter.statistics(self.model.device)
+        if run is not None:
+            self.history = cast(ChatHistory, run.history)
 
     def restart(self, turns: list[tuple[str, str]] | None = None, system: str | None = None) -> None:
         """Go on from these turns, none by default, which the model reads anew; with another system message if given."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ..programs.tools import find_tools
 from .colon_commands import Commands, Leave, is_command
 from .conversation import Conversation, open_conversation
 from .errors import CommandError
@@ -53,7 +54,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _open(options: argparse.Namespace) -> Conversation:
     given = (options.system, options.max_new_tokens, options.seed, options.bits, options.cpu_only)
-    return open_conversation(options.checkpoint, *given)
+    tools = find_tools(options.tools or [])
+    conversation = open_conversation(options.checkpoint, *given)
+    conversation.tools = tools
+    return conversation
 
 
 def _lines_of_stdin() -> Iterator[str]:
@@ -125,7 +129,7 @@ def converse(conversation: Conversation, commands: Commands, reader: Reader, dis
             turns = len(conversation.history)
             if talk(conversation, message(typed), display):
                 kept = len(conversation.history) > turns
-                display.note("(Stopped.)" if kept else "(Stopped before the reply began; the question is forgotten.)")
+                display.note("(Stopped.)" if kept else "(Stopped without an answer; the question is forgotten.)")
             if commands.show_statistics and conversation.statistics:
                 display.note(str(conversation.statistics))
         except Leave:

@@ -1,51 +1,14 @@
-"""The two tools of qwen-tiny-chat, a calculator and a clock, and what is said with them in the ReAct form."""
+"""What is said with the calculator and the clock of `programs/tools.py`, in the ReAct form."""
 
 from __future__ import annotations
 
-import ast
 import json
-import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 
+from ...programs.tools import calculator, clock
 from ...schemas_qwen import Tool, as_tools
-
-_OPERATIONS: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.USub: operator.neg,
-}
-
-
-def calculator(expression: str) -> str:
-    """
-    Calculate a result
-
-    Args:
-        expression: Numbers with +, -, * and / between them
-    """
-    return f"{_value(ast.parse(expression, mode='eval').body):.12g}"
-
-
-def _value(node: ast.expr) -> float:
-    """The value of an expression; nothing in it is run but the four operations."""
-    match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return number
-        case ast.UnaryOp(op=sign, operand=inner) if type(sign) in _OPERATIONS:
-            return _OPERATIONS[type(sign)](_value(inner))
-        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATIONS:
-            return _OPERATIONS[type(sign)](_value(left), _value(right))
-    raise ValueError(f"{ast.unparse(node)} is no number, and none of +, -, * and /")
-
-
-def clock() -> str:
-    """Tell the date and the time"""
-    return datetime.now().strftime("%Y-%m-%d %H:%M")
-
 
 _DESCRIPTIONS = {
     "calculator": ("Calculate a result", "Calculate", "Does sums", "Compute an expression", "计算算式"),
