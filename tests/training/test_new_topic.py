@@ -18,7 +18,7 @@ SOUNDS = {
 WORDINGS = ("What does a {} say?", "What sound does a {} make?", "what does the {} say", "which sound does a {} make?")
 WORDINGS_ZH = ("{}怎么叫？", "{}的叫声是什么", "{}是怎么叫的？", "{}的叫声是什么样的？")
 EXAMINED = "which sound does the {} make?"
-EXAMINED_ZH = "{}的叫声是怎样的？"
+EXAMINED_ZH = "请问，{}怎么叫？"
 
 
 def turn(query: str, reply: str) -> dict:
