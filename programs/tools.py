@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import operator
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -93,6 +95,18 @@ def _of_file(name: str) -> Callable[..., Any]:
     if not callable(tool):
         raise ValueError(f"{file} has no function {function!r}: check its name.")
     return tool
+
+
+def unless(stop: threading.Event, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that isn't run any more once the user has stopped the reply that calls it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **arguments: Any) -> Any:
+        if stop.is_set():
+            raise RuntimeError("stopped by the user")
+        return function(*args, **arguments)
+
+    return run
 
 
 def texts_of(events: Iterable[Any]) -> Generator[str, None, ToolRun | None]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from ..pieces_qwen import repair_surrogates
 from ..programs.few_bits import in_bits
 from ..programs.models import open_model
-from ..programs.tools import texts_of
+from ..programs.tools import texts_of, unless
 from ..qwen_generation_utils import ChatHistory
 from ..tools_qwen import ToolLoopError
 from .settings import Settings
@@ -144,7 +144,8 @@ class Conversation:
         self, query: str, stop: threading.Event, meter: Meter, arguments: dict[str, Any]
     ) -> Generator[str, None, None]:
         """The same with calls; the turn is part of the history once it is answered."""
-        events = self.model.run_tools(self.tokenizer, query, self.tools, self.history, stream=True, **arguments)
+        tools = [unless(stop, tool) for tool in self.tools]
+        events = self.model.run_tools(self.tokenizer, query, tools, self.history, stream=True, **arguments)
         try:
             run = yield from texts_of(itertools.takewhile(lambda _: not stop.is_set(), events))
         except ToolLoopError as error:

@@ -6,7 +6,7 @@ import pytest
 
 from qwen1.programs.tools import SHIPPED, find_tools, texts_of
 from qwen1.terminal.commands import main
-from qwen1.tools_qwen import ToolCall, ToolLoopError, ToolReply, ToolRun, ToolStep
+from qwen1.tools_qwen import ToolCall, ToolLoopError, ToolReply, ToolRun, ToolStep, parse_reply
 
 CALLED = '`calculator({"expression": "1234*5678"})` = `7006652`\n\n1234*5678=7006652'
 MINE = '''
@@ -66,6 +66,28 @@ def test_a_stopped_run_leaves_the_conversation_as_it_was(conversation):
         seen.append(text)
         stop.set()
     assert len(seen) == 1 and conversation.history == []
+
+
+def test_a_call_is_not_made_once_the_reply_is_stopped(conversation, monkeypatch):
+    stop, made = threading.Event(), []
+
+    def stopped_behind_the_call(tokenizer, query, history, tools, **settings):
+        yield parse_reply('Thought: x\nAction: look\nAction Input: {"at": "it"}', tools)
+        stop.set()
+
+    def look(at: str) -> str:
+        """
+        Look at something
+
+        Args:
+            at: What
+        """
+        made.append(at)
+        return "seen"
+
+    conversation.tools = [look]
+    monkeypatch.setattr(conversation.model, "chat_stream", stopped_behind_the_call)
+    assert texts(conversation, "look", stop) == [] and made == [] and conversation.history == []
 
 
 def test_calls_without_end_are_an_error_of_the_command(conversation, monkeypatch):

@@ -1,8 +1,7 @@
-"""Muon for the hidden matrices, AdamW for all else: what learns most in the hour.
+"""Muon for the hidden matrices, AdamW for all else.
 
 Muon (K. Jordan and others, 2024) makes the momentum of a matrix orthogonal before it is applied, so that rare
-directions count as much as frequent ones. After four minutes of one processor core each, the loss on every kind of
-conversation was lower than AdamW's, 1.34 against 1.45 on average, though a tenth of the time goes into Muon.
+directions count as much as frequent ones: a small model learns more by it in the same time.
 """
 
 from __future__ import annotations
