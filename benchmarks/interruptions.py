@@ -48,6 +48,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 AGAIN = 0.3
 """Of the runs that follow a kill so many are killed as well."""
 
+LONGEST = 120.0
+"""Seconds after which a command that has too little of something hangs, and is killed, which counts as wrong."""
+
 Only = Annotated[list[str] | None, typer.Option(help="Names of commands; repeat it.", show_default="all")]
 
 
@@ -197,7 +200,7 @@ def _fail_all(case: Case, folder: Path, steps: int) -> int:
         shutil.rmtree(work)
         with trouble.around:
             case.begin(work)
-            ended = fork(case.program(work), prepare=trouble.inside)
+            ended = fork(case.program(work), prepare=trouble.inside, kill_after=LONGEST)
             wrong = _wrong(case, work, ended)
             if contents(case.sources) != sources:
                 wrong = "the sources have changed"
