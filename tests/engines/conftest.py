@@ -118,7 +118,7 @@ def run_in(tmp_path_factory):
 def llama_cpp(interpreter, run_in, tmp_path_factory):
     """Ask llama.cpp: (GGUF, prompts, texts, whether they name control tokens, ids to measure at) -> its answers."""
     environment = interpreter("QWEN_LLAMA_CPP", "node-llama-cpp beside it").parent.parent
-    node = shutil.which("node")
+    node = shutil.which("node", path=f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}")
     if node is None or not (environment / "node_modules" / "node-llama-cpp").is_dir():
         pytest.skip(f"{environment} has no node-llama-cpp, or there is no node (docs/gguf.md)")
     script = environment / "questions.mjs"  # beside its packages

@@ -113,7 +113,7 @@ environment=$(basename "$(dirname "$here")")
 case "$(basename "$0") $*" in
 "python3 -m venv "*)
     mkdir -p "$3/bin"
-    for name in pip pytest pre-commit python uv; do cp "$0" "$3/bin/$name"; done ;;
+    for name in npm pip pytest pre-commit python uv; do cp "$0" "$3/bin/$name"; done ;;
 "pip index versions transformers" | "python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
 "python -") echo "$environment: $("$PYTHON" -)" ;; # what it is asked on standard input runs
 "pytest "*)
@@ -123,6 +123,7 @@ case "$(basename "$0") $*" in
     [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && echo a last word && exit
     echo "FAILED tests/model/test_$environment.py::test_it"
     echo "=== 1 failed in $environment ===" && exit 1 ;;
+"npm install "*) [[ " $FAIL " != *" engines "* ]] || { echo no answer; exit 1; } ;;
 "uv pip compile "*) echo transformers==5.0.0 ;;
 "pre-commit "*) [[ " $FAIL " != *" linters "* ]] ;;
 esac
@@ -224,7 +225,17 @@ def test_ci_fails_where_tests_would_skip_for_want_of_a_program(ci, pin, tmp_path
     assert "CI: failed: outside" in done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("reason", ["could not import 'peft'", "needs a compiler", "chromium is not installed"])
+def test_ci_fails_where_llama_cpp_cannot_be_had(ci, pin):
+    done = ci(pin, fail="engines")
+    assert done.returncode == 1
+    assert "CI: llama.cpp can't be installed: no answer" in done.stdout.splitlines()
+    assert "CI: failed: engines" in done.stdout.splitlines()
+
+
+WANTED = ["could not import 'peft'", "needs a compiler", "chromium is not installed", "QWEN_LLAMA_CPP names no Python"]
+
+
+@pytest.mark.parametrize("reason", WANTED)
 def test_ci_fails_where_a_test_skips_that_should_run(ci, pin, reason):
     done = ci(pin, SKIP=reason)
     assert done.returncode == 1
