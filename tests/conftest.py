@@ -4,8 +4,11 @@ import base64
 import json
 import os
 import re
+import runpy
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several at a time
@@ -89,6 +92,35 @@ def code_of():
         return [ROOT / f"{name}.py" for name in dict.fromkeys([module, *named])]
 
     return files
+
+
+@pytest.fixture(scope="session")
+def warm_with():
+    """As `warm`, for other variables or with torch alone: (variables, "all" or "torch") -> first words of a command."""
+    program, started = Path(__file__).with_name("warm.py"), {}
+    read_at_loading = runpy.run_path(str(program))["read_at_loading"]
+
+    def words(variables, loaded="all") -> list[str]:
+        read = (loaded, *sorted(read_at_loading(variables, loaded).items()))
+        if read not in started:
+            address = Path(folder) / str(len(started))
+            command = [sys.executable, str(program), "serve", str(address), loaded]
+            server = subprocess.Popen(command, stdin=subprocess.PIPE, env=dict(variables))
+            started[read] = server, [sys.executable, "-I", "-S", str(program), "run", str(address)]
+            subprocess.run([*started[read][1], "-c", ""], env=dict(variables), check=True)  # when all is loaded
+        return started[read][1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield words if hasattr(os, "fork") else lambda *asked: [sys.executable]
+        for server, _ in started.values():
+            server.stdin.close()
+            server.wait()
+
+
+@pytest.fixture(scope="session")
+def warm(warm_with) -> list[str]:
+    """What stands for `sys.executable` in a command, to find torch and transformers loaded; see `warm.py`."""
+    return warm_with(os.environ)
 
 
 @pytest.fixture(scope="session")

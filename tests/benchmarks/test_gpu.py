@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
@@ -25,12 +24,12 @@ SECTIONS = {
 
 
 @pytest.fixture
-def speed(repository):
+def speed(repository, warm):
     """Run the program without a GPU; returns what it did."""
 
     def run(*arguments):
         without = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "QWEN_VLLM": "", "QWEN_GPTQ": ""}
-        command = [sys.executable, repository / "benchmarks" / "speed.py", *map(str, arguments)]
+        command = [*warm, repository / "benchmarks" / "speed.py", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **without})
 
     return run

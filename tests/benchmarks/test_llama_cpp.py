@@ -15,20 +15,20 @@ print(json.dumps([{{"avg_ns": 5e8}}]))
 """
 
 
-def test_without_llama_cpp_it_says_so(repository, tmp_path):
-    command = [sys.executable, "speed.py", "llama-cpp", "--bench", str(tmp_path / "nothing")]
+def test_without_llama_cpp_it_says_so(repository, warm, tmp_path):
+    command = [*warm, "speed.py", "llama-cpp", "--bench", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository / "benchmarks")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "llama.cpp is left out: name its llama-bench by --bench or QWEN_LLAMA_BENCH.\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stub is a script with a first line that names its interpreter")
-def test_what_llama_bench_is_asked(repository, tmp_path):
+def test_what_llama_bench_is_asked(repository, warm, tmp_path):
     program, log = tmp_path / "llama-bench", tmp_path / "log"
     program.write_text(BENCH.format(python=sys.executable, log=str(log)))
     program.chmod(0o755)
     script = "import sys; from llama_cpp import bench; print(bench(sys.argv[1], 'model.gguf', 0, 16, 512))"
-    command = [sys.executable, "-c", script, str(program)]
+    command = [*warm, "-c", script, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository / "benchmarks")
     assert done.stdout == "0.5\n", done.stderr
     (asked,) = map(json.loads, log.read_text().splitlines())

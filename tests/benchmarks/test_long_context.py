@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
 
 @pytest.mark.slow
-def test_lengths_are_measured_and_drawn(repository, tmp_path):
+def test_lengths_are_measured_and_drawn(repository, warm, tmp_path):
     script, results, picture = (
         repository / "benchmarks" / "long_context.py",
         tmp_path / "found.json",
@@ -16,7 +15,7 @@ def test_lengths_are_measured_and_drawn(repository, tmp_path):
     )
     small = ("--steps", "1", "--rows", "1", "--texts", "1", "--longest", "1024")
     for arguments in (("run", *small), ("plot", "--output", picture), ("table",)):
-        command = [sys.executable, script, *arguments, "--results", results]
+        command = [*warm, script, *arguments, "--results", results]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     found = json.loads(results.read_text())

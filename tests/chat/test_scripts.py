@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -119,7 +118,7 @@ print("done")
 
 
 @pytest.fixture
-def run_script(tmp_path):
+def run_script(tmp_path, warm_with):
     """Run a script in a process that knows neither this package nor the network: (source, *arguments)."""
 
     def run(source, *arguments, code=0):
@@ -128,7 +127,7 @@ def run_script(tmp_path):
         environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
         environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
         environment.pop("PYTHONPATH", None)
-        command = [sys.executable, str(script), *map(str, arguments)]
+        command = [*warm_with(environment, "torch"), str(script), *map(str, arguments)]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert result.returncode == code and result.stdout.endswith("done\n"), result.stdout + result.stderr
         return result.stderr

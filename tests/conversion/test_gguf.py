@@ -6,7 +6,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 from collections import namedtuple
 
 import numpy as np
@@ -511,13 +510,13 @@ def test_values_beyond_a_type_are_refused(save, tmp_path, outtype, value, named)
     assert not list(tmp_path.glob("a.gguf*"))
 
 
-def test_the_package_is_named_where_it_is_missing(save):
+def test_the_package_is_named_where_it_is_missing(save, warm):
     code = (
         "import sys; sys.modules['gguf'] = None\n"
         "from qwen1.conversion.commands import main\n"
         f"sys.argv = ['', 'convert', {str(save())!r}, 'a.gguf', '--to', 'gguf']; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*warm, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "pip install gguf" in done.stderr and "Traceback" not in done.stderr
 

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +78,7 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
-def run(hub, tmp_path):
+def run(hub, tmp_path, warm_with):
     """Run a script in a process of its own, directed to the Hub on this machine by the environment alone."""
 
     def run_script(script: str, *arguments) -> str:
@@ -92,7 +91,7 @@ def run(hub, tmp_path):
             "NO_PROXY": "127.0.0.1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, "-c", script, *map(str, arguments)]
+        command = [*warm_with(environment, "torch"), "-c", script, *map(str, arguments)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -10,11 +10,11 @@ from qwen1 import QWenLMHeadModel
 
 
 @pytest.fixture(scope="session")
-def in_processes(tmp_path_factory):
+def in_processes(tmp_path_factory, warm):
     """Call a function of the test's file in several processes: (function, *arguments, count=2) -> their results."""
     run = runpy.run_path(str(Path(__file__).parent / "processes.py"))["run"]
     return lambda function, *arguments, **settings: run(
-        function, *arguments, folder=tmp_path_factory.mktemp("processes"), **settings
+        function, *arguments, folder=tmp_path_factory.mktemp("processes"), python=warm, **settings
     )
 
 

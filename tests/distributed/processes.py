@@ -17,13 +17,14 @@ TIME_LIMIT = 300.0
 """Seconds for all that the processes do."""
 
 
-def run(function, *arguments, folder, count=2, environment=None):
+def run(function, *arguments, folder, python, count=2, environment=None):
     """Call a function of the top level of a file in several processes: the results, in the order of the ranks.
 
     Args:
         function: found again by its file and its name; imports of its file are made in each process.
         arguments: for all of them, as `torch.save` writes them.
         folder: for what the processes read and write here.
+        python: first words of a command that runs a file.
         environment: variables beside those of this process.
     """
     folder = Path(folder)
@@ -33,7 +34,7 @@ def run(function, *arguments, folder, count=2, environment=None):
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     shared |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo", **(environment or {})}
-    command = [sys.executable, __file__, function.__code__.co_filename, function.__name__, folder]
+    command = [*python, __file__, function.__code__.co_filename, function.__name__, folder]
     started = []
     for rank in range(count):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}

@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,11 +72,11 @@ def test_pipelining_of_torch(in_processes, model_folders):
 
 
 @pytest.mark.slow
-def test_the_example_runs(model_folders, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", EXAMPLE]
+def test_the_example_runs(model_folders, warm, tmp_path):
+    command = [*warm, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     done = subprocess.run(
-        [*command, model_folders["plain"]],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)},
+        [*command, *warm, EXAMPLE, model_folders["plain"]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -105,8 +104,8 @@ def test_transformers_own_is_refused_with_the_remedy(model_folders):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SPREADS_BLOCKS, reason="this release of transformers spreads no blocks")
-def test_transformers_own_of_a_converted_model(in_processes, model_folders, tmp_path):
-    command = [sys.executable, "-m", "qwen1.convert_checkpoint", "convert", model_folders["plain"], tmp_path / "qwen2"]
+def test_transformers_own_of_a_converted_model(in_processes, model_folders, warm, tmp_path):
+    command = [*warm, "-m", "qwen1.convert_checkpoint", "convert", model_folders["plain"], tmp_path / "qwen2"]
     done = subprocess.run([*command, "--to", "qwen2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = QWenLMHeadModel.from_pretrained(model_folders["plain"]).eval()

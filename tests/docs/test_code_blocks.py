@@ -1,7 +1,8 @@
 """The blocks of Python and bash in README.md and docs/ run as they are printed.
 
 The blocks of a page run in their order in a copy of the repository: those of Python in one process and one namespace,
-those of bash in a shell each, where `.venv/bin` stands for the folder of this interpreter and nothing is installed.
+those of bash in a shell each, where `.venv/bin` stands for the folder of this interpreter and nothing is installed. Our
+own commands find torch and transformers loaded, see `warm.py`; the Python of a page doesn't.
 `<!-- not run: REASON -->` right before a block leaves it out; `pytest -rs` lists the reasons.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -120,6 +122,7 @@ class Page:
     blocks: list[Block]
     folder: Path
     log: Path
+    variables: dict[str, str]
     time_limit: float = TIME_LIMIT
     failures: dict[Block, str] = field(default_factory=dict)
     started: list[subprocess.Popen] = field(default_factory=list)
@@ -172,7 +175,7 @@ class Page:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self._environment(),
+                env={**self.variables, "PATH": f"{self.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"},
                 stdin=stdin,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
@@ -181,18 +184,6 @@ class Page:
             )
         self.started.append(process)
         return process
-
-    def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "HF_", "PYTEST_"))}
-        commands = self.folder / ".venv" / "bin"
-        return {
-            **kept,
-            "GRADIO_ANALYTICS_ENABLED": "False",
-            "HF_HOME": str(self.folder / ".huggingface"),
-            "HF_HUB_OFFLINE": "1",
-            "MPLBACKEND": "agg",
-            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        }
 
     def close(self) -> None:
         """End what still runs, servers in the background of a shell among them."""
@@ -211,8 +202,20 @@ def _kill(process: subprocess.Popen) -> None:
             pipe.close()
 
 
-def copy_repository(folder: Path) -> None:
-    """What a clone has, and a `.venv/bin` with the commands of this interpreter's folder, of which none installs."""
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory) -> dict[str, str]:
+    """For what blocks run: none of the settings of who runs the tests, and nothing of the network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "HF_", "PYTEST_"))}
+    home = str(tmp_path_factory.mktemp("huggingface"))
+    return {**kept, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HOME": home, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+
+
+def copy_repository(folder: Path, python: list[str]) -> None:
+    """What a clone has, and a `.venv/bin` with the commands of this interpreter's folder, of which none installs.
+
+    Args:
+        python: the first words of what runs our own commands.
+    """
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -227,6 +230,8 @@ def copy_repository(folder: Path) -> None:
             _write_script(commands / command.name, PYTHON.format(interpreter=sys.executable))
         elif command.name.startswith(("pip", "activate")):
             _write_script(commands / command.name, NOTHING)
+        elif command.name.startswith("qwen1-"):
+            _write_script(commands / command.name, f'#!/bin/sh\nexec {shlex.join([*python, str(command)])} "$@"\n')
         else:
             (commands / command.name).symlink_to(command)
     for name, script in (("python", PYTHON), ("python3", PYTHON), ("pip", NOTHING), ("pip3", NOTHING)):
@@ -239,7 +244,7 @@ def _write_script(path: Path, content: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(tmp_path_factory, variables, warm_with):
     """The copy in which the blocks of a page run, made when the first of them is asked for: name -> Page."""
     pages: dict[str, Page] = {}
 
@@ -248,8 +253,8 @@ def page(tmp_path_factory):
             parent = tmp_path_factory.mktemp("page")
             presumed = [Block(name, 0, "bash", PRESUMED[name])] if name in PRESUMED else []
             executed = [block for block in BLOCKS if block.page == name]
-            copy_repository(parent / "clone")
-            pages[name] = Page([*presumed, *executed], parent / "clone", parent / "output.log")
+            copy_repository(parent / "clone", warm_with(variables))
+            pages[name] = Page([*presumed, *executed], parent / "clone", parent / "output.log", variables)
         return pages[name]
 
     yield get
@@ -258,13 +263,13 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture
-def made_up(tmp_path):
+def made_up(tmp_path, variables):
     """A page with these blocks, (language, code) each, in an empty folder."""
     pages = []
 
     def make(*blocks: tuple[str, str], time_limit: float = 60.0) -> Page:
         listed = [Block("page.md", line, language, code) for line, (language, code) in enumerate(blocks, 1)]
-        pages.append(Page(listed, tmp_path, tmp_path / "output.log", time_limit))
+        pages.append(Page(listed, tmp_path, tmp_path / "output.log", variables, time_limit))
         return pages[-1]
 
     yield make
@@ -396,7 +401,7 @@ def test_a_server_in_the_background_ends_with_its_page(made_up, tmp_path):
 
 
 def test_the_copy_installs_nothing_and_has_the_commands(tmp_path, made_up):
-    copy_repository(tmp_path)
+    copy_repository(tmp_path, [sys.executable])
     page = made_up(
         ("bash", "python3 -m venv .venv && .venv/bin/pip install nothing-of-this-name"),
         ("bash", "source .venv/bin/activate\npip install nothing-of-this-name\npython -m pip install nothing"),

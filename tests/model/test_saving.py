@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -141,11 +140,11 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_save_the_whole_model(checkpoint_folder, tmp_path, is_ours):
+def test_two_processes_save_the_whole_model(checkpoint_folder, warm, tmp_path, is_ours):
     (tmp_path / "save.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "save.py"]
+    command = [*warm, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     done = subprocess.run(
-        [*command, checkpoint_folder, tmp_path / "saved"],
+        [*command, *warm, "save.py", checkpoint_folder, tmp_path / "saved"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

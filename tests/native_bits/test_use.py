@@ -3,7 +3,6 @@
 import copy
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -173,9 +172,9 @@ assert isinstance(model.transformer.wte, kind) and not isinstance(mine.transform
 """
 
 
-def test_remote_code_alone_quantises_saves_and_loads(whole, bits, tmp_path):
+def test_remote_code_alone_quantises_saves_and_loads(whole, bits, warm_with, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", FRESH, whole(), tmp_path / "saved", str(bits)]
+    command = [*warm_with(environment, "torch"), "-c", FRESH, whole(), tmp_path / "saved", str(bits)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "saved" / "few_bits_qwen.py").is_file()

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import subprocess
-import sys
 
 import pytest
 
@@ -47,9 +46,9 @@ def pretend(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS_IN)
-def test_each_way_in_names_the_versions(way, repository, tmp_path):
+def test_each_way_in_names_the_versions(way, repository, warm_with, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", PRETEND + WAYS_IN[way], repository / "qwen-tiny-chat", "4.57.6"],
+        [*warm_with(os.environ, "torch"), "-c", PRETEND + WAYS_IN[way], repository / "qwen-tiny-chat", "4.57.6"],
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -65,7 +65,7 @@ tokenizer.save_pretrained(saved)
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, warm_with):
     """Run a script in a new process that is offline and has nothing cached."""
 
     def run_script(script: str, *arguments) -> str:
@@ -74,7 +74,7 @@ def run(tmp_path):
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-c", script, *map(str, arguments)]
+        command = [*warm_with(environment, "torch"), "-c", script, *map(str, arguments)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -74,14 +74,14 @@ class Program:
         output: all bytes that it sent there.
     """
 
-    def __init__(self, screen, arguments, environment, preparation):
+    def __init__(self, screen, arguments, environment, preparation, python):
         self.screen = screen
         self.output = b""
         self._terminal, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", screen.lines, screen.columns, 0, 0))
         screen.answer = self.type
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(preparation=preparation), *map(str, arguments)],
+            [*python, "-c", PROGRAM.format(preparation=preparation), *map(str, arguments)],
             **dict.fromkeys(("stdin", "stdout", "stderr"), inner),
             env=environment,
             start_new_session=True,
@@ -126,15 +126,19 @@ class Program:
 
 
 @pytest.fixture
-def start(make_screen, tmp_path):
-    """Start `qwen1-chat` in a terminal: (*arguments, preparation=code to run before, columns, rows) -> Program."""
+def start(make_screen, tmp_path, warm_with):
+    """Start `qwen1-chat` in a terminal: (*arguments, preparation=code to run before, columns, rows) -> Program.
+
+    With a preparation, which has loaded the libraries before the program begins, they are loaded already.
+    """
     programs = []
     own = ("HF_", "COV_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     environment |= {"TERM": "xterm-256color", "XDG_STATE_HOME": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
 
     def start_program(*arguments, preparation="", columns=80, rows=24) -> Program:
-        programs.append(Program(make_screen(columns, rows), arguments, environment, preparation))
+        python = warm_with(environment) if preparation else [sys.executable]
+        programs.append(Program(make_screen(columns, rows), arguments, environment, preparation, python))
         return programs[-1]
 
     yield start_program

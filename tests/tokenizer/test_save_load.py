@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -76,13 +75,14 @@ for n, folder in enumerate(folders):
 
 
 @pytest.fixture
-def load_remote_code(tmp_path, small_vocabulary):
+def load_remote_code(tmp_path, small_vocabulary, warm_with):
     """Run `REMOTE_CODE` and return, for each folder, what it found beyond the state of a fresh tokenizer."""
     fresh = state(QWenTokenizer(small_vocabulary))
 
     def run(*folders, **arguments):
-        command = [sys.executable, "-c", REMOTE_CODE % (TEXT, MESSAGES), json.dumps(arguments), *map(str, folders)]
         environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        command = [*warm_with(environment, "torch"), "-c", REMOTE_CODE % (TEXT, MESSAGES)]
+        command += [json.dumps(arguments), *map(str, folders)]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         found = [json.loads(line) for line in result.stdout.splitlines()]

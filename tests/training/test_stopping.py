@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -443,12 +442,13 @@ finetuning.main([])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_checkpoints_of_fsdp_end_in_a_whole_model(options, tmp_path, repository, kind):
+def test_checkpoints_of_fsdp_end_in_a_whole_model(options, warm, tmp_path, repository, kind):
     (tmp_path / "train.py").write_text(SHARDED)
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["QWenBlock"], "state_dict_type": kind}
     (tmp_path / "fsdp.json").write_text(json.dumps(config))
     words = options("--max_steps", 2, *EACH_STEP, "--fsdp", "full_shard", "--fsdp_config", tmp_path / "fsdp.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    command = [*warm, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    command += [*warm, "train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FSDP_STATE_DICT_TYPE": kind}
     for more in ([], ["--resume_from_checkpoint", "True", "--max_steps", "3"]):
         done = subprocess.run(
