@@ -62,6 +62,28 @@ def test_a_space_names_its_checkpoint_by_a_variable(run, launched, checkpoint_fo
     assert launched[0][0].title == "checkpoint"
 
 
+def test_tools_are_named_as_in_the_terminal(run, launched, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('def look() -> str:\n    """Look"""\n    return "x"\n')
+    done = run("--tool", "calculator", "--tool", f"{file}:look")
+    assert done.exit_code == 0, done.output
+    (switch,) = [block for block in launched[0][0].blocks.values() if getattr(block, "elem_id", None) == "tools"]
+    assert switch.visible and switch.info == "calculator, look"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["abacus"], "There is no tool 'abacus': choose calculator, clock, or name a function as FILE.py:FUNCTION"),
+        (["none.py:look"], "There is no file none.py with the tool 'look'"),
+        (["clock", "clock"], "Two tools have the name 'clock'"),
+    ],
+)
+def test_what_is_no_tool_is_told_before_a_model_is_loaded(run, launched, names, said):
+    failed = run("no/model", *[word for name in names for word in ("--tool", name)])
+    assert failed.exit_code == 1 and failed.stderr.startswith(f"qwen1-browser: {said}") and launched == []
+
+
 def test_a_missing_checkpoint_is_an_error(run, tmp_path):
     failed = run("--checkpoint", str(tmp_path / "none"))
     assert failed.exit_code == 1 and failed.stderr.startswith("qwen1-browser: ") and "none" in failed.stderr
