@@ -70,7 +70,7 @@ def serve(
         from ..programs.tools import find_tools  # here, for --help needs neither torch nor transformers
         from .conversation import Chat
         from .page import ChatPage
-        from .serving import check_address, launch
+        from .serving import SESSIONS, check_address, launch
 
         check_address(server_name, server_port)  # before the model, which may take minutes
         named = find_tools(tools or [])
@@ -78,7 +78,7 @@ def serve(
         chat = Chat(*open_model(checkpoint, **in_bits(bits, cpu_only)), carried, named)
         page = ChatPage(chat, Path(checkpoint).name, concurrency_limit, queue_size)
         address: dict[str, Any] = {"server_name": server_name, "server_port": server_port}
-        launch(page.blocks(), share=share, inbrowser=inbrowser, **address)
+        launch(page.blocks(), sessions=max(SESSIONS, carried), share=share, inbrowser=inbrowser, **address)
     except Exception as error:
         if not isinstance(error, (ImportError, OSError, ValueError)) and not is_of_machine(error):
             raise

@@ -40,13 +40,14 @@ def test_the_shipped_model_for_this_machine_alone(run, launched):
 def test_options(run, launched, checkpoint_folder):
     done = run(
         "-c", str(checkpoint_folder), "--share", "--inbrowser", "--cpu-only", "--server-name", "0.0.0.0",
-        "--server-port", "8000", "--concurrency-limit", "2", "--queue-size", "3", "--carried", "0",
+        "--server-port", "8000", "--concurrency-limit", "2", "--queue-size", "3", "--carried", "100",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     ((page, options),) = launched
     assert page.title == "checkpoint" and page._queue.max_size == 3
     assert (options["share"], options["inbrowser"]) == (True, True)
     assert (options["server_name"], options["server_port"]) == ("0.0.0.0", 8000)
+    assert options["state_session_capacity"] == 100
 
 
 def test_a_checkpoint_is_named_as_in_the_terminal(run, launched, checkpoint_folder):
