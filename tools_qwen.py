@@ -44,9 +44,9 @@ Final Answer: the final answer to the original input question
 Begin!
 
 Question: {query}"""
-_ANSWERED_WITHOUT_TOOLS = "Thought: I now know the final answer.\nFinal Answer: {}"
+ANSWERED_WITHOUT_TOOLS = "Thought: I now know the final answer.\nFinal Answer: {}"
 
-_FIRST_STEP = re.compile(r"^(Final Answer|Action Input|Action):", re.MULTILINE)
+FIRST_STEP = re.compile(r"^(Final Answer|Action Input|Action):", re.MULTILINE)
 _INPUT = re.compile(r"^Action Input:", re.MULTILINE)
 _TOOL_ROLES = ("tool", "function")
 
@@ -142,7 +142,7 @@ def parse_reply(text: str, tools: Iterable[Any]) -> ToolReply:
 def _parse(text: str, tools: Mapping[str, Tool]) -> ToolReply:
     text = text.partition(OBSERVATION)[0].strip()
     reply = ToolReply(text)
-    step = _FIRST_STEP.search(text)
+    step = FIRST_STEP.search(text)
     before = text[: step.start() if step else None].strip()
     reply.thought = before.removeprefix("Thought:").strip()
     if step is None:
@@ -273,7 +273,7 @@ class Exchange:
         if not self.tools:
             return self.turns
         return [
-            (asked, _ANSWERED_WITHOUT_TOOLS.format(answered) if _is_plain(answered) else answered)
+            (asked, ANSWERED_WITHOUT_TOOLS.format(answered) if _is_plain(answered) else answered)
             for asked, answered in self.turns
         ]
 
@@ -373,7 +373,7 @@ def _call_in(message: Mapping[str, Any]) -> tuple[str, str] | None:
 def _as_written(content: str, call: tuple[str, str] | None, after_result: bool) -> str:
     """An assistant's message as the model would have written it."""
     if call is None:
-        return _ANSWERED_WITHOUT_TOOLS.format(content) if after_result and _is_plain(content) else content
+        return ANSWERED_WITHOUT_TOOLS.format(content) if after_result and _is_plain(content) else content
     thought = content if content.startswith("Thought:") else f"Thought: {content}"
     return f"{thought.rstrip()}\nAction: {call[0]}\nAction Input: {call[1]}"
 
@@ -446,7 +446,8 @@ def run_tools(
         history: earlier turns as returned by `chat` or in a `ToolRun`, or None; never changed.
         max_rounds: replies that the model may write; a call in the last one isn't run.
         stream: yield what happens while it does, instead of returning the last of it: the text of each reply so far,
-            a `ToolStep` after each call, in the end the `ToolRun`.
+            of which the last one is a `ToolReply`; a `ToolStep` after each call, in the end the `ToolRun`. No call is
+            made of a reply behind which the generator is closed.
         chat_kwargs: anything else that `chat` takes.
 
     Returns:
@@ -497,7 +498,7 @@ def _events(
             reply: Any = ""
             with closing(model.chat_stream(tokenizer, query, history, **arguments)) as texts:
                 for reply in texts:
-                    yield str(reply)
+                    yield reply
             add_turn(history, query, reply)
         else:
             reply, history = model.chat(tokenizer, query, history, **arguments)

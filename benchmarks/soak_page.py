@@ -48,7 +48,7 @@ class Visitor:
         Args:
             leave_after: close the connection behind so many parts of it; with `stop`, click Stop there.
         """
-        from qwen1.browser.conversation import text_of
+        from qwen1.browser.messages import text_of
         from qwen1.browser.rendering import behind
 
         data = [query, self.messages, None, *self._values[3:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,21 +17,33 @@ from ..programs.shipped import TINY_CHAT
 
 app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
 
+CHECKPOINT = Annotated[
+    str,
+    typer.Option(
+        *("--checkpoint", "--checkpoint-path", "-c"),
+        envvar="QWEN_CHECKPOINT",
+        show_default="the qwen-tiny-chat that ships",
+        help="Folder or Hub id.",
+    ),
+]
+TOOLS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tool",
+        metavar="TOOL",
+        show_default="none",
+        help="A function that the model may call, for every visitor: calculator, clock, or FILE.py:FUNCTION; "
+        "repeat it for several.",
+    ),
+]
+
 
 @app.command(epilog="Example: qwen1-browser ./Qwen-7B-Chat --inbrowser")
 def serve(
     folder: Annotated[
         str | None, typer.Argument(metavar="[CHECKPOINT]", help="Folder or Hub id; the same as --checkpoint.")
     ] = None,
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            *("--checkpoint", "--checkpoint-path", "-c"),
-            envvar="QWEN_CHECKPOINT",
-            show_default="the qwen-tiny-chat that ships",
-            help="Folder or Hub id.",
-        ),
-    ] = str(TINY_CHAT),
+    checkpoint: CHECKPOINT = str(TINY_CHAT),
     cpu_only: Annotated[bool, typer.Option("--cpu-only", help="Leave accelerators alone.")] = False,
     share: Annotated[bool, typer.Option("--share", help="Also open a public address, by Gradio's servers.")] = False,
     inbrowser: Annotated[bool, typer.Option("--inbrowser", help="Open the page in the browser here.")] = False,
@@ -47,6 +59,7 @@ def serve(
         int, typer.Option(min=0, help="Conversations whose keys and values stay in memory for the next turn.")
     ] = 4,
     bits: Annotated[int | None, typer.Option(help=BITS_HELP, show_default="as stored")] = None,
+    tools: TOOLS = None,
     version: Annotated[bool, version_option("qwen1-browser")] = False,
 ) -> None:
     """Chat with a QWen (Qwen-1) model in the browser; Ctrl-C ends it."""
@@ -54,15 +67,18 @@ def serve(
         raise typer.BadParameter(f"two checkpoints, {folder} and {checkpoint}: leave one out.")
     try:
         require("gradio", "the page")
-        from .conversation import Chat  # here, for --help needs neither torch nor transformers
+        from ..programs.tools import find_tools  # here, for --help needs neither torch nor transformers
+        from .conversation import Chat
         from .page import ChatPage
-        from .serving import check_address, launch
+        from .serving import SESSIONS, check_address, launch
 
         check_address(server_name, server_port)  # before the model, which may take minutes
+        named = find_tools(tools or [])
         checkpoint = checkpoint if folder is None else folder
-        model, tokenizer = open_model(checkpoint, **in_bits(bits, cpu_only))
-        page = ChatPage(Chat(model, tokenizer, carried), Path(checkpoint).name, concurrency_limit, queue_size)
-        launch(page.blocks(), share=share, inbrowser=inbrowser, server_name=server_name, server_port=server_port)
+        chat = Chat(*open_model(checkpoint, **in_bits(bits, cpu_only)), carried, named)
+        page = ChatPage(chat, Path(checkpoint).name, concurrency_limit, queue_size)
+        address: dict[str, Any] = {"server_name": server_name, "server_port": server_port}
+        launch(page.blocks(), sessions=max(SESSIONS, carried), share=share, inbrowser=inbrowser, **address)
     except Exception as error:
         if not isinstance(error, (ImportError, OSError, ValueError)) and not is_of_machine(error):
             raise

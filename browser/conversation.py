@@ -1,55 +1,24 @@
-"""Conversations as a page shows them: messages in, replies out, with nothing kept here that is one visitor's."""
+"""Conversations of a page: messages in, replies out, with nothing kept here that is one visitor's."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import GenerationConfig
 
-from ..qwen_generation_utils import ChatHistory, HistoryType
-
-Message = dict[str, Any]
-"""`{"role": "user" | "assistant", "content": [{"type": "text", "text": …}, …]}`, as Gradio has it."""
+from ..programs.tools import ANSWER
+from ..qwen_generation_utils import ChatHistory
+from ..schemas_qwen import Tool, as_tools
+from ..tools_qwen import FIRST_STEP, OBSERVATION, ToolLoopError, ToolReply, ToolResult, ToolRun, ToolStep
+from .messages import CALLED, DONE, WRITTEN, Message, message, step, turns_of
 
 DEFAULT_LENGTH = 512
 """Tokens of a reply where the checkpoint sets no limit."""
-
-
-def message(role: str, text: str) -> Message:
-    """A message; as a part, since Gradio takes the indentation out of content that is a bare text."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def text_of(message: Message) -> str:
-    """The text of a message, whose parts are joined."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def turns_of(messages: Iterable[Message]) -> HistoryType:
-    """The turns that have a reply; a question that was stopped before its first word has none and is left out."""
-    turns: HistoryType = []
-    query = None
-    for spoken in messages:
-        text = text_of(spoken)
-        if spoken["role"] == "user":
-            query = text
-        elif query is not None and text:
-            turns.append((query, text))
-            query = None
-    return turns
-
-
-def cut_at_query(messages: list[Message]) -> tuple[list[Message], str | None]:
-    """The messages before the last question, and that question, None where there is none."""
-    for index in reversed(range(len(messages))):
-        if messages[index]["role"] == "user":
-            return messages[:index], text_of(messages[index])
-    return [], None
 
 
 NO_SEED = -1
@@ -144,15 +113,23 @@ class Chat:
         model: the chat model.
         tokenizer: its tokenizer.
         carried: conversations that may keep their keys and values for the next turn.
+        tools: functions that the model may call, for every visitor.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, carried: int = 4):
+    def __init__(self, model: Any, tokenizer: Any, carried: int = 4, tools: Sequence[Callable[..., Any]] = ()):
         self.model = model
         self.tokenizer = tokenizer
         self.last_used = LastUsed(carried)
+        self.tools = as_tools(tools) if tools else {}
 
     def reply(
-        self, query: str, messages: list[Message], history: ChatHistory, system: str, sampling: Sampling
+        self,
+        query: str,
+        messages: list[Message],
+        history: ChatHistory,
+        system: str,
+        sampling: Sampling,
+        with_tools: bool = False,
     ) -> Generator[list[Message], None, None]:
         """The messages with a question and the reply so far, each time it has grown; closing it stops the model.
 
@@ -162,17 +139,77 @@ class Chat:
             history: the visitor's own; its turns become those of the messages, and it carries keys and values along.
             system: system message.
             sampling: the settings of the page.
+            with_tools: whether the model may call those that there are. No call is made of a step that is `CALLED` when
+                this is closed.
 
         Raises:
             ValueError: settings or a query that can't be; before anything is yielded.
+            ToolLoopError: calls without an answer.
         """
-        history[:] = turns_of(messages)
-        stream = self.model.chat_stream(self.tokenizer, query, history, system, **sampling.arguments())
+        tools = [*self.tools.values()] if with_tools else []
+        history[:] = turns_of(messages, with_steps=bool(tools))
+        arguments = {"system": system, **sampling.arguments()}
+        # Checks the arguments here; run_tools does so when the question is on the page already.
+        stream = self.model.chat_stream(self.tokenizer, query, history, **arguments)
         asked = [*messages, message("user", query)]
         yield asked
+        replies = self._with_calls(query, tools, history, arguments) if tools else _plain(stream)
         try:
-            with closing(stream):
-                for text in stream:
-                    yield [*asked, message("assistant", text)]
+            with closing(replies):
+                for reply in replies:
+                    yield [*asked, *reply]
         finally:
             self.last_used.use(history)
+
+    def _with_calls(
+        self, query: str, tools: list[Tool], history: ChatHistory, arguments: dict[str, Any]
+    ) -> Generator[list[Message], None, None]:
+        with closing(self.model.run_tools(self.tokenizer, query, tools, history, stream=True, **arguments)) as events:
+            run = yield from answering(events)
+        history.kept = run.history.kept
+
+
+def _plain(stream: Generator[str, None, None]) -> Generator[list[Message], None, None]:
+    with closing(stream):
+        for text in stream:
+            yield [message("assistant", text)]
+
+
+def answering(events: Iterable[Any]) -> Generator[list[Message], None, Any]:
+    """The steps of `run_tools` and the answer, each time they have grown; a step is `CALLED` before its call is made.
+
+    Returns:
+        the end of the run, a `ToolRun`.
+
+    Raises:
+        ToolLoopError: calls without an answer, the last of which is shown as over.
+    """
+    steps: list[Message] = []
+    written = ""
+    try:
+        for event in events:
+            if isinstance(event, ToolRun):
+                yield [*steps, message("assistant", event.answer or "")]
+                return event
+            if isinstance(event, ToolStep):
+                told = ToolResult(event.result).text()
+                steps.append(step(f"{event.reply}\n{OBSERVATION} {told}", DONE))
+                yield [*steps]
+            else:
+                written = event
+                yield [*steps, _so_far(event)]
+    except ToolLoopError:
+        yield [*steps, step(str(written), DONE)]
+        raise
+    raise RuntimeError("run_tools ends with a ToolRun.")
+
+
+def _so_far(text: str) -> Message:
+    """A reply that is being written, a step or the answer; one that keeps to no format is an answer."""
+    if isinstance(text, ToolReply) and text.call is not None:
+        return step(str(text), CALLED)
+    first = FIRST_STEP.search(text)
+    if first is None and not text.startswith("Thought:"[: len(text)]):
+        return message("assistant", text)
+    answer = text[first.end() :].strip() if first is not None and first[0] == ANSWER else ""
+    return message("assistant", answer) if answer else step(text, WRITTEN)

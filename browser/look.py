@@ -64,6 +64,15 @@ CSS = """
 #chat .katex { font-size: 1.1em }
 #chat .katex-display { margin: 0.4em 0 }
 #chat .katex-error { color: inherit !important }
+/* A step is a message that folds. Gradio shows dots below all that are over while something is written. */
+#chat .thought-group { margin: 0; padding: 0; border: 0; background: none }
+#chat .thought-group .message-content { opacity: 1; padding: var(--spacing-md) }
+#chat .thought-group .title { overflow-wrap: anywhere }
+#chat .thought-group .title:focus-visible { outline: 2px solid var(--color-accent) }
+#chat .thought-group .arrow { flex-shrink: 0; opacity: 1; pointer-events: none }
+#chat .thought-group .arrow button { opacity: 1; color: var(--body-text-color) !important }
+#chat .thought-group .loading-spinner { flex-shrink: 0 }
+#chat .message-wrap > .container:not(:last-of-type) { display: none }
 #chat .prose a { color: var(--link-text-color); text-decoration: underline }
 """
 # Gradio shows and gives away what it holds of a message; the text that it was made of is what a visitor wants.
@@ -72,8 +81,13 @@ SCRIPT = """
   const SOURCE = %(source)s;
   const chinese = ["zh-CN", "zh-TW"].includes(navigator.language);
   document.documentElement.lang = chinese ? navigator.language : "en";
-  const [question, reply, copy] = chinese ? ["问题", "回复", "复制"] : ["Question", "Reply", "Copy"];
-  const behind = text => text.startsWith(SOURCE) ? JSON.parse(text.slice(SOURCE.length).split("</pre>")[0]) : text;
+  const [question, reply, step, copy] = chinese
+    ? ["问题", "回复", "步骤", "复制"]
+    : ["Question", "Reply", "Step", "Copy"];
+  const behind = text => {
+    const from = text.indexOf(SOURCE);  // of a step it comes behind the title
+    return from < 0 ? text : JSON.parse(text.slice(from + SOURCE.length).split("</pre>")[0]);
+  };
 
   if (navigator.clipboard) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
@@ -81,7 +95,7 @@ SCRIPT = """
   }
   document.addEventListener("copy", event => {  // of Gradio's own field, where a page has no clipboard
     const text = event.target.value;
-    if (typeof text === "string" && text.startsWith(SOURCE)) {
+    if (typeof text === "string" && text.includes(SOURCE)) {
       event.clipboardData.setData("text/plain", behind(text));
       event.preventDefault();
     }
@@ -94,6 +108,12 @@ SCRIPT = """
     if (sends && event.target.closest("#query")) keep();
   }, true);
   document.addEventListener("click", event => { if (event.target.closest("#submit")) keep(); }, true);
+
+  document.addEventListener("keydown", event => {
+    if (event.key !== " " || !event.target.matches("#chat .thought-group .title")) return;
+    event.preventDefault();  // as of any button
+    event.target.click();
+  });
 
   const set = (element, name, value) => {  // another mutation only where there is something to change
     if (element.getAttribute(name) !== value) element.setAttribute(name, value);
@@ -108,7 +128,13 @@ SCRIPT = """
     }
     for (const said of document.querySelectorAll("#chat [data-testid][aria-label]")) {
       set(said, "role", "group");
-      set(said, "aria-label", said.dataset.testid === "user" ? question : reply);
+      const assistant = said.querySelector(".thought-group") ? step : reply;
+      set(said, "aria-label", said.dataset.testid === "user" ? question : assistant);
+    }
+    for (const title of document.querySelectorAll("#chat .thought-group .title")) {
+      set(title, "aria-expanded", `${title.classList.contains("expanded")}`);
+      set(title.querySelector(".arrow"), "aria-hidden", "true");  // a button in the button that the title is
+      title.querySelector("button").disabled = true;
     }
     for (const list of document.querySelectorAll("#chat .examples[role=list]")) set(list, "role", "group");
     for (const head of document.querySelectorAll(".toast-header")) set(head, "role", "group"); // it holds a button

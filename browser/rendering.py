@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+import gradio as gr
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.rules_inline import StateInline
@@ -19,8 +20,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from .conversation import Message, message, text_of
+from .calls import described
 from .mathematics import mathematics, without_marks
+from .messages import DONE, Message, is_step, message, state_of, step, text_of
 
 SOURCE = '<pre class="source" hidden>'
 LONGEST_COLOURED = 20_000
@@ -34,14 +36,21 @@ _COPY = (
 )
 
 
-def shown(spoken: Message) -> Message:
-    """A message as the page holds it, made of one with plain text."""
-    text = text_of(spoken)
-    return message(spoken["role"], f"{SOURCE}{_as_json(text)}</pre>{to_html(text)}")
+def shown(spoken: Message, request: gr.Request | None = None) -> Message:
+    """A message as the page holds it, made of one with plain text; of a step, in the language of a request."""
+    source = f"{SOURCE}{_as_json(text_of(spoken))}</pre>"
+    if not is_step(spoken):
+        return message(spoken["role"], source + to_html(text_of(spoken)))
+    title, below = described(spoken, request)
+    metadata = {
+        "title": escapeHtml(without_marks(title)),
+        "status": "done" if state_of(spoken) == DONE else "pending",  # which Gradio shows open, and turning
+    }
+    return {**message(spoken["role"], source + to_html(below)), "metadata": metadata}
 
 
 def behind(held: Message) -> Message:
-    """The message with plain text that one of the page was made of; one that has none is its own."""
+    """The message with plain text that one of the page was made of; one that has none is its own. A step is over."""
     text = text_of(held)
     if text.startswith(SOURCE):
         source = text.removeprefix(SOURCE).partition("</pre>")[0]
@@ -49,7 +58,7 @@ def behind(held: Message) -> Message:
             text = str(json.loads(source))
         except ValueError:  # a text that only begins like ours
             pass
-    return message(held["role"], text)
+    return step(text, DONE) if is_step(held) else message(held["role"], text)
 
 
 def _as_json(text: str) -> str:

@@ -12,6 +12,8 @@ import gradio as gr
 from .look import look
 from .words import TRANSLATIONS
 
+SESSIONS = 64
+"""Visitors of whom Gradio keeps something, which it does without end up to a number; of ours keys and values alone."""
 FIRST_FREE = "leave --server-port out for the first free one from 7860"
 
 
@@ -51,12 +53,13 @@ def _why(error: OSError, host: str, port: int | None) -> str:
     return f"Nothing can be served at {host}, port {port}: {error.strerror}."
 
 
-def launch(page: gr.Blocks, wait: bool = True, **options: Any) -> None:
+def launch(page: gr.Blocks, wait: bool = True, sessions: int = SESSIONS, **options: Any) -> None:
     """Serve a page until Ctrl-C, with options of Gradio's `launch`.
 
     Args:
         page: as `ChatPage.blocks` makes it.
         wait: until Ctrl-C; otherwise the page is served by a thread.
+        sessions: visitors of whom something is kept; the next turn of others reads their conversation anew.
         options: `server_name`, `server_port`, `share` and `inbrowser` are those of the command.
 
     Raises:
@@ -69,6 +72,7 @@ def launch(page: gr.Blocks, wait: bool = True, **options: Any) -> None:
             **look(),
             i18n=TRANSLATIONS,
             ssr_mode=False,  # the same with and without Node
+            state_session_capacity=sessions,
             max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone
             footer_links=[],
             quiet=True,

@@ -31,6 +31,16 @@ WORDS = {
     "max_new_tokens_info": ("In tokens.", "以词元计。"),
     "seed": ("Seed", "随机种子"),
     "seed_info": ("The same reply each time; -1: another.", "每次得到相同的回复；-1：每次不同。"),
+    "tools": ("Tools", "工具"),
+    "thinking": ("Thinking", "思考"),
+    "arguments": ("Arguments", "参数"),
+    "result": ("Result", "结果"),
+    "failed": ("error", "出错"),
+    "stopped": ("stopped", "已停止"),
+    "endless": (
+        "There is no answer after several calls of tools: ask in other words, or switch the tools off in the settings.",
+        "多次调用工具后仍没有得到答案：请换一种问法，或在设置中关闭工具。",
+    ),
     "memory": (
         "The device has no memory left for this conversation: clear it, or ask for a shorter reply.",
         "设备内存不足，无法继续此对话：请清除对话，或缩短回复的最大长度。",

@@ -1,18 +1,26 @@
 """Fixtures of the browser tests: a model that says what a test wants, the page served, visitors in Chromium."""
 
+import json
 import shutil
 import threading
 import time
+import uuid
 from contextlib import ExitStack
 
+import httpx
 import pytest
 from transformers import GenerationConfig
 
 pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
 
+from gradio_client.utils import apply_diff  # noqa: E402
+
 from qwen1.browser.conversation import Chat  # noqa: E402
+from qwen1.browser.messages import text_of  # noqa: E402
 from qwen1.browser.page import ChatPage  # noqa: E402
+from qwen1.browser.rendering import behind  # noqa: E402
 from qwen1.browser.serving import launch  # noqa: E402
+from qwen1.tools_qwen import parse_reply, run_tools  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 800}
 FLAGS = (
@@ -68,6 +76,80 @@ class StubModel:
             self.closed.set()
 
 
+CALL = 'Thought: I look.\nAction: look\nAction Input: {"at": "it"}'
+ANSWER = "Thought: I now know the final answer.\nFinal Answer: It is blue."
+
+
+class CallingModel(StubModel):
+    """Writes the next of `replies` each time that it is asked with tools, and waits behind the last word of a call.
+
+    Attributes:
+        read: (query, turns) of each of these times.
+        written: set when a call is written.
+    """
+
+    run_tools = run_tools
+
+    def __init__(self, *replies):
+        super().__init__()
+        self.replies = list(replies)
+        self.read = []
+        self.written = threading.Event()
+
+    def chat_stream(self, tokenizer, query, history, system, tools=None, **settings):
+        if tools is None:
+            return super().chat_stream(tokenizer, query, history, system, **settings)
+        return self._write(query, list(history), tools)
+
+    def _write(self, query, turns, tools):
+        self.read.append((query, turns))
+        reply = self.replies.pop(0)
+        words = reply.split(" ")
+        try:
+            for count in range(1, len(words) + 1):
+                yield " ".join(words[:count])
+            if "Action:" in reply:
+                self.written.set()
+                assert self.go_on.wait(30)
+            yield parse_reply(reply, tools)
+        finally:
+            self.closed.set()
+
+
+class Looking:
+    """A tool, and what was asked of it."""
+
+    def __init__(self):
+        self.made = []
+        self.result = "blue"
+
+    def tool(self):
+        def look(at: str) -> str:
+            """
+            Look at something
+
+            Args:
+                at: What
+            """
+            self.made.append(at)
+            if isinstance(self.result, Exception):
+                raise self.result
+            return self.result
+
+        return look
+
+
+@pytest.fixture
+def looking():
+    return Looking()
+
+
+@pytest.fixture
+def calling_model():
+    """One that makes a call and answers."""
+    return CallingModel(CALL, ANSWER)
+
+
 @pytest.fixture
 def stub_model():
     return StubModel()
@@ -75,11 +157,11 @@ def stub_model():
 
 @pytest.fixture
 def serve():
-    """Launch the page of a model on a free port: (model, tokenizer, **arguments of ChatPage) -> address."""
+    """Launch the page of a model on a free port: (model, tokenizer, tools=…, **arguments of ChatPage) -> address."""
     with ExitStack() as stack:
 
-        def start(model, tokenizer=None, name="stub", **arguments):
-            blocks = ChatPage(Chat(model, tokenizer), name, **arguments).blocks()
+        def start(model, tokenizer=None, name="stub", tools=(), **arguments):
+            blocks = ChatPage(Chat(model, tokenizer, tools=tools), name, **arguments).blocks()
             stack.callback(blocks.close)
             launch(blocks, wait=False)
             return blocks.local_url
@@ -98,6 +180,49 @@ def chromium():
         browser = driver.chromium.launch(executable_path=path, args=list(FLAGS))
         yield browser
         browser.close()
+
+
+class Client:
+    """A visitor who sends what the page's script sends, or something else."""
+
+    def __init__(self, address):
+        self.address = address
+        self.http = httpx.Client(base_url=address.rstrip("/"), timeout=60, trust_env=False)
+        config = self.http.get("/config").json()
+        self.prefix = config["api_prefix"]
+        places = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+        self.submit = places["submit"]
+        click = [self.submit, "click"]
+        self.event = next(e for e in config["dependencies"] if click in e["targets"] and len(e["inputs"]) > 4)
+        values = {part["id"]: part["props"].get("value") for part in config["components"]}
+        self.values = [values[place] for place in self.event["inputs"]]
+        self.session = uuid.uuid4().hex[:11]
+        self.messages = []
+
+    def ask(self, query, stop=None):
+        """The conversation in the end.
+
+        Args:
+            stop: told each conversation that comes; Stop is clicked once it gives true.
+        """
+        data = [query, self.messages, None, *self.values[3:]]
+        asked = {"data": data, "fn_index": self.event["id"], "trigger_id": self.submit, "session_hash": self.session}
+        answer = self.http.post(f"{self.prefix}/queue/join", json={**asked, "event_data": None})
+        event = answer.raise_for_status().json()["event_id"]
+        values = []
+        with self.http.stream("GET", f"{self.prefix}/queue/data", params={"session_hash": self.session}) as lines:
+            for line in lines.iter_lines():
+                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if told.get("msg") == "process_generating":
+                    new = told["output"]["data"]
+                    values = [apply_diff(*pair) for pair in zip(values, new, strict=True)] if values else new
+                    self.messages = values[1]
+                    if stop is not None and stop(self.messages):
+                        cancelled = {"session_hash": self.session, "fn_index": self.event["id"], "event_id": event}
+                        self.http.post(f"{self.prefix}/cancel", json=cancelled).raise_for_status()
+                        stop = None
+                elif told.get("msg") == "process_completed":
+                    return [text_of(behind(held)) for held in self.messages]
 
 
 class Visitor:

@@ -40,13 +40,14 @@ def test_the_shipped_model_for_this_machine_alone(run, launched):
 def test_options(run, launched, checkpoint_folder):
     done = run(
         "-c", str(checkpoint_folder), "--share", "--inbrowser", "--cpu-only", "--server-name", "0.0.0.0",
-        "--server-port", "8000", "--concurrency-limit", "2", "--queue-size", "3", "--carried", "0",
+        "--server-port", "8000", "--concurrency-limit", "2", "--queue-size", "3", "--carried", "100",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     ((page, options),) = launched
     assert page.title == "checkpoint" and page._queue.max_size == 3
     assert (options["share"], options["inbrowser"]) == (True, True)
     assert (options["server_name"], options["server_port"]) == ("0.0.0.0", 8000)
+    assert options["state_session_capacity"] == 100
 
 
 def test_a_checkpoint_is_named_as_in_the_terminal(run, launched, checkpoint_folder):
@@ -60,6 +61,28 @@ def test_a_checkpoint_is_named_as_in_the_terminal(run, launched, checkpoint_fold
 def test_a_space_names_its_checkpoint_by_a_variable(run, launched, checkpoint_folder):
     assert run(env={"QWEN_CHECKPOINT": str(checkpoint_folder)}).exit_code == 0
     assert launched[0][0].title == "checkpoint"
+
+
+def test_tools_are_named_as_in_the_terminal(run, launched, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('def look() -> str:\n    """Look"""\n    return "x"\n')
+    done = run("--tool", "calculator", "--tool", f"{file}:look")
+    assert done.exit_code == 0, done.output
+    (switch,) = [block for block in launched[0][0].blocks.values() if getattr(block, "elem_id", None) == "tools"]
+    assert switch.visible and switch.info == "calculator, look"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["abacus"], "There is no tool 'abacus': choose calculator, clock, or name a function as FILE.py:FUNCTION"),
+        (["none.py:look"], "There is no file none.py with the tool 'look'"),
+        (["clock", "clock"], "Two tools have the name 'clock'"),
+    ],
+)
+def test_what_is_no_tool_is_told_before_a_model_is_loaded(run, launched, names, said):
+    failed = run("no/model", *[word for name in names for word in ("--tool", name)])
+    assert failed.exit_code == 1 and failed.stderr.startswith(f"qwen1-browser: {said}") and launched == []
 
 
 def test_a_missing_checkpoint_is_an_error(run, tmp_path):

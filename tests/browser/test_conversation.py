@@ -4,7 +4,8 @@ import pytest
 from transformers import GenerationConfig
 
 from qwen1 import ChatHistory
-from qwen1.browser.conversation import Chat, LastUsed, Sampling, cut_at_query, message, text_of, turns_of
+from qwen1.browser.conversation import Chat, LastUsed, Sampling
+from qwen1.browser.messages import cut_at_query, message, text_of, turns_of
 
 
 def said(*texts):

@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen1 import ChatHistory
 from qwen1.browser import page as layout
-from qwen1.browser.conversation import Chat, message, text_of
+from qwen1.browser.conversation import Chat
 from qwen1.browser.look import look
+from qwen1.browser.messages import message, text_of
 from qwen1.browser.page import ChatPage
 from qwen1.browser.rendering import behind, shown
 from qwen1.browser.words import WORDS
 
+SAID = {"memory", "endless", "thinking", "arguments", "result", "failed", "stopped"}
+"""Words of errors and of calls, not of the page itself."""
 GREEDY = (False, 1.0, 1.0, 0, 1.0, 64, -1)
 
 
@@ -38,14 +41,18 @@ def tiny_chat(repository):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def happen(page, target, query="", messages=(), history=None, system="", settings=GREEDY, language="", **data):
+def happen(
+    page, target, query="", messages=(), history=None, system="", settings=GREEDY, language="", tools=True, **data
+):
     """All that an event shows: the question that the text field drops, and the texts behind the conversation."""
     event = SimpleNamespace(target=target, **data)
     request = SimpleNamespace(headers={"accept-language": language})
     history = ChatHistory() if history is None else history
     return [
         (sent.partition(" ")[2] if isinstance(sent, str) else None, [text_of(behind(m)) for m in grown])
-        for sent, grown in page.answer(event, request, query, [*map(shown, messages)], history, system, *settings)
+        for sent, grown in page.answer(
+            event, request, query, [*map(shown, messages)], history, system, tools, *settings
+        )
     ]
 
 
@@ -61,7 +68,7 @@ def test_a_reply_that_is_long_to_draw_grows_by_several_words_and_is_whole_in_the
     clock = iter(range(1000))  # each look at it is a second later
     monkeypatch.setattr(layout.time, "monotonic", lambda: float(next(clock)))
     growing = [said("q", "word " * count)[1:] for count in range(1, 11)]
-    drawn = [text_of(behind(messages[0])).count("word") for messages in layout.drawn(growing)]
+    drawn = [text_of(behind(messages[0])).count("word") for messages in layout.drawn_in_time(growing, None)]
     assert drawn == [1, 5, 9, 10]
 
 
@@ -184,7 +191,7 @@ def test_the_heading_is_text_and_the_look_is_local(page):
 def test_every_word_of_the_page_is_there_in_both_languages(page):
     components = page.blocks().get_config_file()["components"]
     used = set(re.findall(r"qwen_(\w+)", json.dumps(components, default=str)))
-    assert used == WORDS.keys() - {"memory"}  # which an error says
+    assert used == WORDS.keys() - SAID
     shown = [c["props"] for c in components if c["props"].get("visible") is True and c["type"] != "markdown"]
     for name in ("label", "info", "placeholder"):
         texts = [str(props[name]) for props in shown if props.get(name)]

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from qwen1.programs.tools import SHIPPED
+
+from .conftest import CallingModel
+
 Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe
 
+NEEDED = "Thought: I need the calculator.\nAction: calculator\nAction Input: "
+CALLS = {
+    "What is 1234 times 5678?": (NEEDED + '{"expression": "1234*5678"}', "Final Answer: 1234*5678=7006652"),
+    "And 5/0?": (NEEDED + '{"expression": "5/0"}', "Final Answer: Nobody can divide by zero."),
+}
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 pytestmark = pytest.mark.slow
 
@@ -151,4 +160,57 @@ def test_pictures(converse, name, size, scheme, row, tmp_path):
     visitor.page.screenshot(path=picture)
     assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert visitor.page.locator("#chat .katex").count() == 5
+    assert picture.stat().st_size < 150_000
+
+
+@pytest.fixture
+def calls(serve, visit):
+    """A visitor whose first question made a call, and the second one that failed: (size, scheme) -> visitor, model."""
+
+    def start(size, scheme):
+        model = CallingModel(*[reply for replies in CALLS.values() for reply in replies], NEEDED + "{}")
+        visitor = visit(serve(model, name="qwen-tiny-chat", tools=[*SHIPPED.values()]), size, color_scheme=scheme)
+        for query, (_, answer) in CALLS.items():
+            visitor.ask(query)
+            visitor.page.get_by_text(answer.removeprefix("Final Answer: ")).last.wait_for()
+        visitor.settle()
+        return visitor, model
+
+    return start
+
+
+def unfold(visitor, number):
+    visitor.page.locator("#chat .thought-group .title").nth(number).click()
+    visitor.page.wait_for_timeout(700)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_everyone_can_read_a_call(calls, size, scheme):
+    """Folded, unfolded, failed and stopped; the settings with the switch."""
+    visitor, model = calls(size, scheme)
+    unfold(visitor, 1)
+    model.go_on.clear()
+    model.written.clear()
+    visitor.ask("more")
+    assert model.written.wait(20)
+    visitor.click("stop")
+    model.go_on.set()
+    visitor.page.get_by_text("calculator({}): stopped").wait_for()
+    visitor.page.locator("#settings button").first.click()
+    visitor.page.wait_for_timeout(700)
+    assert judged(visitor.page, 30, *([] if size is DESKTOP else ["pre"])) == []
+    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize(
+    "name, size, scheme", [("tools", DESKTOP, "light"), ("tools-phone", PHONE, "dark")], ids=["desktop", "phone"]
+)
+def test_pictures_of_a_call(calls, name, size, scheme, tmp_path):
+    visitor, _ = calls(size, scheme)
+    unfold(visitor, 0)
+    visitor.page.locator("#chat .message-row").nth(0 if size is DESKTOP else 1).evaluate("e => e.scrollIntoView()")
+    visitor.page.wait_for_timeout(500)
+    picture = Path(os.environ.get("QWEN_PICTURES", tmp_path)) / f"browser-{name}.png"
+    visitor.page.screenshot(path=picture)
     assert picture.stat().st_size < 150_000

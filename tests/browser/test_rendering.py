@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qwen1.browser.conversation import message, text_of
+from qwen1.browser.messages import message, text_of
 from qwen1.browser.rendering import LONGEST_COLOURED, SOURCE, behind, shown, to_html
 
 OURS = {

@@ -8,6 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from qwen1.browser import commands, serving
+from qwen1.browser.conversation import Chat
+from qwen1.browser.page import ChatPage
+
+from .conftest import Client
 
 
 @pytest.fixture
@@ -123,3 +127,16 @@ def test_a_public_address_that_there_is_not(page, capsys):
     page.share_url = "https://x.gradio.live"
     serving.launch(page, share=True)
     assert "no public address" not in capsys.readouterr().out
+
+
+def test_of_visitors_beyond_a_number_nothing_is_kept_and_their_conversation_goes_on(stub_model):
+    blocks = ChatPage(Chat(stub_model, None), "stub").blocks()
+    serving.launch(blocks, wait=False, sessions=2)
+    try:
+        visitors = [Client(blocks.local_url) for _ in range(3)]
+        for visitor in (*visitors, visitors[0]):
+            visitor.ask("hello")
+        assert len(blocks.app.state_holder.session_data) == 2
+    finally:
+        blocks.close()
+    assert stub_model.asked[-1][1] == [("hello", "This is reply 1")]

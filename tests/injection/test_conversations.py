@@ -1,6 +1,7 @@
 """Chats: queries, histories, system messages, tools and what they give, stop words, streams; ids, not texts."""
 
 import itertools
+import json
 import threading
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from qwen1 import QWenLMHeadModel, QWenTokenizer
-from qwen1.browser.conversation import Chat, Sampling, message
+from qwen1.browser.conversation import Chat, Sampling
+from qwen1.browser.messages import DONE, message, step, text_of
 from qwen1.qwen_generation_utils import ChatHistory
 from qwen1.schemas_qwen import Tool
 from qwen1.terminal.conversation import Conversation
@@ -200,3 +202,30 @@ def test_the_page(model, tokenizer, read):
         said = [message("user", attack), message("assistant", attack)]
         list(chat.reply(attack, said, ChatHistory(), attack, Sampling()))
     assert read == [turns(4)] * len(ATTACKS)
+
+
+def test_the_page_with_tools(model, tokenizer, monkeypatch):
+    """The question, the steps and answers that a page brings along, the system message, and what a tool gives."""
+    found, replies = [], []
+
+    def generate(input_ids, **options):
+        found.append(controls(tokenizer, input_ids[0].tolist()))
+        return Told(tokenizer, replies.pop(0)).generate(input_ids, **options)
+
+    def gives(about: str) -> str:
+        """
+        Gives back.
+
+        Args:
+            about: What
+        """
+        return about
+
+    monkeypatch.setattr(model, "generate", generate)
+    chat = Chat(model, tokenizer, tools=[gives])
+    for attack in ATTACKS:
+        replies += [f"Thought: x\nAction: gives\nAction Input: {json.dumps({'about': attack})}", "z\nFinal Answer: y"]
+        said = [message("user", attack), step(attack, DONE), step(attack, DONE), message("assistant", attack)]
+        *_, last = chat.reply(attack, said, ChatHistory(), attack, Sampling(), with_tools=True)
+        assert text_of(last[-1]) == "y" and "Observation:" in text_of(last[-2])
+    assert found == [turns(4)] * 2 * len(ATTACKS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen1 import Tool, ToolLoopError, ToolResult, ToolRun, ToolStep, run_tools
+from qwen1 import Tool, ToolLoopError, ToolReply, ToolResult, ToolRun, ToolStep, run_tools
 
 ANSWER = " I know.\nFinal Answer: 42"
 
@@ -88,11 +88,21 @@ def test_a_stream_shows_all_that_happens(run):
     replies = (call("multiply", '{"a": 6, "b": 7}'), ANSWER)
     events = list(run(*replies, stream=True))
     kinds = [type(event) for event in events]
-    assert kinds.count(ToolStep) == kinds.count(ToolRun) == 1 and set(kinds) == {str, ToolStep, ToolRun}
+    assert kinds.count(ToolStep) == kinds.count(ToolRun) == 1 and set(kinds) == {str, ToolReply, ToolStep, ToolRun}
     place = kinds.index(ToolStep)
+    assert [at for at, kind in enumerate(kinds) if kind is ToolReply] == [place - 1, len(kinds) - 2]
     assert events[place].result == "42" and place > 10
     assert events[place - 1] == events[place].reply and not any("Observation" in text for text in events[:place])
     assert events[-1] == run(*replies)
+
+
+def test_a_stream_that_is_closed_behind_a_reply_makes_no_call(model, byte_tokenizer, script):
+    made = []
+    tool = Tool("note", function=lambda: made.append(1))
+    events = run_tools(model, byte_tokenizer, "q", [tool], stream=True, logits_processor=script(call("note", "{}")))
+    assert next(event for event in events if isinstance(event, ToolReply)).call is not None
+    events.close()
+    assert made == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
