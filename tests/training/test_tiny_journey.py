@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ SMALL = journey.Size(
     dialogues=150,
     practice=60,
     refinement=60,
+    sharpening=60,
     vocabulary=700,
     n_embd=32,
     n_layer=1,
@@ -81,6 +83,16 @@ def test_a_killed_run_goes_on_to_the_same_model(tmp_path, monkeypatch):
     assert len(killed) == len(journey.STAGES)
     for name in ("model.safetensors", "qwen.tiktoken", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_the_model_is_the_mean_of_the_last_two_stages(tmp_path):
+    finished = journey.run(tmp_path, 0, SMALL)
+    files = [tmp_path / stage for stage in journey.STAGES[-2:]] + [finished]
+    before, last, mean = (load_file(folder / "model.safetensors") for folder in files)
+    assert before.keys() == last.keys() == mean.keys()
+    for name, weight in mean.items():
+        assert torch.equal(weight, before[name].lerp(last[name], 0.5).bfloat16()), name
+    assert any(not torch.equal(before[name], last[name]) for name in before)
 
 
 def test_a_work_folder_keeps_to_its_seed(tmp_path):
@@ -200,8 +212,9 @@ def test_each_training_is_drawn_behind_the_one_before():
         "tuned": [{"step": 2, "loss": 1.0}],
         "practised": [{"step": 1, "loss": 0.5}],
         "refined": [{"step": 3, "loss": 0.4}],
+        "sharpened": [{"step": 4, "loss": 0.3}],
     }
-    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0), (12, 0.5), (15, 0.4)]
+    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0), (12, 0.5), (15, 0.4), (19, 0.3)]
 
 
 def test_an_interruption_has_its_exit_code(tmp_path, monkeypatch):

@@ -26,9 +26,17 @@ from .dialogues import (
     refinement_dialogues,
     training_dialogues,
 )
+from .sharpening import sharpening_dialogues
 from .training import encode_dialogues
 
 BATCH = 16
+TRAININGS = {
+    "dialogues": training_dialogues,
+    "practice": practice_dialogues,
+    "refinement": refinement_dialogues,
+    "sharpening": sharpening_dialogues,
+}
+"""What conversations are trained on: their number in the plan, and how they are drawn."""
 
 
 @dataclass
@@ -66,13 +74,13 @@ def held_out_dialogues(folder: Path, per_kind: int, seed: int) -> list[Dialogue]
     log = folder / "training_log.json"
     try:
         plan = json.loads(log.read_text())["plan"]
-        counts = [int(plan[part]) for part in ("dialogues", "practice", "refinement")]
+        counts = [int(plan[part]) for part in TRAININGS]
         trained_seed = int(plan["seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{log} does not tell what the model was trained on ({error!r:.80}).") from error
     seen = set()
-    for part, count in zip((training_dialogues, practice_dialogues, refinement_dialogues), counts, strict=True):
-        for dialogue in part(count, trained_seed):
+    for draw, count in zip(TRAININGS.values(), counts, strict=True):
+        for dialogue in draw(count, trained_seed):
             seen.update(dialogue.prompts())
     return examination_dialogues(per_kind, seed, seen)
 

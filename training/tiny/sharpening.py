@@ -1,0 +1,111 @@
+"""Conversations for the last part of the training: half of them are of the sorts that the parts before leave hard.
+
+They are drawn as those of the refinement and drawn again until they are of such a sort, so that they hold nothing that
+the examination keeps from training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ...tools_qwen import OBSERVATION
+from .dialogues import Dialogue, Generator
+from .phrases import FAVOURITES, GIVEN, LANGUAGES, SURNAMES, SYSTEMS
+
+SHARPENING = {
+    "small talk": 3, "arithmetic": 4, "three digits": 11, "facts": 9, "unknown": 4, "memory": 19, "system": 14,
+    "language": 3, "names": 13, "tools": 15, "repeating": 5,
+}  # fmt: skip
+"""How often each kind is drawn, in percent."""
+
+HARD_SHARE = 0.5
+"""Of the conversations of a kind that has hard sorts, so many are of one of them."""
+
+_VALUES = {name for _, _, values in FAVOURITES.values() for value in values for name in value}
+_USUAL = {*SURNAMES, *GIVEN, *"很高兴认识你叫记住了最喜欢的是颜色食物动物水果运动城市还没有告诉我名字，。！"}
+_WORDS = ("Chinese", "English", "opposite", "country", "中文", "英文", "反义词", "国")
+
+
+def _negative(dialogue: Dialogue) -> bool:
+    """The sign of a result has to be copied from what the calculator gave, or worked out."""
+    return "=-" in dialogue.turns[-1][1].rpartition("Final Answer")[2]
+
+
+def _long(dialogue: Dialogue) -> bool:
+    """A sum of three numbers and more."""
+    return len(re.findall(r"\d+(?:\.\d+)?", dialogue.turns[-1][0])) > 2
+
+
+def _terse(dialogue: Dialogue) -> bool:
+    """A sum in which a word or two tell that it is asked in Chinese."""
+    query, reply = dialogue.turns[-1]
+    return OBSERVATION in reply and 1 <= len(re.findall(r"[一-鿿]", query)) <= 3
+
+
+def _word(dialogue: Dialogue) -> bool:
+    """A question about words or countries that no tool answers."""
+    query, reply = dialogue.turns[-1]
+    return OBSERVATION not in reply and any(word in query for word in _WORDS)
+
+
+def _not_told(dialogue: Dialogue) -> bool:
+    """Asked for what was never told, behind other things that were."""
+    *before, (_, reply) = dialogue.turns
+    missing = "have not told" in reply or "还没有告诉" in reply
+    return missing and any("I will remember" in said or "我记住了" in said for _, said in before)
+
+
+def _made(dialogue: Dialogue) -> bool:
+    """A favourite that is no word of the lists."""
+    found = re.fullmatch(r"Your favourite \w+ is (.+)\.|你最喜欢的.{2}是(.+)。", dialogue.turns[-1][1])
+    return found is not None and (found[1] or found[2]) not in _VALUES
+
+
+def _rare(dialogue: Dialogue) -> bool:
+    """What the user told has Chinese characters that few names have."""
+    reply = dialogue.turns[-1][1]
+    told = "meet you" in reply or "认识你" in reply or "our name is" in reply or "你叫" in reply
+    return told and any("一" <= character <= "鿿" and character not in _USUAL for character in reply)
+
+
+def _crossed(dialogue: Dialogue) -> bool:
+    """A fact asked for in one language and told in the other."""
+    set_by_system = next((tongue for tongue in LANGUAGES if dialogue.system in SYSTEMS[tongue]), dialogue.language)
+    reply = dialogue.turns[-1][1]
+    return (
+        set_by_system != dialogue.language and "不知道" not in reply and any(w in reply for w in (" is ", "是", "在"))
+    )
+
+
+def _capital(dialogue: Dialogue) -> bool:
+    """A word for translation that begins with a capital letter because the question does."""
+    return bool(re.match(r"[A-Z][a-z]+(?:的|用| in )", dialogue.turns[-1][0]))
+
+
+HARD: dict[str, tuple[Callable[[Dialogue], bool], ...]] = {
+    "three digits": (_negative,),
+    "facts": (_crossed, _capital),
+    "memory": (_not_told, _not_told, _made, _rare),
+    "system": (_not_told, _made, _rare, _crossed, _crossed, _capital),
+    "names": (_rare,),
+    "tools": (_negative, _negative, _long, _terse, _word),
+}
+"""kind -> its hard sorts; one that stands twice is drawn twice as often."""
+
+
+def sharpening_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """Conversations for the last part of the training."""
+    generator = Generator(seed + 3, late=True)
+    kinds = generator.random.choices(list(SHARPENING), weights=list(SHARPENING.values()), k=count)
+    return [_drawn(generator, kind) for kind in kinds]
+
+
+def _drawn(generator: Generator, kind: str) -> Dialogue:
+    """A conversation of the kind, or one of its hard sorts."""
+    hard = kind in HARD and generator.random.random() < HARD_SHARE
+    wanted = generator.random.choice(HARD[kind]) if hard else None
+    while True:
+        dialogue = generator.dialogue(kind)
+        if wanted is None or wanted(dialogue):
+            return dialogue
