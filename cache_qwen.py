@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -47,11 +47,17 @@ class _Buffer:
     states: torch.Tensor
     newest: list[torch.Tensor] = field(default_factory=list)
 
+    def take(self) -> torch.Tensor | None:
+        """The newest view, for who alone may now write behind it; None where somebody has taken it."""
+        try:
+            return self.newest.pop()  # atomic
+        except IndexError:
+            return None
+
     def claim(self, held: torch.Tensor, length: int) -> bool:
         """Whether so many tokens may be written behind `held`; of several threads only one is told so."""
-        try:
-            newest = self.newest.pop()  # atomic
-        except IndexError:
+        newest = self.take()
+        if newest is None:
             return False
         frozen = self.states.is_inference() and not torch.is_inference_mode_enabled()
         if newest is held and held.shape[-2] + length <= self.states.shape[-2] and not frozen:
@@ -137,6 +143,17 @@ class QWenGrowingLayer(DynamicLayer):
         self._key_buffer, self.keys = _make_room(key_buffer, self.keys, like, shape)
         self._value_buffer, self.values = _make_room(value_buffer, self.values, like, shape)
         return self.keys, self.values
+
+    def buffers(self) -> tuple[_Buffer, _Buffer]:
+        """Of keys and of values, once there has been a chunk."""
+        return cast(_Buffer, self._key_buffer), cast(_Buffer, self._value_buffer)
+
+    def lengthen(self, length: int) -> None:
+        """Hold so many tokens, by who has taken the newest views of both buffers and written behind them."""
+        for name, buffer in zip(("keys", "values"), self.buffers(), strict=True):
+            view = buffer.states.narrow(-2, 0, length)
+            buffer.newest.append(view)
+            setattr(self, name, view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWenGrowingLayer:
         """Another layer with what is held, laid end to end: exporters look at how the tensors of their copies lie."""
@@ -403,6 +420,9 @@ class QWenCache(NTKRows, DynamicCache):
     """The growing cache of transformers, in buffers with room for more tokens (at most a sixteenth more than there are,
     or 64); the default of the model and of `generate`. Arguments: those of `DynamicCache`.
     """
+
+    __slots__ = ("steps",)  # what `gpu_steps_qwen` has recorded for it; no entry of `vars`, as above
+    steps: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -14,7 +14,7 @@ from .versions_qwen import check_versions as check_versions  # first: older vers
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -60,8 +60,11 @@ from .native_qwen import wait as wait
 from .native_steps_qwen import STEPS as STEPS
 from .ntk_qwen import alpha_of_call, choose_alpha
 from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
+from .passes_qwen import gated, normed, pays
 from .peft_qwen import ChatAdapterMixin
+from .plain_qwen import Plain, is_bare
 from .positions_qwen import positions_of_call, text_starts
+from .preparing_qwen import prepare as prepare
 from .products_qwen import checksums as checksums
 from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
@@ -74,11 +77,17 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import Plain, is_bare, logits_of_head, steps_of_blocks
+from .steps_qwen import logits_of_head, steps_of_blocks
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
 from .turning_qwen import turned as turned
+from .warming_qwen import is_ready as is_ready
+
+if TYPE_CHECKING:  # read when they are wanted, for Triton takes its time
+    from .gpu_steps_qwen import steps_on_gpu as steps_on_gpu
+    from .recording_qwen import record as record
+    from .triton_qwen import norm_rows as norm_rows
 
 
 def kept_for_backward() -> bool:
@@ -103,7 +112,8 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm(x.float()).type_as(x) * self.weight
+        result = normed(x, self.weight, self.eps) if type(self) is RMSNorm else None
+        return self._norm(x.float()).type_as(x) * self.weight if result is None else result
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), same dtype."""
@@ -314,12 +324,20 @@ class QWenMLP(nn.Module):
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.act_fn(gate) * up
 
+    def _inner(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w2(hidden_states), self.w1(hidden_states)
+        result = gated(gate, up)
+        return self._gated(gate, up) if result is None else result
+
     def _down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self._gated(gate, up))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, E) -> (B, T, E)."""
-        if not kept_for_backward() or not is_bare(self.act_fn, nn.SiLU):
+        bare = is_bare(self.act_fn, nn.SiLU)
+        if bare and pays(hidden_states):
+            return self.c_proj(self._inner(hidden_states))
+        if not kept_for_backward() or not bare:
             # Without names for what is between: each is given up as soon as it has been read.
             return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
         gate, up = self.w2(hidden_states), self.w1(hidden_states)
@@ -463,7 +481,8 @@ class QWenModel(QWenPreTrainedModel):
         return QWenModelOutput(last_hidden_state=hidden_states, **cache_argument(cache if use_cache else None))
 
     def _through_blocks(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        blocks = self.h[: self.config.n_layer]  # fewer where the model drafts for itself
+        layers = self.config.n_layer
+        blocks = self.h if layers >= len(self.h) else self.h[:layers]  # fewer where the model drafts for itself
         stepped = steps_of_blocks(blocks, _PLAIN, hidden_states, arguments)
         if stepped is not None:
             return stepped

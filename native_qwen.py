@@ -110,10 +110,10 @@ def _library_file() -> Path:
         OSError: there is no compiler, or the cache can't be used.
     """
     compiler = _compiler()  # first: without one nothing is made, no folder either
-    return _cache_folder() / f"native-{_key(compiler)}.so"
+    return cache_folder() / f"native-{_key(compiler)}.so"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The user's own folder for the library, which nobody else may write to, for what lies in it is run."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen1"
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,12 +35,12 @@ def kernels_for(states: torch.Tensor) -> ctypes.CDLL | None:
     """The library, where its products may stand for torch's, if nobody differentiates them."""
     if torch.compiler.is_compiling() or type(states) is not torch.Tensor or states.device.type != "cpu":
         return None
-    if states.dtype not in DTYPES or torch.is_autocast_enabled("cpu") or _is_watched():
+    if states.dtype not in DTYPES or torch.is_autocast_enabled("cpu") or is_watched():
         return None
     return library()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody wants to see each operation of torch: a mode, `torch.func`, derivatives in forward mode."""
     return is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -86,7 +86,7 @@ def checksums(pieces: Sequence[torch.Tensor]) -> list[int] | None:
     """
     native = library()
     plain = all(type(piece) is torch.Tensor and piece.is_contiguous() for piece in pieces)
-    if native is None or not plain or _is_watched():
+    if native is None or not plain or is_watched():
         return None
     count = len(pieces)
     places = (ctypes.c_void_p * count)(*(piece.data_ptr() for piece in pieces))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .ntk_qwen import stretched_base
+from .passes_qwen import turned as turned_on_gpu
 from .positions_qwen import text_lengths
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
 from .turning_qwen import turned
@@ -92,7 +93,8 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
         freqs: angles, (B or 1, T, 1, R), or their cosine and sine.
     """
     cos, sin = (freqs.cos(), freqs.sin()) if isinstance(freqs, torch.Tensor) else freqs
-    result = turned(t, cos, sin)
+    result = turned_on_gpu(t, cos, sin)
+    result = turned(t, cos, sin) if result is None else result
     if result is not None:
         return result
     channels = cos.shape[-1]

@@ -11,7 +11,6 @@ Shapes: B batch, E width, K key/value heads, D head size, S keys, V rows of the 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .arguments_qwen import one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
+from .passes_qwen import runs_on
+from .plain_qwen import Plain, length_held
+from .preparing_qwen import prepare, steps_ready
 from .products_qwen import DTYPES, Matrix, kernels_for_few, place, product
 
 _ARGUMENTS = frozenset(
@@ -52,43 +54,6 @@ class Call(ctypes.Structure):
     ]
 
 
-def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module is of this very class, and nothing else sees or changes what goes through it."""
-    everywhere = nn.modules.module
-    hooks = (
-        *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
-        *(everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks),
-        *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
-    )
-    return type(module) is cls and "forward" not in vars(module) and not any(hooks)
-
-
-class Plain:
-    """Tells whether modules compute nothing but what their published classes say, and in eval mode.
-
-    Args:
-        classes: the published ones, as they are when they have just been defined.
-    """
-
-    def __init__(self, *classes: Any):
-        self.forwards: dict[type, Callable[..., Any]] = {
-            cls: cls.forward for cls in (*classes, nn.Linear, nn.SiLU, QWenBitsLinear)
-        }
-
-    def __call__(self, *modules: nn.Module) -> bool:
-        everywhere = nn.modules.module
-        hooked = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-        return not hooked and all(map(self._is_plain, modules))
-
-    def _is_plain(self, module: nn.Module) -> bool:
-        cls: Any = type(module)
-        return (
-            self.forwards.get(cls) is cls.forward
-            and not (module._forward_hooks or module._forward_pre_hooks or module.training)
-            and "forward" not in vars(module)
-        )
-
-
 def steps_of_blocks(
     blocks: nn.ModuleList, plain: Plain, states: torch.Tensor, arguments: dict[str, Any]
 ) -> torch.Tensor | None:
@@ -101,15 +66,23 @@ def steps_of_blocks(
     Returns:
         None, and nothing done, where the kernel can't tell.
     """
-    native = kernels_for_few(states)
-    if native is None or states.shape[1] != 1 or not _given(arguments) <= _ARGUMENTS:
+    on_gpu = runs_on(states)
+    if on_gpu:
+        prepare(blocks, plain, states, arguments["position_embeddings"])
+    native = None if on_gpu else kernels_for_few(states)
+    if not (on_gpu or native) or states.shape[1] != 1 or not _given(arguments) <= _ARGUMENTS:
         return None
     cache, seen = one_cache(arguments.get("past_key_values"), arguments.get("cache")), arguments.get("attention_mask")
-    length = _length(cache, len(blocks), states, seen)
-    if (
-        length is None
-        or ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is not sdpa_attention_forward
-    ):
+    if ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is not sdpa_attention_forward:
+        return None
+    if native is None:
+        if not steps_ready(blocks, states, arguments["position_embeddings"]):
+            return None
+        from .gpu_steps_qwen import steps_on_gpu
+
+        return steps_on_gpu(blocks, plain, states, cache, seen, arguments["position_embeddings"])
+    length = length_held(cache, len(blocks), states, seen)
+    if length is None:
         return None
     layers = (Layer * len(blocks))()
     shape = _shape(blocks[0], plain)
@@ -123,22 +96,6 @@ def steps_of_blocks(
 
 def _given(arguments: dict[str, Any]) -> set[str]:
     return {name for name, value in arguments.items() if value is not None}
-
-
-def _length(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int | None:
-    """Tokens that a growing cache holds, if all layers hold keys of this kind; None for any other cache or mask."""
-    if type(cache) is not QWenCache or len(cache.layers) < blocks or cache.offloading or not blocks:
-        return None
-    length = cache.get_seq_length()
-    for layer in cache.layers[:blocks]:
-        if type(layer) is not QWenGrowingLayer or not layer.is_initialized:
-            return None
-        kinds = {(held.dtype, held.device, held.shape[-2]) for held in (layer.keys, layer.values)}
-        if kinds != {(states.dtype, states.device, length)}:
-            return None
-    shape = (states.shape[0], 1, 1, length + 1)
-    plain = seen is None or (seen.dtype == torch.bool and seen.shape == shape and seen.stride(-1) == 1)
-    return length if plain else None
 
 
 class _Shape(NamedTuple):

@@ -1,0 +1,1 @@
+../gpu_steps_qwen.py

@@ -1,0 +1,1 @@
+../passes_qwen.py

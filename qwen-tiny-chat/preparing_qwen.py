@@ -1,0 +1,1 @@
+../preparing_qwen.py

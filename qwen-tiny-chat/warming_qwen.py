@@ -1,0 +1,1 @@
+../warming_qwen.py

@@ -1,0 +1,74 @@
+"""Work for a GPU that is recorded once and started as a whole: CUDA graphs, by NVIDIA's own bindings.
+
+Torch's recorder also seizes the generator of random numbers, so that other threads can't sample meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class Recording:
+    """A graph that can be started again; it holds nothing of the memory that it reads and writes."""
+
+    def __init__(self, driver: Any, graph: Any, device: torch.device):
+        self._driver, self._device = driver, device
+        self._graph = _done(driver, driver.cuGraphInstantiate(graph, 0))
+
+    def replay(self) -> None:
+        """Start it on the current stream."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        _done(self._driver, self._driver.cuGraphLaunch(self._graph, stream))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_graph"):
+            self._driver.cuGraphExecDestroy(self._graph)
+
+
+def record(run: Callable[[], None], device: torch.device) -> Recording | None:
+    """Record what a function starts on a GPU, of which nothing may allocate memory or wait; None where that can't be.
+
+    The function is also run for its own sake, so that all that it needs is there when it is recorded.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        logger.info("Steps on the GPU aren't recorded: install cuda-bindings, and they start at once.")
+        return None
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _done(driver, driver.cuStreamBeginCapture(stream.cuda_stream, mode))
+        try:
+            run()
+        finally:
+            ended = driver.cuStreamEndCapture(stream.cuda_stream)
+    graph = _done(driver, ended)
+    current.wait_stream(stream)
+    try:
+        return Recording(driver, graph, device)
+    finally:
+        driver.cuGraphDestroy(graph)
+
+
+def _done(driver: Any, answer: tuple[Any, ...]) -> Any:
+    """The result of a call of the driver.
+
+    Raises:
+        RuntimeError: it failed, which says how.
+    """
+    error, *results = answer
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"The GPU's driver refuses a recording: {error!r}. Set QWEN_NATIVE=0 in the environment.")
+    return results[0] if results else None
