@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, Trainer, set_seed
@@ -230,7 +231,8 @@ def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     """
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model = averaged(work / STAGES[-2], work / STAGES[-1]).to(torch.bfloat16)
+    model: Any = averaged(work / STAGES[-2], work / STAGES[-1])
+    model = model.to(torch.bfloat16)
     model.config.use_flash_attn = "auto"
     model.generation_config = GenerationConfig(
         chat_format="chatml",
