@@ -160,7 +160,8 @@ class Steps:
         self.frozen = False
         self.layers: list[tuple[QWenGrowingLayer, Any, Any]] = []
         self.recording: Recording | None = None
-        self._make_memory(cache, states)
+        with torch.inference_mode(False):  # else it could be written to in that mode alone
+            self._make_memory(cache, states)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Copies of a cache record their own."""

@@ -59,7 +59,8 @@ def chosen(device: torch.device) -> AbstractContextManager[object]:
 
 def pays(states: torch.Tensor) -> bool:
     """Whether states, (..., E), are those of a prompt that kernels for a GPU may read."""
-    return states.shape[:-1].numel() >= LEAST_TOKENS and runs_on(states) and states.is_contiguous()
+    # Last: while a program is traced, a question about a length makes a constant of it.
+    return runs_on(states) and states.is_contiguous() and states.shape[:-1].numel() >= LEAST_TOKENS
 
 
 def is_beside(tensor: torch.Tensor, states: torch.Tensor) -> bool:
@@ -84,7 +85,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
 
 def turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor | None:
     """Rotated heads of a prompt, (B, T, H, D) by angles (B or 1, T, 1, R) float32; None where torch has to do it."""
-    if heads.dim() != 4 or heads.shape[:2].numel() < LEAST_TOKENS or heads.stride(-1) != 1 or not runs_on(heads):
+    if not runs_on(heads) or heads.dim() != 4 or heads.shape[:2].numel() < LEAST_TOKENS or heads.stride(-1) != 1:
         return None
     batch, count, number, size = heads.shape
     rotated = cosine.shape[-1]

@@ -41,9 +41,13 @@ def record(run: Callable[[], None], device: torch.device) -> Recording | None:
         return None
     try:
         driver = importlib.import_module("cuda.bindings.driver")
-    except ImportError:
-        logger.info("Steps on the GPU aren't recorded: install cuda-bindings, and they start at once.")
+        return _recorded(run, device, driver)
+    except (ImportError, RuntimeError) as error:  # slower, and as right
+        logger.warning_once(f"Steps on the GPU aren't recorded, but started one by one: {error}")
         return None
+
+
+def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Recording:
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -70,5 +74,5 @@ def _done(driver: Any, answer: tuple[Any, ...]) -> Any:
     """
     error, *results = answer
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"The GPU's driver refuses a recording: {error!r}. Set QWEN_NATIVE=0 in the environment.")
+        raise RuntimeError(f"the driver answers {error!r}. QWEN_NATIVE=0 in the environment does without.")
     return results[0] if results else None

@@ -66,7 +66,8 @@ def steps_of_blocks(
     Returns:
         None, and nothing done, where the kernel can't tell.
     """
-    on_gpu = runs_on(states)
+    first: Any = blocks[0]
+    on_gpu = runs_on(states) and plain(first) and plain(first.attn)
     if on_gpu:
         prepare(blocks, plain, states, arguments["position_embeddings"])
     native = None if on_gpu else kernels_for_few(states)

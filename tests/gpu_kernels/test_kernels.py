@@ -206,6 +206,19 @@ def test_inference_mode(monkeypatch):
     assert error(got, expected) < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("first, then", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_from_one_mode_to_another(monkeypatch, first, then):
+    model = model_of()
+
+    def both():
+        with first():
+            _, cache = talk(model)
+        with then():
+            return model(ids_of(length=1), past_key_values=cache).logits.clone()
+
+    assert error(both(), torch_alone(monkeypatch, both)) < BOUNDS[torch.float32]
+
+
 # --- one cache, several users of it ---
 
 
@@ -352,6 +365,26 @@ def test_changes_between_tokens_count(monkeypatch, change):
     assert error(got, expected) < BOUNDS[torch.float32]
     kept = change in (changes_weight, changes_data, changes_in_place)
     assert (steps_of(cache) is not None and steps_of(cache).taken >= 2) == kept
+
+
+class Wrapped(nn.Module):
+    """An attention of somebody else, which has none of the published attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_an_attention_of_another_class(monkeypatch):
+    model = model_of()
+    for block in model.transformer.h:
+        block.attn = Wrapped(block.attn)
+    expected, _ = torch_alone(monkeypatch, lambda: talk(model))
+    got, cache = talk(model)
+    assert steps_of(cache) is None and error(got, expected) < BOUNDS[torch.float32]
 
 
 def test_gradients_autocast_and_the_switch_go_through_torch(monkeypatch):
