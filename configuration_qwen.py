@@ -228,6 +228,7 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
         self.rope_parameters = rope
         self.standardize_rope_params()
         refuse_foreign({**values, **kwargs})
+        _check_of_base(kwargs)
         self.check_values()
         super().__init__(**base_values, **kwargs)
 
@@ -275,6 +276,8 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
         Raises:
             ValueError: as the constructor.
         """
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"{config_dict!r:.80} is no object with settings: give those of a config.json.")
         for values in (config_dict, kwargs):
             refuse_relatives(values)
             _refuse_contradictions(values)
@@ -344,6 +347,22 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
 
     # The base class becomes a dataclass, whose own comparison would see none of the keys above.
     __eq__ = PreTrainedConfig.__eq__
+
+
+def _check_of_base(values: Mapping[str, Any]) -> None:
+    """Refuse values of keys of the base class that it would read with an error that names nothing, or write wrongly."""
+    import torch
+
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is None or isinstance(value, torch.dtype):
+            continue
+        if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
+            raise ValueError(f"{name}={value!r} is no dtype of torch: give one, such as 'bfloat16', or leave it out.")
+    for name in ("auto_map", "quantization_config"):
+        value = values.get(name)
+        if value is not None and not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
+            raise ValueError(f"{name}={value!r} is no object with settings: give one, or leave it out.")
 
 
 def _refuse_no_object(path: str) -> None:

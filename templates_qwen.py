@@ -153,8 +153,11 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[Any]]]:
 
     Raises:
         ValueError: a conversation is empty.
+        TypeError: it is no list, but a message, say.
     """
     items = getattr(conversation, "messages", conversation)
+    if isinstance(items, Mapping):
+        raise TypeError(f"A conversation is a list of messages, not {items!r:.80}: put a message into a list.")
     batched = len(items) > 0 and (isinstance(items[0], (list, tuple)) or hasattr(items[0], "messages"))
     conversations = [list(getattr(chat, "messages", chat)) for chat in (items if batched else [items])]
     if not all(conversations):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,22 @@ def read_value(path: Path) -> Any:
     if _is_deep(value):
         raise _too_deep(path)
     return value
+
+
+def auto_map_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The classes that a file of settings names for `AutoModel` and its like.
+
+    Args:
+        values: of the file.
+        name: of the file, for the error.
+
+    Raises:
+        CheckpointError: it has no object in their place.
+    """
+    named = values.get("auto_map") or {}
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{name} has auto_map={named!r:.80}, which is no object: delete that key.")
+    return named
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def read_index(index: Path) -> tuple[dict[str, str], Any]:
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no 'weight_map'. Download it again.")
     for tensor, name in listed.items():
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\:\0\ud800-\udfff]+", name):
             raise CheckpointError(f"{index} places {tensor!r} in {name!r}, which is not a file of the same folder.")
     if index.name.startswith(PICKLE):
         listed = {bare_name(tensor): name for tensor, name in listed.items()}

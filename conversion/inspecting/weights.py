@@ -53,7 +53,7 @@ def _check_index(subject: Subject) -> set[str]:
             f"{plural(len(unnamed), 'tensor')} {are(unnamed)} stored, but not in the index: {quoted(unnamed)}. A "
             "file is stale: download index and files again."
         )
-    counted = {nbytes, sum(info.nbytes for info in subject.stored.infos.values())}
+    counted = (nbytes, sum(info.nbytes for info in subject.stored.infos.values()))
     if not unreadable and subject.stored.total_size is not None and subject.stored.total_size not in counted:
         subject.findings.remarks.append(
             f"The index says total_size={subject.stored.total_size!r}, but {nbytes:,} bytes are stored."

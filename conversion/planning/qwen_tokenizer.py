@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer
 from ...configuration_qwen import AUTO_MAP
 from ...tokenization_qwen import ENDOFTEXT, IMEND, IMSTART, SPECIAL_TOKENS, QWenTokenizerFast
 from ..errors import CheckpointError
-from ..files.access import check_readable, is_present
+from ..files.access import auto_map_of, check_readable, is_present
 from ..formats.companions import (
     EXTRA_VOCABULARY,
     TOKENIZER_CONFIG,
@@ -39,9 +39,9 @@ def upgraded_tokenizer_config(config: Mapping[str, Any] | None) -> dict[str, Any
     config.setdefault("pad_token", ENDOFTEXT)
     classes = AUTO_MAP["AutoTokenizer"]
     only_fast = [None, classes[1]]
-    named = (config.get("auto_map") or {}).get("AutoTokenizer")
-    auto_map = {"AutoTokenizer": only_fast if named == only_fast else classes}
-    return {**config, "auto_map": {**(config.get("auto_map") or {}), **auto_map}}
+    before = auto_map_of(config, TOKENIZER_CONFIG)
+    auto_map = {"AutoTokenizer": only_fast if before.get("AutoTokenizer") == only_fast else classes}
+    return {**config, "auto_map": {**before, **auto_map}}
 
 
 def llama_tokenizer(folder: Path) -> list[PlannedFile]:

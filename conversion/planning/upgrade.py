@@ -11,6 +11,7 @@ from typing import Any
 from ...configuration_qwen import AUTO_MAP
 from ...tokenization_qwen import IMEND
 from ..errors import CheckpointError
+from ..files.access import auto_map_of
 from ..files.weights import PICKLE, SAFETENSORS
 from ..formats.companions import (
     GENERATION_CONFIG,
@@ -45,7 +46,7 @@ _LEFTOVER = re.compile(r"__pycache__/|\.bak\d*$")
 
 def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A published `config.json` with our `auto_map`: every key stays, other spellings of present values are added."""
-    result = {**config, "auto_map": {**(config.get("auto_map") or {}), **AUTO_MAP}}
+    result = {**config, "auto_map": {**auto_map_of(config, "config.json"), **AUTO_MAP}}
     for alias, name in _ALIASES.items():
         if name in result:
             result.setdefault(alias, result[name])

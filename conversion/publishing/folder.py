@@ -15,7 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..errors import CheckpointError
-from ..files.access import check_readable, is_present, read_json
+from ..files.access import auto_map_of, check_readable, is_present, read_json
 from ..files.links import check_links, resolved
 from ..files.weights import Weights, open_weights
 from ..formats.configurations import refuse_sizes
@@ -99,7 +99,8 @@ def _refuse_strays(folder: Path, weights: Weights) -> None:
 
 def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
     tokenizer = folder / "tokenizer_config.json"
-    maps = [config.get("auto_map") or {}, (read_json(tokenizer) if tokenizer.is_file() else {}).get("auto_map") or {}]
+    of_tokenizer = read_json(tokenizer) if tokenizer.is_file() else {}
+    maps = [auto_map_of(config, "config.json"), auto_map_of(of_tokenizer, tokenizer.name)]
     if "AutoModelForCausalLM" not in maps[0]:
         raise CheckpointError(
             f"{folder / 'config.json'} has no auto_map with AutoModelForCausalLM, so nobody could load the checkpoint "

@@ -224,6 +224,21 @@ def test_other_companions(checkpoints, tmp_path_factory, data, name):
     try_commands(put(tmp_path_factory.getbasetemp() / "companions", {**checkpoints[kind], name: content}))
 
 
+@pytest.mark.parametrize(
+    "kind, name, change",
+    [
+        ("qwen-2023", "pytorch_model.bin.index.json", {"metadata": {"total_size": []}}),
+        ("qwen2", "model.safetensors.index.json", {"weight_map": {"a": "\ud83d"}}),  # no name of a file
+        ("qwen", "tokenizer_config.json", {"auto_map": 1}),
+        ("qwen", "config.json", {"auto_map": [1]}),
+    ],
+)
+def test_what_was_found(checkpoints, tmp_path, kind, name, change):
+    files = checkpoints[kind]
+    content = json.dumps({**json.loads(files[name]), **change}).encode()
+    try_commands(put(tmp_path / "found", {**files, name: content}))
+
+
 ENTRIES = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
     "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},

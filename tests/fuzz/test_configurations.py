@@ -56,6 +56,8 @@ def is_small(config):
 
 @heavy
 @given(changed(TINY, keys))
+@example({**TINY, "quantization_config": True})  # accepted, and a model of it failed by an AttributeError
+@example({**TINY, "auto_map": 1})
 def test_saved_as_given(tmp_path_factory, given_values):
     folder = tmp_path_factory.getbasetemp() / "configuration"
     try:
@@ -74,6 +76,8 @@ def test_saved_as_given(tmp_path_factory, given_values):
 
 @heavy
 @given(changed(TINY, keys, most=2))
+@example({**TINY, "torch_dtype": []})
+@example({**TINY, "torch_dtype": ""})  # looked for among the names of torch
 def test_models_of_configurations(given_values):
     """Whatever is accepted computes finite numbers."""
     try:
@@ -94,6 +98,7 @@ def test_models_of_configurations(given_values):
 @heavy
 @given(damaged(json.dumps({**TINY, "model_type": "qwen"}, indent=1).encode()))
 @example(b"0")  # no object: a TypeError of transformers
+@example(b'""')
 def test_damaged_files(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)

@@ -71,6 +71,7 @@ def test_any_messages(tokenizers, chat, given_tools, prompt):
 
 
 @given(st.lists(messages | objects, max_size=3) | objects, objects, objects)
+@example({"": None}, None, None)  # no list: a KeyError
 def test_anything_as_messages(tokenizers, chat, given_tools, documents):
     for tokenizer in tokenizers:
         try:
