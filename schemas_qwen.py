@@ -78,7 +78,8 @@ class Tool:
 
     def faults(self, arguments: Any) -> list[str]:
         """What is wrong with arguments, by the schema; empty where nothing is."""
-        return list(_faults(arguments, {"type": "object", **self.schema}, "the arguments"))
+        # Whatever else a schema allows in their place: a function is called with an object's names.
+        return list(_faults(arguments, {**self.schema, "type": "object", "nullable": False}, "the arguments"))
 
     def describe(self) -> str:
         """The paragraph of the prompt."""

@@ -59,6 +59,8 @@ def test_replies(text):
 
 
 @given(texts, schemas | values, values)
+@example("f", {"nullable": "object"}, None)  # null in place of an object with arguments
+@example("f", {"type": ["object", "null"]}, None)
 def test_schemas(name, parameters, arguments):
     """What is taken for a schema checks anything; what can't be one is an error when it is given."""
     try:
