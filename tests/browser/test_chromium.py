@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 EVIL = "**bold**\n\n<script>document.title='owned'</script><img src='x' onerror=\"document.title='owned'\">\n\ndone"
 
 
-def wait_until(happened, seconds=20):
+def wait_until(happened, seconds=60):
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"
