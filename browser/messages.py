@@ -32,7 +32,7 @@ def is_step(spoken: Message) -> bool:
 
 def state_of(spoken: Message) -> str | None:
     """What a step is, None for other messages."""
-    return spoken["metadata"]["status"] if is_step(spoken) else None
+    return spoken["metadata"].get("status") if is_step(spoken) else None
 
 
 def text_of(message: Message) -> str:
