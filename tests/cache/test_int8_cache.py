@@ -128,6 +128,7 @@ class Ties:
 
     def __call__(self, states):
         codes, scale, zero = quantize_chunk(states)
+        codes = codes.contiguous()  # else what is flat is a copy
         exact, flat = (states / scale + zero).flatten(2), codes.flatten(2)
         near = ((exact[0] - exact[0].round()).abs() < 1e-3) & (exact[0] > 0.5)
         near.scatter_(-1, exact[0].argmax(-1, keepdim=True), True)
