@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -23,6 +23,7 @@ from qwen1.browser.serving import launch  # noqa: E402
 from qwen1.tools_qwen import parse_reply, run_tools  # noqa: E402
 
 DESKTOP = {"width": 1280, "height": 800}
+PATIENCE = 10
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -86,6 +87,8 @@ class CallingModel(StubModel):
     Attributes:
         read: (query, turns) of each of these times.
         written: set when a call is written.
+        every: seconds after which it comes once more while it waits, as from a model that goes on writing; the page
+            shows the last of several words only once another comes or there was time to draw them.
     """
 
     run_tools = run_tools
@@ -95,6 +98,7 @@ class CallingModel(StubModel):
         self.replies = list(replies)
         self.read = []
         self.written = threading.Event()
+        self.every = 30.0
 
     def chat_stream(self, tokenizer, query, history, system, tools=None, **settings):
         if tools is None:
@@ -110,7 +114,8 @@ class CallingModel(StubModel):
                 yield " ".join(words[:count])
             if "Action:" in reply:
                 self.written.set()
-                assert self.go_on.wait(30)
+                while not self.go_on.wait(self.every):
+                    yield reply
             yield parse_reply(reply, tools)
         finally:
             self.closed.set()
@@ -261,13 +266,27 @@ class Visitor:
         self.page.locator("#query textarea").fill(text)
 
     def ask(self, text):
+        """Ask until the question is sent: until the answer before has ended for the page too, it sends none."""
+        from playwright.sync_api import TimeoutError as TooLate
+
         self.settle()
         self.type(text)
-        self.page.keyboard.press("Enter")
+        for _ in range(PATIENCE):
+            with suppress(TooLate):
+                with self.page.expect_request(lambda request: "/queue/join" in request.url, timeout=5000):
+                    self.page.keyboard.press("Enter")
+                return
+        raise AssertionError(f"the page didn't send {text!r}")
 
     def settle(self):
         """Until an answer whose last word is there has ended for the page too, which shows nothing of that."""
         self.page.wait_for_timeout(300)
+
+    def open_settings(self):
+        """Until they are there and hold what they shall: as they come, Gradio sets them once more."""
+        self.page.get_by_text("Settings").click()
+        self.page.locator("#seed input").wait_for()
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def click(self, name):
         self.page.locator(f"#{name}").click()

@@ -139,7 +139,7 @@ def test_indentation_stays(stub_model, serve, visit):
 
 def test_examples_and_settings(stub_model, serve, visit):
     visitor = visit(serve(stub_model))
-    visitor.page.get_by_text("Settings").click()
+    visitor.open_settings()
     visitor.page.locator("#system textarea").fill("Be brief.")
     visitor.page.get_by_label("Sample").check()
     visitor.page.get_by_label("Seed").fill("7")
@@ -334,7 +334,7 @@ def test_stop_is_there_while_there_is_something_to_stop(serve, visit, stub_model
         visitor.ask(text)
         visitor.settle()
         wait_until(stop.is_disabled)
-        assert "stop" not in stop.get_attribute("class").split()
+        wait_until(lambda: "stop" not in stop.get_attribute("class").split())
 
 
 @pytest.mark.parametrize(

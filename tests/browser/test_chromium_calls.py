@@ -52,6 +52,7 @@ def test_an_edited_step_is_what_the_model_reads(looking, serve, visit):
 def test_stop_makes_no_call_and_leaves_nothing_under_way(looking, serve, visit):
     model = CallingModel(CALL, ANSWER)
     model.go_on.clear()
+    model.every = 0.05
     visitor = visit(serve(model, tools=[looking.tool()]))
     visitor.ask("q")
     assert model.written.wait(20)
@@ -70,7 +71,7 @@ def test_stop_makes_no_call_and_leaves_nothing_under_way(looking, serve, visit):
 
 def test_the_switch_asks_without_tools(calling_model, looking, serve, visit):
     visitor = visit(serve(calling_model, tools=[looking.tool()]))
-    visitor.page.get_by_text("Settings").click()
+    visitor.open_settings()
     visitor.page.get_by_label("Tools").uncheck()
     visitor.ask("q")
     visitor.wait_for("q", "This is reply 1")

@@ -191,9 +191,9 @@ def test_everyone_can_read_a_call(calls, size, scheme):
     visitor, model = calls(size, scheme)
     unfold(visitor, 1)
     model.go_on.clear()
-    model.written.clear()
+    model.every = 0.05
     visitor.ask("more")
-    assert model.written.wait(20)
+    visitor.page.get_by_text("calculator({})").wait_for()
     visitor.click("stop")
     model.go_on.set()
     visitor.page.get_by_text("calculator({}): stopped").wait_for()
