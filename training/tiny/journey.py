@@ -52,7 +52,7 @@ STAGES = ("pretrained", "tuned", "practised", "refined", "sharpened")
 """Folders of the trainings, in their order."""
 
 QUICK = Size(
-    texts=1000, dialogues=3000, tuning_steps=100, practice=1500, refinement=1000, sharpening=500, vocabulary=1200,
+    texts=700, dialogues=3000, tuning_steps=100, practice=800, refinement=300, sharpening=200, vocabulary=1200,
     n_embd=96, n_layer=3, ffn_hidden_size=384, tokens=1024, save_steps=25,
 )  # fmt: skip
 """The same in a minute or two, for tests: it shows that all parts work, not that the model is any good."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from ...products_qwen import multiplies
 from ...tokenization_qwen import QWenTokenizerFast
 from ...tools_qwen import OBSERVATION
 from ..checkpoints import checkpoint_to_resume
@@ -121,7 +122,7 @@ def _arguments(folder: Path, seed: int, learning_rate: float, save_steps: int) -
         warmup_steps=0.03,
         weight_decay=0.05,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=multiplies(torch.bfloat16),
         use_cpu=True,
         seed=seed,
         data_seed=seed,
