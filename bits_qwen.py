@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .products_qwen import MOST_ROWS, Matrix, decoded, kernels_for, product
+from .products_qwen import MOST_ROWS, Matrix, decoded, kernels_for, multiplies, product
 
 LANES = 16
 """Rows of a block."""
@@ -308,17 +308,20 @@ class QWenBitsLinear(_Few, nn.Linear):
         return Matrix(*places, self.out_features, self.in_features, self.bits, self.group_size)
 
     def _product_by_kernel(self, native: Any, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-        """A few tokens are multiplied with the codes; for more these become numbers in the dtype of x, in pieces."""
+        """A few tokens are multiplied with the codes; for more these become numbers in pieces, in the dtype of x if the
+        processor multiplies it.
+        """
         if 1 <= x.shape[:-1].numel() <= MOST_ROWS:
             return product(native, matrix, x)
-        flat = x.reshape(-1, self.in_features)
+        dtype = x.dtype if multiplies(x.dtype) else torch.float32
+        flat, bias = x.reshape(-1, self.in_features).to(dtype), None if self.bias is None else self.bias.to(dtype)
         out = x.new_empty((flat.shape[0], self.out_features))
         some = max(1, _KERNEL_PIECE // (self.in_features * LANES))
         for first in range(0, len(self.codes), some):
             blocks = min(some, len(self.codes) - first)
             rows = slice(first * LANES, min((first + blocks) * LANES, self.out_features))
-            numbers = decoded(native, matrix, first, blocks, x.dtype)[: rows.stop - rows.start]
-            out[:, rows] = nn.functional.linear(flat, numbers, None if self.bias is None else self.bias[rows])
+            numbers = decoded(native, matrix, first, blocks, dtype)[: rows.stop - rows.start]
+            out[:, rows] = nn.functional.linear(flat, numbers, None if bias is None else bias[rows])
         return out.view(*x.shape[:-1], self.out_features)
 
     def _product_back(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import logits_of_head, steps_of_blocks
+from .steps_qwen import logits_of_head, projected, steps_of_blocks, widely_projected
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
@@ -284,7 +284,10 @@ class QWenAttention(nn.Module):
             past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
         width, kv_width = shares_of_process(self.c_attn, self.projection_size, self.kv_projection_size)
-        query, key, value = self.c_attn(hidden_states).split((width, kv_width, kv_width), dim=-1)
+        if (parts := widely_projected(self.c_attn, hidden_states)) is not None:
+            query, key, value = parts.tensor_split((width, width + kv_width), dim=-1)
+        else:
+            query, key, value = self.c_attn(hidden_states).split((width, kv_width, kv_width), dim=-1)
         if value.requires_grad:
             value = value.contiguous()  # what is kept for the backward pass would hold all three parts of the product
         query, key, value = (
@@ -306,7 +309,8 @@ class QWenAttention(nn.Module):
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         # Engines such as vLLM return (B * T, H * D).
-        return self.c_proj(attn_output.reshape(*hidden_states.shape[:-1], query.shape[1] * self.head_dim)), attn_weights
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], query.shape[1] * self.head_dim)
+        return projected(self.c_proj, attn_output), attn_weights
 
 
 class QWenMLP(nn.Module):
@@ -339,7 +343,9 @@ class QWenMLP(nn.Module):
             return self.c_proj(self._inner(hidden_states))
         if not kept_for_backward() or not bare:
             # Without names for what is between: each is given up as soon as it has been read.
-            return self.c_proj(self.act_fn(self.w2(hidden_states)) * self.w1(hidden_states))
+            return projected(
+                self.c_proj, self.act_fn(projected(self.w2, hidden_states)) * projected(self.w1, hidden_states)
+            )
         gate, up = self.w2(hidden_states), self.w1(hidden_states)
         if not (gate.requires_grad or up.requires_grad):
             return self._down(gate, up)

@@ -1,7 +1,7 @@
 """The C++ text of products for a few tokens on a CPU, which `native_qwen` has the machine's own compiler translate.
 
-It is text in a Python file because transformers takes along nothing else with the code of a model. It uses vectors of
-16 floats, in the notation that GCC and Clang share, which become whatever registers the processor has.
+It is text in a Python file because transformers takes along nothing else with the code of a model. It uses vectors as
+long as the processor's registers, in the notation that GCC and Clang share: longer ones would lie in memory.
 
 A matrix is read from its first byte to its last, by each thread a part of its own: a core that reads several rows side
 by side gets half of what the memory gives to one that reads on and on.
@@ -14,19 +14,27 @@ PRODUCTS = r"""
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint32_t fours __attribute__((vector_size(16)));
-typedef uint8_t octets __attribute__((vector_size(16)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
 const int LANES = 16;
+#elif defined(__AVX2__)
+const int LANES = 8;
+#else
+const int LANES = 4;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t octets __attribute__((vector_size(LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+// Rows whose codes lie together, and numbers that are added up side by side, so that sums are the same to the last bit
+// on every processor that multiplies and adds at once; and the vectors that hold so many.
+const int BLOCK = 16, PIECES = BLOCK / LANES;
 
 struct bf16 { uint16_t bits; };
 
@@ -71,9 +79,9 @@ inline void store(bf16 *place, vec value) {
     const halves result = __builtin_convertvector(bits, halves);
     std::memcpy(place, &result, sizeof result);
 }
-inline float sum(vec value) {
+inline float sum(const vec (&value)[PIECES]) {
     float result = 0;
-    for (int lane = 0; lane < LANES; lane++) result += value[lane];
+    for (int lane = 0; lane < BLOCK; lane++) result += value[lane / LANES][lane % LANES];
     return result;
 }
 inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity become the least and the greatest
@@ -98,17 +106,22 @@ inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity
 // A row of a matrix times B vectors, each of `columns` numbers.
 template <int B, class T> inline void dots(const T *row, const T *x, int64_t columns, float (&result)[B]) {
     const int CHAINS = B == 1 ? 4 : B == 2 ? 2 : 1;  // sums that don't wait for one another
-    vec acc[B][CHAINS] = {};
+    vec acc[B][CHAINS][PIECES] = {};
     int64_t column = 0;
-    for (; column + CHAINS * LANES <= columns; column += CHAINS * LANES)
-        for (int chain = 0; chain < CHAINS; chain++) {
-            vec weights = load(row + column + chain * LANES);
-            for (int b = 0; b < B; b++) acc[b][chain] += weights * load(x + b * columns + column + chain * LANES);
-        }
-    for (; column + LANES <= columns; column += LANES)
-        for (int b = 0; b < B; b++) acc[b][0] += load(row + column) * load(x + b * columns + column);
+    for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
+        for (int chain = 0; chain < CHAINS; chain++)
+            for (int p = 0; p < PIECES; p++) {
+                const int64_t at = column + chain * BLOCK + p * LANES;
+                const vec weights = load(row + at);
+                for (int b = 0; b < B; b++) acc[b][chain][p] += weights * load(x + b * columns + at);
+            }
+    for (; column + BLOCK <= columns; column += BLOCK)
+        for (int p = 0; p < PIECES; p++)
+            for (int b = 0; b < B; b++)
+                acc[b][0][p] += load(row + column + p * LANES) * load(x + b * columns + column + p * LANES);
     for (int b = 0; b < B; b++) {
-        for (int chain = 1; chain < CHAINS; chain++) acc[b][0] += acc[b][chain];
+        for (int chain = 1; chain < CHAINS; chain++)
+            for (int p = 0; p < PIECES; p++) acc[b][0][p] += acc[b][chain][p];
         result[b] = sum(acc[b][0]);
         for (int64_t rest = column; rest < columns; rest++) result[b] += up(row[rest]) * up(x[b * columns + rest]);
     }
@@ -187,20 +200,23 @@ inline vec load_halves(const uint16_t *place) {
 template <class T> void encode(const T *x, int64_t count, const Codes &to) {
     for (int64_t unit = 0; unit < count / UNIT; unit++) {
         const T *part = x + unit * UNIT;
-        vec first = load(part), second = load(part + LANES), size = first < 0 ? -first : first;
-        vec other = second < 0 ? -second : second;
-        size = size < other ? other : size;
-        float greatest = 0, poison = sum((first + second) * 0.0f);  // NaN where there is one, or an infinity
+        vec size = {}, nothing[PIECES] = {};
+        for (int column = 0; column < UNIT; column += LANES) {
+            const vec some = load(part + column), other = some < 0 ? -some : some;
+            size = size < other ? other : size;
+            nothing[0] += some * 0.0f;
+        }
+        float greatest = 0, poison = sum(nothing);  // NaN where there is one, or an infinity
         for (int lane = 0; lane < LANES; lane++) greatest = std::max(greatest, size[lane]);
         float inverse = greatest > 0 && poison == 0 ? 16256.0f / greatest : 0.0f;
         int32_t total = 0;
-        for (int half = 0; half < 2; half++) {
+        for (int column = 0; column < UNIT; column += LANES) {
             const float magic = 12582912.0f;
-            ints whole = __builtin_convertvector(((half ? second : first) * inverse + magic) - magic, ints);
+            ints whole = __builtin_convertvector((load(part + column) * inverse + magic) - magic, ints);
             ints high = (whole + 64) >> 7, low = whole - (high << 7);
             for (int lane = 0; lane < LANES; lane++) {
-                to.high[unit * UNIT + half * LANES + lane] = (int8_t)high[lane];
-                to.low[unit * UNIT + half * LANES + lane] = (int8_t)low[lane];
+                to.high[unit * UNIT + column + lane] = (int8_t)high[lane];
+                to.low[unit * UNIT + column + lane] = (int8_t)low[lane];
                 total += whole[lane];
             }
         }
@@ -218,7 +234,7 @@ inline __m512i bytes_of(const int8_t *place) {  // four, in each lane
 // Of a unit of 32 columns and 16 rows, the sums of codes times activations: high and low parts are added up apart.
 template <int BITS, int B>
 inline void unit_sums(const uint8_t *codes, const int8_t *const (&high)[B], const int8_t *const (&low)[B],
-                      ints (&sums)[B]) {
+                      ints (&sums)[B][PIECES]) {
     __m512i acc[B][2];
     for (int b = 0; b < B; b++) acc[b][0] = acc[b][1] = _mm512_setzero_si512();
     auto take = [&](__m512i weights, int column) {
@@ -242,25 +258,62 @@ inline void unit_sums(const uint8_t *codes, const int8_t *const (&high)[B], cons
         std::memcpy(&sums[b], &total, sizeof total);
     }
 }
+#elif defined(__AVX2__)
+// The same by products of 16 bits: four columns of four rows at a time, of which a row's first and second two are added
+// up apart.
+template <int BITS, int B>
+inline void unit_sums(const uint8_t *codes, const int8_t *const (&high)[B], const int8_t *const (&low)[B],
+                      ints (&sums)[B][PIECES]) {
+    int16_t values[B][UNIT];
+    for (int b = 0; b < B; b++)
+        for (int n = 0; n < UNIT; n += 16) {
+            const __m256i upper = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(high[b] + n)));
+            const __m256i lower = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(low[b] + n)));
+            const __m256i both = _mm256_add_epi16(_mm256_slli_epi16(upper, 7), lower);
+            _mm256_storeu_si256((__m256i *)(values[b] + n), both);
+        }
+    for (int quarters = 0; quarters < 2; quarters++) {  // 8 rows, whose sums the registers hold
+        __m256i acc[B][2];
+        for (int b = 0; b < B; b++) acc[b][0] = acc[b][1] = _mm256_setzero_si256();
+        auto take = [&](__m128i weights, int quarter, int column) {
+            const __m256i wide = _mm256_cvtepu8_epi16(weights);
+            for (int b = 0; b < B; b++) {
+                int64_t four;
+                std::memcpy(&four, values[b] + column, sizeof four);
+                const __m256i products = _mm256_madd_epi16(wide, _mm256_set1_epi64x(four));
+                acc[b][quarter] = _mm256_add_epi32(acc[b][quarter], products);
+            }
+        };
+        for (int n = 0; n < (BITS == 8 ? 8 : 4); n++)
+            for (int quarter = 0; quarter < 2; quarter++) {
+                const uint8_t *place = codes + 64 * n + 32 * quarters + 16 * quarter;
+                const __m128i some = _mm_loadu_si128((const __m128i *)place), nibble = _mm_set1_epi8(15);
+                take(BITS == 8 ? some : _mm_and_si128(some, nibble), quarter, 4 * n);
+                if (BITS == 4) take(_mm_and_si128(_mm_srli_epi16(some, 4), nibble), quarter, 16 + 4 * n);
+            }
+        for (int b = 0; b < B; b++) {  // rows 0 1 4 5 2 3 6 7 of the pairs
+            const __m256i mixed = _mm256_hadd_epi32(acc[b][0], acc[b][1]);
+            const __m256i total = _mm256_permute4x64_epi64(mixed, 0xd8);
+            std::memcpy((int32_t *)&sums[b] + 8 * quarters, &total, sizeof total);
+        }
+    }
+}
 #else
 template <int BITS, int B>
 inline void unit_sums(const uint8_t *codes, const int8_t *const (&high)[B], const int8_t *const (&low)[B],
-                      ints (&sums)[B]) {
-    for (int b = 0; b < B; b++) sums[b] = ints{};
+                      ints (&sums)[B][PIECES]) {
+    std::memset(sums, 0, sizeof sums);
     for (int n = 0; n < (BITS == 8 ? 8 : 4); n++)
-        for (int j = 0; j < 4; j++) {
-            ints first, second;
-            for (int lane = 0; lane < LANES; lane++) {
-                uint8_t code = codes[64 * n + 4 * lane + j];
-                first[lane] = BITS == 8 ? code : code & 15;
-                second[lane] = code >> 4;
+        for (int j = 0; j < 4; j++)
+            for (int lane = 0; lane < BLOCK; lane++) {
+                const uint8_t code = codes[64 * n + 4 * lane + j];
+                const int column = 4 * n + j, first = BITS == 8 ? code : code & 15, second = code >> 4;
+                for (int b = 0; b < B; b++) {
+                    int32_t total = first * (128 * high[b][column] + low[b][column]);
+                    if (BITS == 4) total += second * (128 * high[b][column + 16] + low[b][column + 16]);
+                    sums[b][lane / LANES][lane % LANES] += total;
+                }
             }
-            for (int b = 0; b < B; b++) {
-                int column = 4 * n + j;
-                sums[b] += first * (128 * high[b][column] + low[b][column]);
-                if (BITS == 4) sums[b] += second * (128 * high[b][column + 16] + low[b][column + 16]);
-            }
-        }
 }
 #endif
 
@@ -270,32 +323,39 @@ inline ints zeros_of(const uint8_t *zeros) {
     return __builtin_convertvector(codes, ints);
 }
 
-// 16 rows of a matrix of whole numbers times B vectors.
+// The rows of a block of a matrix of whole numbers times B vectors.
 template <int BITS, int B>
-inline void block_dots(const Matrix &m, int64_t block, const Codes &x, int64_t first, vec (&result)[B]) {
+inline void block_dots(const Matrix &m, int64_t block, const Codes &x, int64_t first, vec (&result)[B][PIECES]) {
     const int64_t units = m.columns / UNIT, per_group = m.group / UNIT, groups = m.columns / m.group;
-    const int64_t bytes = UNIT * LANES * BITS / 8;
+    const int64_t bytes = UNIT * BLOCK * BITS / 8;
     const uint8_t *codes = (const uint8_t *)m.codes + block * units * bytes;
-    for (int b = 0; b < B; b++) result[b] = vec{};
+    std::memset(result, 0, sizeof result);
     for (int64_t group = 0; group < groups; group++) {
-        const int64_t place = (block * groups + group) * LANES;
-        const ints zeros = m.zeros ? zeros_of(m.zeros + place) : ints{} + (BITS == 8 ? 128 : 8);
-        vec part[B] = {};
+        const int64_t place = (block * groups + group) * BLOCK;
+        ints zeros[PIECES];
+        for (int p = 0; p < PIECES; p++)
+            zeros[p] = m.zeros ? zeros_of(m.zeros + place + p * LANES) : ints{} + (BITS == 8 ? 128 : 8);
+        vec part[B][PIECES] = {};
         for (int64_t unit = group * per_group; unit < (group + 1) * per_group; unit++) {
             const int8_t *high[B], *low[B];
             for (int b = 0; b < B; b++) {
                 high[b] = x.high + (first + b) * m.columns + unit * UNIT;
                 low[b] = x.low + (first + b) * m.columns + unit * UNIT;
             }
-            ints sums[B];
+            ints sums[B][PIECES];
             unit_sums<BITS, B>(codes + unit * bytes, high, low, sums);
             for (int b = 0; b < B; b++) {
                 const int64_t number = (first + b) * units + unit;
-                part[b] += __builtin_convertvector(sums[b] - zeros * x.sum[number], vec) * x.scale[number];
+                for (int p = 0; p < PIECES; p++) {
+                    const ints total = sums[b][p] - zeros[p] * x.sum[number];
+                    part[b][p] += __builtin_convertvector(total, vec) * x.scale[number];
+                }
             }
         }
-        const vec scales = load_halves(m.scales + place);
-        for (int b = 0; b < B; b++) result[b] += part[b] * scales;
+        for (int p = 0; p < PIECES; p++) {
+            const vec scales = load_halves(m.scales + place + p * LANES);
+            for (int b = 0; b < B; b++) result[b][p] += part[b][p] * scales;
+        }
     }
 }
 
@@ -314,15 +374,15 @@ void some_rows(const Matrix &m, const T *x, const Codes &codes, T *y, int64_t fi
         }
         return;
     }
-    for (; row < end; row += LANES) {
-        vec result[B];
+    for (; row < end; row += BLOCK) {
+        vec result[B][PIECES];
         if (m.kind == 8)
-            block_dots<8, B>(m, row / LANES, codes, first, result);
+            block_dots<8, B>(m, row / BLOCK, codes, first, result);
         else
-            block_dots<4, B>(m, row / LANES, codes, first, result);
+            block_dots<4, B>(m, row / BLOCK, codes, first, result);
         for (int b = 0; b < B; b++)
-            for (int lane = 0; lane < LANES && row + lane < end; lane++)
-                put_row(m, y, first + b, row + lane, result[b][lane]);
+            for (int lane = 0; lane < BLOCK && row + lane < end; lane++)
+                put_row(m, y, first + b, row + lane, result[b][lane / LANES][lane % LANES]);
     }
 }
 
@@ -343,11 +403,11 @@ template <class T> Part product(const Matrix &m, const T *x, const Codes &codes,
             encode(x + b * m.columns, m.columns,
                    {codes.high + b * m.columns, codes.low + b * m.columns, codes.scale + b * (m.columns / UNIT),
                     codes.sum + b * (m.columns / UNIT)});
-    const Part part = share(m.rows, LANES);
-    for (int64_t row = part.first; row < part.end; row += LANES) {
-        const int64_t end = std::min(part.end, row + LANES);
+    const Part part = share(m.rows, BLOCK);
+    for (int64_t row = part.first; row < part.end; row += BLOCK) {
+        const int64_t end = std::min(part.end, row + BLOCK);
         int64_t b = 0;
-        for (; b + 8 <= batch; b += 8) some_rows<8>(m, x, codes, y, b, row, end);
+        for (; PIECES == 1 && b + 8 <= batch; b += 8) some_rows<8>(m, x, codes, y, b, row, end);  // with 32 registers
         for (; b + 4 <= batch; b += 4) some_rows<4>(m, x, codes, y, b, row, end);
         for (; b + 2 <= batch; b += 2) some_rows<2>(m, x, codes, y, b, row, end);
         if (b < batch) some_rows<1>(m, x, codes, y, b, row, end);
@@ -394,38 +454,44 @@ template <class T> int linear(const Matrix &m, const T *x, T *y, int64_t batch, 
     return short_of_memory;
 }
 
-inline fours words_at(const uint8_t *place) {  // of one row in four vectors of 16
-    uint32_t word[4];
-    for (int n = 0; n < 4; n++) std::memcpy(word + n, place + 64 * n, 4);
-    return fours{word[0], word[1], word[2], word[3]};
+template <class T> void put_codes(const uint8_t *codes, float zero, float scale, T *y) {  // of 16 columns
+    for (int column = 0; column < 16; column += LANES) {
+        octets some;
+        std::memcpy(&some, codes + column, sizeof some);
+        store(y + column, (__builtin_convertvector(some, vec) - zero) * scale);
+    }
 }
 
 // One row, `lane` of a block, of a matrix of whole numbers as numbers again.
 template <int BITS, class T> void decode_row(const Matrix &m, int64_t block, int64_t lane, T *y) {
-    const int64_t units = m.columns / UNIT, unit_bytes = UNIT * LANES * BITS / 8, groups = m.columns / m.group;
+    const int64_t units = m.columns / UNIT, unit_bytes = UNIT * BLOCK * BITS / 8, groups = m.columns / m.group;
     const uint8_t *codes = (const uint8_t *)m.codes + block * units * unit_bytes + 4 * lane;
     float scale = 0, zero = BITS == 8 ? 128 : 8;
     for (int64_t unit = 0; unit < units; unit++, codes += unit_bytes, y += UNIT) {
         if (unit * UNIT % m.group == 0) {
-            const int64_t place = (block * groups + unit * UNIT / m.group) * LANES + lane;
+            const int64_t place = (block * groups + unit * UNIT / m.group) * BLOCK + lane;
             scale = half(m.scales[place]);
             if (m.zeros) zero = m.zeros[place];
         }
-        octets low = (octets)words_at(codes), high = BITS == 8 ? (octets)words_at(codes + 4 * 64) : low >> 4;
-        if (BITS == 4) low &= 15;
-        store(y, (__builtin_convertvector(low, vec) - zero) * scale);
-        store(y + LANES, (__builtin_convertvector(high, vec) - zero) * scale);
+        uint8_t some[UNIT];  // four columns of the row in every 64 bytes
+        for (int n = 0; n < BITS; n++) std::memcpy(some + 4 * n, codes + 64 * n, 4);
+        for (int n = 0; BITS == 4 && n < 16; n++) {
+            some[16 + n] = some[n] >> 4;
+            some[n] &= 15;
+        }
+        put_codes(some, zero, scale, y);
+        put_codes(some + 16, zero, scale, y + 16);
     }
 }
 
 // Rows of a matrix of whole numbers as numbers again, 16 at a time from block `first`: (16 blocks, columns).
 template <class T> void decode(const Matrix &m, T *y, int64_t first, int64_t blocks, int64_t threads) {
     #pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < blocks * LANES; n++) {
+    for (int64_t n = 0; n < blocks * BLOCK; n++) {
         if (m.kind == 8)
-            decode_row<8>(m, first + n / LANES, n % LANES, y + n * m.columns);
+            decode_row<8>(m, first + n / BLOCK, n % BLOCK, y + n * m.columns);
         else
-            decode_row<4>(m, first + n / LANES, n % LANES, y + n * m.columns);
+            decode_row<4>(m, first + n / BLOCK, n % BLOCK, y + n * m.columns);
     }
 }
 

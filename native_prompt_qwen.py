@@ -14,10 +14,10 @@ struct Prompt {  // as `prompt_qwen.Prompt`
 };
 
 // How numbers lie for a product: one by one in float32, or two by two in bfloat16; and rows times vectors of what
-// registers hold, so that what is read again and again stays in the nearest cache.
+// registers hold, of which there are 32 or 16, so that what is read again and again stays in the nearest cache.
 struct Singles {
     typedef float item;
-    static const int EACH = 1, ROWS = 8, WIDE = 2;
+    static const int EACH = 1, ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4, WIDE = 2;
     static inline vec add(vec acc, const item *weights, item x) { return acc + load(weights) * x; }
     template <class T> static void copy(const T *from, item *to, int64_t stride) { *to = up(*from); }
     static inline void keep(item *place, int64_t n, vec shares) { store(place + n, shares); }
@@ -39,7 +39,7 @@ template <> struct Form<bf16> { typedef Pairs way; };
 template <class T> struct Form { typedef Singles way; };
 #endif
 
-const int TILE = 64, QUERIES = 32;  // keys that are multiplied together, and queries of a block
+const int TILE = 64, QUERIES = LANES == 8 ? 36 : 32;  // keys that are multiplied together, and queries of a block
 
 // acc (W::ROWS, N vectors) += x (ROWS, depth) times weights, of which a step of depth lies `step` items from the last.
 template <class W, int N>
@@ -54,7 +54,7 @@ template <class T> struct Block {
     typedef typename Form<T>::way W;
     typedef typename W::item item;
     int64_t depth, padded, wide, steps;  // items of a head; keys in whole tiles; vectors of a head; items of a key row
-    item *keys, *values;                 // (padded / 16, depth, 16); (steps, wide, 16), of one head, of all threads
+    item *keys, *values;                 // (padded / LANES, depth, LANES); (steps, wide, LANES), of a head, for all
     item *queries;                       // (QUERIES, depth)
     float *scores;                       // (QUERIES, padded), whose beginnings the shares take
 };
@@ -107,12 +107,12 @@ float shares_of(float *scores, int64_t limit, int64_t padded, int64_t visible, c
     }
     float top = least;
     for (int lane = 0; lane < LANES; lane++) top = std::max(top, greatest[lane]);
-    vec total = {};
+    vec total[PIECES] = {};
     for (int64_t n = 0; n < padded; n += LANES) {
         vec some = exponential(load(scores + n) * scale - top);
         for (int lane = 0; n + LANES > limit && lane < LANES; lane++)
             if (n + lane >= limit) some[lane] = 0;
-        total += some;
+        total[n / LANES % PIECES] += some;
         W::keep((typename W::item *)scores, n, some);
     }
     return sum(total);

@@ -12,9 +12,10 @@ STEPS = r"""
 namespace {
 
 template <class T> void norm(const T *x, const T *weight, T *y, int64_t width, double eps) {
-    vec squares = {};
+    vec squares[PIECES] = {};
     int64_t column = 0;
-    for (; column + LANES <= width; column += LANES) squares += load(x + column) * load(x + column);
+    for (; column + BLOCK <= width; column += BLOCK)
+        for (int p = 0; p < PIECES; p++) squares[p] += load(x + column + p * LANES) * load(x + column + p * LANES);
     float total = sum(squares);
     for (; column < width; column++) total += up(x[column]) * up(x[column]);
     float factor = 1.0f / std::sqrt(total / width + (float)eps);
@@ -53,21 +54,23 @@ void attend(const T *query, const T *keys, int64_t key_stride, const T *values, 
     float greatest = -3.4028234e38f;
     for (int64_t token = 0; token < length; token++) {
         const T *key = keys + token * key_stride;
-        vec acc = {};
+        vec acc[PIECES] = {};
         int64_t c = 0;
-        for (; c + LANES <= size; c += LANES) acc += load(key + c) * load(query + c);
+        for (; c + BLOCK <= size; c += BLOCK)
+            for (int p = 0; p < PIECES; p++) acc[p] += load(key + c + p * LANES) * load(query + c + p * LANES);
         float score = sum(acc);
         for (; c < size; c++) score += up(key[c]) * up(query[c]);
         scores[token] = seen && !seen[token] ? -3.4028234e38f : score * scale;
         greatest = std::max(greatest, scores[token]);
     }
-    vec totals = {};
+    vec totals[PIECES] = {};
     int64_t token = 0;
-    for (; token + LANES <= length; token += LANES) {
-        vec shares = exponential(load(scores + token) - greatest);
-        std::memcpy(scores + token, &shares, sizeof shares);
-        totals += shares;
-    }
+    for (; token + BLOCK <= length; token += BLOCK)
+        for (int p = 0; p < PIECES; p++) {
+            const vec shares = exponential(load(scores + token + p * LANES) - greatest);
+            store(scores + token + p * LANES, shares);
+            totals[p] += shares;
+        }
     float total = sum(totals);
     for (; token < length; token++) total += scores[token] = std::exp(scores[token] - greatest);
     float factor = 1.0f / total;

@@ -1,4 +1,5 @@
-"""What the kernels of `native_qwen` compute, where there are any: products of a matrix and a few tokens, sums.
+"""Products on a CPU, where torch's are slow: of a matrix and a few tokens by the kernels of `native_qwen`, where there
+are any; of many tokens in half precision in float32, where the processor has no such products. And sums.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -6,6 +7,9 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +17,16 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .native_qwen import library
+from .native_qwen import SWITCH, library
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels compute with, and how they call it."""
 
 MOST_ROWS = 16
 """Tokens, beyond which torch's product of two matrices is the faster one."""
+
+_PIECE = 2**20
+"""Weights that are in float32 at a time: 4 MB, which the caches hold while they are multiplied."""
 
 
 class Matrix(ctypes.Structure):
@@ -50,6 +57,48 @@ def kernels_for_few(states: torch.Tensor) -> ctypes.CDLL | None:
     native = None if torch.is_grad_enabled() else kernels_for(states)
     # Last: while a program is traced, a question about a length makes a constant of it.
     return native if native is not None and 1 <= states.shape[:-1].numel() <= MOST_ROWS else None
+
+
+@functools.lru_cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of a dtype on this CPU about as fast as in float32.
+
+    On x86-64 without AVX-512, as in most PCs, it multiplies half precision number by number: matrices as `nn.Linear`
+    has them at a seventh of the speed of float32, those of a backward pass at a hundredth (`docs/speed.md`).
+    """
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if supported is None or platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return True
+    return bool(getattr(torch.ops.mkldnn, supported)())
+
+
+def is_widened(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether many tokens, (..., I), and weights, (O, I), are to be multiplied by `wide_product`: nobody differentiates
+    or watches it, and torch takes several times as long. `QWEN_NATIVE=0` leaves it to torch.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(states) is not torch.Tensor:
+        return False
+    if states.device.type != "cpu" or multiplies(states.dtype) or os.environ.get(SWITCH) == "0":
+        return False
+    if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_watched():
+        return False
+    parts = [weight] if bias is None else [weight, bias]
+    plain = all(place(part, states.dtype) is not None for part in parts) and weight.dim() == 2
+    return plain and states.shape[-1] == weight.shape[1] and states.shape[:-1].numel() > MOST_ROWS
+
+
+def wide_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(..., I) of many tokens, weights (O, I), bias (O,) -> (..., O): in float32, rounded once at the end, as by torch.
+
+    So many weights are in float32 at a time as the caches hold.
+    """
+    flat = states.reshape(-1, states.shape[-1]).float()
+    result = states.new_empty((len(flat), len(weight)))
+    some = max(1, _PIECE // max(1, weight.shape[1]))
+    for first in range(0, len(weight), some):
+        rows = slice(first, first + some)
+        result[:, rows] = nn.functional.linear(flat, weight[rows].float(), None if bias is None else bias[rows].float())
+    return result.view(*states.shape[:-1], len(weight))
 
 
 def place(weight: torch.Tensor, dtype: torch.dtype) -> int | None:

@@ -22,9 +22,9 @@ from .arguments_qwen import one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
-from .plain_qwen import Plain, length_held
+from .plain_qwen import Plain, is_bare, length_held
 from .preparing_qwen import prepare, steps_ready
-from .products_qwen import DTYPES, Matrix, kernels_for_few, place, product
+from .products_qwen import DTYPES, Matrix, is_widened, kernels_for_few, place, product, wide_product
 
 _ARGUMENTS = frozenset(
     ("attention_mask", "position_embeddings", "position_ids", "use_cache", "past_key_values", "cache")
@@ -203,4 +203,19 @@ def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torc
 def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor:
     """Logits, (B, T, E) -> (B, T, V): of a few tokens by the kernel where it can tell, else by the head itself."""
     logits = product_of_head(head, plain, states)
-    return head(states) if logits is None else logits
+    return projected(head, states) if logits is None else logits
+
+
+def projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """A linear layer, (..., I) -> (..., O): of many tokens by `wide_product` where that is the faster way."""
+    result = widely_projected(linear, states)
+    return linear(states) if result is None else result
+
+
+def widely_projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor | None:
+    """As `projected`, or None where the layer itself is to be called."""
+    if not is_bare(linear, nn.Linear):
+        return None
+    plain = cast(nn.Linear, linear)
+    wide = is_widened(states, plain.weight, plain.bias)
+    return wide_product(states, plain.weight, plain.bias) if wide else None

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..products_qwen import multiplies
 from .checkpoints import ADAPTER_CONFIG, is_of_writing, last_checkpoint, saving_error
 from .errors import TrainingError
 from .mixing import WeightedRows
@@ -148,6 +149,12 @@ class Watch(TrainerCallback):
             )
         if args.fsdp and not trainer.is_fsdp_enabled and state.is_world_process_zero:
             print(f"Warning: --fsdp shards nothing on {args.device}.", file=sys.stderr)
+        if state.is_world_process_zero and (option := _slow_option(args)):
+            print(
+                f"Warning: this processor can't multiply what {option} asks for, and torch does it number by number: a "
+                f"step takes many times as long as in float32. Leave {option} out, or train on a GPU.",
+                file=sys.stderr,
+            )
         finished = state.global_step >= state.max_steps
         if state.is_world_process_zero:
             print(_finished(state) if finished else _plan(trainer.train_dataset, args, state), file=sys.stderr)
@@ -193,6 +200,14 @@ def _finished(state: Any) -> str:
         f"The run is finished: the checkpoint has {state.global_step} steps of {state.max_steps}, nothing is trained. "
         "Raise --max_steps or --num_train_epochs to go on."
     )
+
+
+def _slow_option(args: TrainingArguments) -> str | None:
+    """The option that asks for numbers which the processor doesn't multiply, where the training is on it."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.device.type != "cpu" or multiplies(dtype):
+        return None
+    return "--bf16" if args.bf16 else "--fp16"
 
 
 def _plan(dataset: Any, args: TrainingArguments, state: Any) -> str:

@@ -418,6 +418,16 @@ def test_enough_rows_are_no_reason_to_warn(options, capsys):
     assert "Training: 12 rows, 2 a step, 1 steps." in said and "Warning" not in said
 
 
+@pytest.mark.parametrize(("option", "dtype"), [("--bf16", torch.bfloat16), ("--fp16", torch.float16)])
+def test_numbers_that_the_processor_does_not_multiply_are_named(options, capsys, monkeypatch, option, dtype):
+    asked = []
+    monkeypatch.setattr("qwen1.training.loop.multiplies", lambda dtype: asked.append(dtype) or False)
+    main(options("--max_steps", 1, option, "--use_cpu", True))
+    said = capsys.readouterr().err
+    assert asked == [dtype] and f"Warning: this processor can't multiply what {option} asks for" in said
+    assert f"Leave {option} out" in said
+
+
 # --- shards ---
 
 
