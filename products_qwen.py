@@ -72,26 +72,28 @@ def multiplies(dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, supported)())
 
 
-def is_widened(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether many tokens, (..., I), and weights, (O, I), are to be multiplied by `wide_product`: nobody differentiates
-    or watches it, and torch takes several times as long. `QWEN_NATIVE=0` leaves it to torch.
+def is_widened(states: torch.Tensor) -> bool:
+    """Whether many tokens, (..., I), are to be multiplied by `wide_product`: nobody differentiates or watches it, and
+    torch takes several times as long. `QWEN_NATIVE=0` leaves it to torch.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(states) is not torch.Tensor:
+    if torch.compiler.is_compiling() or states.device.type != "cpu" or multiplies(states.dtype):
         return False
-    if states.device.type != "cpu" or multiplies(states.dtype) or os.environ.get(SWITCH) == "0":
+    if torch.is_grad_enabled() or type(states) is not torch.Tensor or os.environ.get(SWITCH) == "0":
         return False
     if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_watched():
         return False
-    parts = [weight] if bias is None else [weight, bias]
-    plain = all(place(part, states.dtype) is not None for part in parts) and weight.dim() == 2
-    return plain and states.shape[-1] == weight.shape[1] and states.shape[:-1].numel() > MOST_ROWS
+    return states.shape[:-1].numel() > MOST_ROWS
 
 
-def wide_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def wide_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """(..., I) of many tokens, weights (O, I), bias (O,) -> (..., O): in float32, rounded once at the end, as by torch.
 
-    So many weights are in float32 at a time as the caches hold.
+    So many weights are in float32 at a time as the caches hold. None where weights are of another kind than the states,
+    for torch to say what is wrong.
     """
+    parts = [weight] if bias is None else [weight, bias]
+    if any(place(part, states.dtype) is None for part in parts) or weight.shape[1:] != states.shape[-1:]:
+        return None
     flat = states.reshape(-1, states.shape[-1]).float()
     result = states.new_empty((len(flat), len(weight)))
     some = max(1, _PIECE // max(1, weight.shape[1]))

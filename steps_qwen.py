@@ -214,8 +214,7 @@ def projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 def widely_projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor | None:
     """As `projected`, or None where the layer itself is to be called."""
-    if not is_bare(linear, nn.Linear):
+    if not is_widened(states) or not is_bare(linear, nn.Linear):
         return None
     plain = cast(nn.Linear, linear)
-    wide = is_widened(states, plain.weight, plain.bias)
-    return wide_product(states, plain.weight, plain.bias) if wide else None
+    return wide_product(states, plain.weight, plain.bias)

@@ -55,7 +55,7 @@ QUICK = Size(
     texts=700, dialogues=3000, tuning_steps=100, practice=800, refinement=300, sharpening=200, vocabulary=1200,
     n_embd=96, n_layer=3, ffn_hidden_size=384, tokens=1024, save_steps=25,
 )  # fmt: skip
-"""The same in a minute or two, for tests: it shows that all parts work, not that the model is any good."""
+"""The same in two or three minutes, for tests: it shows that all parts work, not that the model is any good."""
 
 
 def run(work: Path, seed: int, size: Size) -> Path:
