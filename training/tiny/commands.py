@@ -57,7 +57,7 @@ def make(
     output: Annotated[Path, typer.Argument(help="Folder of the finished model; must not exist.")],
     work: Annotated[Path | None, typer.Option(help="Folder of stages and checkpoints [OUTPUT.work].")] = None,
     seed: Annotated[int, typer.Option(help="Of data, first weights and order.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model in two or three minutes, to see it work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model in a few minutes, to see it work.")] = False,
     per_kind: Annotated[int, typer.Option(min=1, help="Prompts of each kind in the examination.")] = PER_KIND,
 ) -> None:
     """Texts, vocabulary, pretraining, fine-tuning, examination, export; run again after a kill, it goes on.
