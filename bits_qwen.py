@@ -144,16 +144,27 @@ def _round_4(groups: torch.Tensor) -> torch.Tensor:
     """The scales, float16, of the least squared error among those that `_STEPS` leads to, (n, group_size) -> (n, 1)."""
     largest, smallest = groups.amax(1, keepdim=True), groups.amin(1, keepdim=True)
     extreme = torch.where(largest > -smallest, largest, smallest)
+    best, gain = _best_scales(groups, extreme)
+    tied = (largest == -smallest)[:, 0].nonzero()[:, 0]  # often so in bfloat16: either may become -8
+    other, gained = _best_scales(groups[tied], largest[tied])
+    best[tied] = torch.where(gained > gain[tied], other, best[tied])
+    return torch.where(extreme.isfinite(), best, extreme).half()
+
+
+def _best_scales(groups: torch.Tensor, extreme: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scales, (n, 1), if that weight of a group comes to its `_STEPS`, and how much smaller the squared error
+    then is than that of zeros.
+    """
     best, gain = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
     for step in _STEPS:
         q = _codes(groups, extreme / -step, -8, 7)
         along = (q * groups).sum(1, keepdim=True)
         square = q.mul_(q).sum(1, keepdim=True)
         scale = torch.where(square == 0, 0.0, along / square)  # the best for these codes
-        gained = along * scale  # how much smaller the squared error is than that of zeros
+        gained = along * scale
         better = gained > gain
         best, gain = torch.where(better, scale, best), torch.where(better, gained, gain)
-    return torch.where(extreme.isfinite(), best, extreme).half()
+    return best, gain
 
 
 class _Few(nn.Module):

@@ -139,12 +139,27 @@ def test_8_bits_are_rounded_to_half_a_scale_and_4_to_the_best_of_some(bits, dtyp
         assert unpack(codes, 8).min() >= 1
         return
     groups = weight.float().view(50, 4, 32)
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    plain = (largest / -8).half().float()  # as llama.cpp's Q4_0
-    q = (groups / plain).round().clamp(-8, 7)
-    theirs = (q * plain - groups).square().sum(-1)
-    ours = error.square().sum(-1)
+    theirs, ours = error_of_q4_0(groups), error.square().sum(-1)
     assert (ours <= theirs * 1.002).all() and ours.sum() < theirs.sum() * 0.97
+
+
+def error_of_q4_0(groups):
+    """The squared error of llama.cpp's Q4_0: the largest weight becomes -8; of two as large, the better one."""
+    errors = []
+    for extreme in (groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)):
+        scale = (extreme / -8).half().float()
+        error = ((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(-1)
+        errors.append(error.where(extreme[..., 0].abs() == groups.abs().amax(-1), torch.inf))
+    return torch.minimum(*errors)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_two_weights_that_are_as_large_the_better_one_becomes_minus_8(sign):
+    weight = sign * torch.tensor([[1.0, 1.0, -1.0, *[0.01] * 29]])
+    codes, scales = quantised(weight, 4, 32)
+    module = QWenBitsLinear(32, 1, 4, bias=False)
+    module.codes.data, module.scales.data = codes, scales
+    assert (module.dequantised() - weight).square().sum() <= error_of_q4_0(weight)[0] * 1.002
 
 
 def test_zeros_and_ties_are_rounded_to_numbers():
