@@ -136,7 +136,7 @@ CASES = (
 QUICK = (
     Case("bfloat16", **_SMALL, batch=4, context=1024),
     Case("full, float32", **_SMALL, context=512),
-    Case("full, bfloat16", **_SMALL, context=512, checkpointing=True),
+    Case("full, bfloat16", **_SMALL, context=128, checkpointing=True),  # slow where torch has no such products
 )
 
 
