@@ -117,13 +117,18 @@ BLOCKS = [block for blocks, _ in PARSED.values() for block in blocks if block.la
 
 @dataclass
 class Page:
-    """A copy of the repository in which the blocks of a page run, and what became of them."""
+    """A copy of the repository in which the blocks of a page run, and what became of them.
+
+    Attributes:
+        python: the first words of what runs its blocks of Python, in one session.
+    """
 
     blocks: list[Block]
     folder: Path
     log: Path
     variables: dict[str, str]
     time_limit: float = TIME_LIMIT
+    python: tuple[str, ...] = (sys.executable,)
     failures: dict[Block, str] = field(default_factory=dict)
     started: list[subprocess.Popen] = field(default_factory=list)
     session: subprocess.Popen | None = None
@@ -156,7 +161,7 @@ class Page:
 
     def _run_python(self, block: Block) -> str:
         if self.session is None:
-            self.session = self._start([sys.executable, "-c", SESSION], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.session = self._start([*self.python, "-c", SESSION], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         # Blank lines in front, so that a traceback shows the lines of the page.
         request = json.dumps([block.page, "\n" * block.line + block.code]) + "\n"
         try:
@@ -254,7 +259,9 @@ def page(tmp_path_factory, variables, warm_with):
             presumed = [Block(name, 0, "bash", PRESUMED[name])] if name in PRESUMED else []
             executed = [block for block in BLOCKS if block.page == name]
             copy_repository(parent / "clone", warm_with(variables))
-            pages[name] = Page([*presumed, *executed], parent / "clone", parent / "output.log", variables)
+            python = tuple(warm_with(variables, "torch"))
+            blocks = [*presumed, *executed]
+            pages[name] = Page(blocks, parent / "clone", parent / "output.log", variables, python=python)
         return pages[name]
 
     yield get
