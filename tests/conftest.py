@@ -15,9 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several at a time
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # likewise: kernels for a GPU are tried without one
-os.environ.setdefault(
-    "HF_HUB_DISABLE_TELEMETRY", "True"
-)  # as Gradio does later, after which `warm.py` would start anew
+# As Gradio does when it shows a page, after which `warm.py` would start anew.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "True")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
