@@ -84,6 +84,28 @@ inline float sum(const vec (&value)[PIECES]) {
     for (int lane = 0; lane < BLOCK; lane++) result += value[lane / LANES][lane % LANES];
     return result;
 }
+#ifndef __AVX512BF16__
+// The numbers of a block as vectors, and one of those numbers' place: with 8 lanes even and odd ones apart, which takes
+// an instruction for each vector, where those that lie side by side take two.
+const bool APART = LANES == 8;
+inline void load_block(const bf16 *place, vec (&block)[PIECES]) {
+    if (APART) {
+        words pairs, even, odd;
+        std::memcpy(&pairs, place, sizeof pairs);
+        even = pairs << 16;
+        odd = pairs & 0xffff0000u;
+        std::memcpy(&block[0], &even, sizeof even);
+        std::memcpy(&block[PIECES - 1], &odd, sizeof odd);
+    } else {
+        for (int p = 0; p < PIECES; p++) block[p] = load(place + p * LANES);
+    }
+}
+inline float sum_block(const vec (&value)[PIECES]) {
+    float result = 0;
+    for (int n = 0; n < BLOCK; n++) result += APART ? value[n % PIECES][n / PIECES] : value[n / LANES][n % LANES];
+    return result;
+}
+#endif
 inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity become the least and the greatest
     x = x < -87.0f ? vec{} - 87.0f : x;
     x = x > 88.0f ? vec{} + 88.0f : x;
@@ -104,8 +126,9 @@ inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity
 }
 
 // A row of a matrix times B vectors, each of `columns` numbers.
-template <int B, class T> inline void dots(const T *row, const T *x, int64_t columns, float (&result)[B]) {
-    const int CHAINS = B == 1 ? 4 : B == 2 ? 2 : 1;  // sums that don't wait for one another
+template <int B> const int CHAINS_OF = B == 1 ? 4 : B == 2 ? 2 : 1;  // sums that don't wait for one another
+template <int B> inline void dots(const float *row, const float *x, int64_t columns, float (&result)[B]) {
+    const int CHAINS = CHAINS_OF<B>;
     vec acc[B][CHAINS][PIECES] = {};
     int64_t column = 0;
     for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
@@ -123,12 +146,17 @@ template <int B, class T> inline void dots(const T *row, const T *x, int64_t col
         for (int chain = 1; chain < CHAINS; chain++)
             for (int p = 0; p < PIECES; p++) acc[b][0][p] += acc[b][chain][p];
         result[b] = sum(acc[b][0]);
-        for (int64_t rest = column; rest < columns; rest++) result[b] += up(row[rest]) * up(x[b * columns + rest]);
+        for (int64_t rest = column; rest < columns; rest++) result[b] += row[rest] * x[b * columns + rest];
     }
 }
+// What `dots` takes of a product's vectors, and how it is made.
+inline void prepare(const float *, int64_t, float *) {}
+inline const float *prepared(const float *x, const float *) { return x; }
 #ifdef __AVX512BF16__
+inline void prepare(const bf16 *, int64_t, float *) {}
+inline const bf16 *prepared(const bf16 *x, const float *) { return x; }
 template <int B> inline void dots(const bf16 *row, const bf16 *x, int64_t columns, float (&result)[B]) {
-    const int CHAINS = B == 1 ? 4 : B == 2 ? 2 : 1, STEP = 2 * LANES;
+    const int CHAINS = CHAINS_OF<B>, STEP = 2 * LANES;
     __m512 acc[B][CHAINS];
     for (int b = 0; b < B; b++)
         for (int chain = 0; chain < CHAINS; chain++) acc[b][chain] = _mm512_setzero_ps();
@@ -155,6 +183,38 @@ template <int B> inline void dots(const bf16 *row, const bf16 *x, int64_t column
         result[b] = _mm512_reduce_add_ps(acc[b][0]);
     }
 }
+#else
+inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and not for every row of the matrix
+    int64_t column = 0;
+    for (; column + BLOCK <= columns; column += BLOCK) {
+        vec block[PIECES];
+        load_block(x + column, block);
+        for (int p = 0; p < PIECES; p++) store(wide + column + p * LANES, block[p]);
+    }
+    for (; column < columns; column++) wide[column] = up(x[column]);
+}
+inline const float *prepared(const bf16 *, const float *wide) { return wide; }
+// As for float, with the same sums.
+template <int B> inline void dots(const bf16 *row, const float *x, int64_t columns, float (&result)[B]) {
+    const int CHAINS = CHAINS_OF<B>;
+    vec acc[B][CHAINS][PIECES] = {};
+    auto take = [&](int64_t at, int chain) {
+        vec weights[PIECES];
+        load_block(row + at, weights);
+        for (int p = 0; p < PIECES; p++)
+            for (int b = 0; b < B; b++) acc[b][chain][p] += weights[p] * load(x + b * columns + at + p * LANES);
+    };
+    int64_t column = 0;
+    for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
+        for (int chain = 0; chain < CHAINS; chain++) take(column + chain * BLOCK, chain);
+    for (; column + BLOCK <= columns; column += BLOCK) take(column, 0);
+    for (int b = 0; b < B; b++) {
+        for (int chain = 1; chain < CHAINS; chain++)
+            for (int p = 0; p < PIECES; p++) acc[b][0][p] += acc[b][chain][p];
+        result[b] = sum_block(acc[b][0]);
+        for (int64_t rest = column; rest < columns; rest++) result[b] += up(row[rest]) * x[b * columns + rest];
+    }
+}
 #endif
 
 // As `products_qwen.Matrix`: of kind 0, (rows, columns) in the dtype of the states; of 8 or 4 as `bits_qwen` tells.
@@ -168,11 +228,13 @@ struct Matrix {
 
 const int UNIT = 32;  // columns whose activations share a scale
 
-// Activations for a matrix of whole numbers: to 15 bits, as 128 high + low, for the products of bytes.
-struct Codes {
+// What is made of a product's vectors before it. For a matrix of whole numbers they are rounded to 15 bits, as 128 high
+// + low, for the products of bytes; for one of bfloat16 `dots` may want them as float.
+struct Inputs {
     int8_t *high, *low;  // (batch, columns)
     float *scale;        // (batch, columns / UNIT)
     int32_t *sum;        // of 128 high + low in a unit
+    float *wide;         // (batch, columns)
 };
 
 inline float half(uint16_t bits) {
@@ -197,7 +259,7 @@ inline vec load_halves(const uint16_t *place) {
     return result;
 }
 
-template <class T> void encode(const T *x, int64_t count, const Codes &to) {
+template <class T> void encode(const T *x, int64_t count, const Inputs &to) {
     for (int64_t unit = 0; unit < count / UNIT; unit++) {
         const T *part = x + unit * UNIT;
         vec size = {}, nothing[PIECES] = {};
@@ -325,7 +387,7 @@ inline ints zeros_of(const uint8_t *zeros) {
 
 // The rows of a block of a matrix of whole numbers times B vectors.
 template <int BITS, int B>
-inline void block_dots(const Matrix &m, int64_t block, const Codes &x, int64_t first, vec (&result)[B][PIECES]) {
+inline void block_dots(const Matrix &m, int64_t block, const Inputs &x, int64_t first, vec (&result)[B][PIECES]) {
     const int64_t units = m.columns / UNIT, per_group = m.group / UNIT, groups = m.columns / m.group;
     const int64_t bytes = UNIT * BLOCK * BITS / 8;
     const uint8_t *codes = (const uint8_t *)m.codes + block * units * bytes;
@@ -365,11 +427,12 @@ template <class T> inline void put_row(const Matrix &m, T *y, int64_t b, int64_t
 
 // Rows `row` to `end` of the product for B vectors from the one of number `first`.
 template <int B, class T>
-void some_rows(const Matrix &m, const T *x, const Codes &codes, T *y, int64_t first, int64_t row, int64_t end) {
+void some_rows(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t first, int64_t row, int64_t end) {
     if (m.kind == 0) {
+        const auto *vectors = prepared(x, made.wide) + first * m.columns;
         for (; row < end; row++) {
             float result[B];
-            dots<B>((const T *)m.codes + row * m.columns, x + first * m.columns, m.columns, result);
+            dots<B>((const T *)m.codes + row * m.columns, vectors, m.columns, result);
             for (int b = 0; b < B; b++) put_row(m, y, first + b, row, result[b]);
         }
         return;
@@ -377,9 +440,9 @@ void some_rows(const Matrix &m, const T *x, const Codes &codes, T *y, int64_t fi
     for (; row < end; row += BLOCK) {
         vec result[B][PIECES];
         if (m.kind == 8)
-            block_dots<8, B>(m, row / BLOCK, codes, first, result);
+            block_dots<8, B>(m, row / BLOCK, made, first, result);
         else
-            block_dots<4, B>(m, row / BLOCK, codes, first, result);
+            block_dots<4, B>(m, row / BLOCK, made, first, result);
         for (int b = 0; b < B; b++)
             for (int lane = 0; lane < BLOCK && row + lane < end; lane++)
                 put_row(m, y, first + b, row + lane, result[b][lane / LANES][lane % LANES]);
@@ -397,20 +460,23 @@ inline Part share(int64_t count, int64_t block) {
 
 // y (batch, rows) = x (batch, columns) times a matrix (rows, columns): the rows of this thread's share. A piece of the
 // matrix that the core keeps is multiplied with all vectors before the next is read.
-template <class T> Part product(const Matrix &m, const T *x, const Codes &codes, T *y, int64_t batch) {
-    if (m.kind)
-        for (int64_t b = 0; b < batch; b++)
-            encode(x + b * m.columns, m.columns,
-                   {codes.high + b * m.columns, codes.low + b * m.columns, codes.scale + b * (m.columns / UNIT),
-                    codes.sum + b * (m.columns / UNIT)});
+template <class T> Part product(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t batch) {
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t place = b * m.columns, unit = b * (m.columns / UNIT);
+        if (m.kind)
+            encode(x + place, m.columns,
+                   {made.high + place, made.low + place, made.scale + unit, made.sum + unit, nullptr});
+        else
+            prepare(x + place, m.columns, made.wide + place);
+    }
     const Part part = share(m.rows, BLOCK);
     for (int64_t row = part.first; row < part.end; row += BLOCK) {
         const int64_t end = std::min(part.end, row + BLOCK);
         int64_t b = 0;
-        for (; PIECES == 1 && b + 8 <= batch; b += 8) some_rows<8>(m, x, codes, y, b, row, end);  // with 32 registers
-        for (; b + 4 <= batch; b += 4) some_rows<4>(m, x, codes, y, b, row, end);
-        for (; b + 2 <= batch; b += 2) some_rows<2>(m, x, codes, y, b, row, end);
-        if (b < batch) some_rows<1>(m, x, codes, y, b, row, end);
+        for (; PIECES == 1 && b + 8 <= batch; b += 8) some_rows<8>(m, x, made, y, b, row, end);  // with 32 registers
+        for (; b + 4 <= batch; b += 4) some_rows<4>(m, x, made, y, b, row, end);
+        for (; b + 2 <= batch; b += 2) some_rows<2>(m, x, made, y, b, row, end);
+        if (b < batch) some_rows<1>(m, x, made, y, b, row, end);
     }
     return part;
 }
@@ -431,21 +497,22 @@ private:
     char *start, *at;
 };
 
-inline size_t codes_room(int64_t batch, int64_t columns) { return batch * columns * 3 + 4 * 64; }
-inline Codes codes_in(Room &room, int64_t batch, int64_t columns) {
+inline size_t inputs_room(int64_t batch, int64_t columns) { return batch * columns * (3 + sizeof(float)) + 5 * 64; }
+inline Inputs inputs_in(Room &room, int64_t batch, int64_t columns) {
     const int64_t units = batch * (columns / UNIT);
     int8_t *high = room.take<int8_t>(batch * columns), *low = room.take<int8_t>(batch * columns);
     float *scale = room.take<float>(units);
-    return {high, low, scale, room.take<int32_t>(units)};
+    int32_t *sum = room.take<int32_t>(units);
+    return {high, low, scale, sum, room.take<float>(batch * columns)};
 }
 
 template <class T> int linear(const Matrix &m, const T *x, T *y, int64_t batch, int64_t threads) {
     bool short_of_memory = false;
     #pragma omp parallel num_threads(threads)
     {
-        Room room(m.kind ? codes_room(batch, m.columns) : 0);
+        Room room(inputs_room(batch, m.columns));
         if (room.there())
-            product(m, x, m.kind ? codes_in(room, batch, m.columns) : Codes{}, y, batch);
+            product(m, x, inputs_in(room, batch, m.columns), y, batch);
         else {
             #pragma omp atomic write
             short_of_memory = true;

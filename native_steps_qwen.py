@@ -107,7 +107,7 @@ template <class T> struct Shared { T *parts, *attended, *inner, *gate, *change; 
 template <class T> struct Own {
     T *states, *x, *query;
     float *scores;
-    Codes codes;
+    Inputs inputs;
 };
 
 // Queries of the heads that share key/value head `kv` of a row, and its new key and value, rotated where they belong;
@@ -155,23 +155,23 @@ template <class T> void layer(const Call &a, const Layer &l, const Shared<T> &sh
     const int64_t count = a.batch * a.width;
     for (int64_t row = 0; row < a.batch; row++)
         norm(own.states + row * a.width, (const T *)l.ln_1, own.x + row * a.width, a.width, l.eps_1);
-    product(l.c_attn, own.x, own.codes, shared.parts, a.batch);
+    product(l.c_attn, own.x, own.inputs, shared.parts, a.batch);
     #pragma omp barrier
     const Part heads = share(a.batch * a.kv_heads, 1);
     for (int64_t n = heads.first; n < heads.end; n++) attention(a, l, shared, own, n / a.kv_heads, n % a.kv_heads);
     #pragma omp barrier
-    product(l.c_proj, shared.attended, own.codes, shared.change, a.batch);
+    product(l.c_proj, shared.attended, own.inputs, shared.change, a.batch);
     #pragma omp barrier
     add(own.states, shared.change, count);
     for (int64_t row = 0; row < a.batch; row++)
         norm(own.states + row * a.width, (const T *)l.ln_2, own.x + row * a.width, a.width, l.eps_2);
-    const Part mine = product(l.w1, own.x, own.codes, shared.inner, a.batch);
-    product(l.w2, own.x, own.codes, shared.gate, a.batch);  // the same rows
+    const Part mine = product(l.w1, own.x, own.inputs, shared.inner, a.batch);
+    product(l.w2, own.x, own.inputs, shared.gate, a.batch);  // the same rows
     for (int64_t row = 0; row < a.batch; row++)
         activate(shared.inner + row * a.inner + mine.first, shared.gate + row * a.inner + mine.first,
                  mine.end - mine.first);
     #pragma omp barrier
-    product(l.down, shared.inner, own.codes, shared.change, a.batch);
+    product(l.down, shared.inner, own.inputs, shared.change, a.batch);
     #pragma omp barrier
     add(own.states, shared.change, count);
 }
@@ -185,9 +185,9 @@ template <class T> int steps(const Call &a) {
     bool short_of_memory = !room.there();
     #pragma omp parallel num_threads(a.threads)
     {
-        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + codes_room(a.batch, widest) + 4 * 64);
+        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + inputs_room(a.batch, widest) + 4 * 64);
         const Own<T> own = {mine.take<T>(count), mine.take<T>(count), mine.take<T>(a.size),
-                            mine.take<float>(a.length), codes_in(mine, a.batch, widest)};
+                            mine.take<float>(a.length), inputs_in(mine, a.batch, widest)};
         if (!mine.there()) {
             #pragma omp atomic write
             short_of_memory = true;
