@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...products_qwen import multiplies
+
 MOMENTUM = 0.95
 BETAS = (0.9, 0.99)
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -87,16 +89,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest matrices with singular values of about 1, by five rounds of a quintic iteration in bfloat16.
+    """The nearest matrices with singular values of about 1, by five rounds of a quintic iteration.
+
+    In bfloat16, which suffices, or in float32 where the processor multiplies that faster: without AVX-512 in a
+    fifteenth of the time.
 
     Args:
         matrices: (N, rows, columns).
 
     Returns:
-        (N, rows, columns), bfloat16.
+        (N, rows, columns), in the dtype of the iteration.
     """
     a, b, c = _QUINTIC
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies(torch.bfloat16) else matrices.float()
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
