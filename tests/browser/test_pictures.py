@@ -68,11 +68,11 @@ class Scripted:
 
 @pytest.fixture
 def converse(stub_model, serve, visit):
-    """A visitor who has asked all of `TURNS`: (size, scheme) -> visitor."""
+    """A visitor who has asked all of `TURNS`: size -> visitor."""
 
-    def start(size, scheme, turns=TURNS):
-        visitor = visit(serve(Scripted(stub_model), name="Qwen-7B-Chat"), size, color_scheme=scheme)
-        for number, query in enumerate(turns, 1):
+    def start(size):
+        visitor = visit(serve(Scripted(stub_model), name="Qwen-7B-Chat"), size)
+        for number, query in enumerate(TURNS, 1):
             visitor.ask(query)
             visitor.page.locator("#chat .message.bot .prose").nth(number - 1).wait_for()
         visitor.page.locator("#chat .katex").first.wait_for()
@@ -80,6 +80,24 @@ def converse(stub_model, serve, visit):
         return visitor
 
     return start
+
+
+SCHEMES = ("light", "dark")
+
+
+def put_on(page, scheme):
+    """Have the page as for who prefers a light or a dark one, which it follows at once."""
+    page.emulate_media(color_scheme=scheme)
+    page.locator("body.dark" if scheme == "dark" else "body:not(.dark)").wait_for()
+    page.wait_for_timeout(300)
+
+
+def draw(visitor, picture, row):
+    """A picture of the page with a row of the conversation in sight."""
+    visitor.page.locator("#chat .message-row").nth(row).evaluate("e => e.scrollIntoView()")
+    visitor.page.wait_for_timeout(500)
+    visitor.page.screenshot(path=picture)
+    assert picture.stat().st_size < 150_000
 
 
 UNROLLED = """
@@ -115,24 +133,42 @@ def judged(page, nodes, *but):
     ]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_everyone_can_read_it(converse, size, scheme):
-    visitor = converse(size, scheme)
+@pytest.fixture
+def pictures(tmp_path):
+    """Folder of the pictures."""
+    return Path(os.environ.get("QWEN_PICTURES", tmp_path))
+
+
+@pytest.mark.parametrize(("size", "name", "rows"), [(DESKTOP, "desktop", (2, 0)), (PHONE, "phone", (2, 5))])
+def test_everyone_can_read_it(converse, pictures, size, name, rows):
+    """With pictures of different rows in light and in dark."""
+    visitor = converse(size)
+    for scheme, row, ending in zip(SCHEMES, rows, ("", "-dark"), strict=True):
+        put_on(visitor.page, scheme)
+        draw(visitor, pictures / f"browser-{name}{ending}.png", row)
+        assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert visitor.page.locator("#chat .katex").count() == 5
     visitor.page.locator("#settings button").first.click()
     visitor.page.wait_for_timeout(300)
-    assert judged(visitor.page, 40, *([] if size is DESKTOP else [".table", "pre"])) == []
+    for scheme in SCHEMES:
+        put_on(visitor.page, scheme)
+        assert judged(visitor.page, 40, *([] if size is DESKTOP else [".table", "pre"])) == [], scheme
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everyone_can_read_what_passes(stub_model, serve, visit, scheme):
+def test_everyone_can_read_what_passes(stub_model, serve, visit):
     """Examples, a reply that is written, a message that is edited, an error."""
-    visitor = visit(serve(stub_model), color_scheme=scheme)
+    visitor = visit(serve(stub_model))
+
+    def judge(nodes, *but):
+        for scheme in SCHEMES:
+            put_on(visitor.page, scheme)
+            assert judged(visitor.page, nodes, *but) == [], scheme
+
     visitor.page.get_by_text("12+34=?").wait_for()
-    assert judged(visitor.page, 8) == []
+    judge(8)
     visitor.ask("long")
     visitor.page.locator("#stop:enabled").wait_for()
-    assert judged(visitor.page, 4, "#chat") == []
+    judge(4, "#chat")
     visitor.click("stop")
     visitor.settle()
     visitor.page.locator("#chat button[title=Edit]").nth(1).click()
@@ -140,36 +176,16 @@ def test_everyone_can_read_what_passes(stub_model, serve, visit, scheme):
     visitor.page.keyboard.press("Enter")
     visitor.page.locator(".toast-body").wait_for()
     visitor.page.wait_for_timeout(500)
-    assert judged(visitor.page, 6) == []
-
-
-@pytest.mark.parametrize(
-    "name, size, scheme, row",
-    [
-        ("desktop", DESKTOP, "light", 2),
-        ("desktop-dark", DESKTOP, "dark", 0),
-        ("phone", PHONE, "light", 2),
-        ("phone-dark", PHONE, "dark", 5),
-    ],
-)
-def test_pictures(converse, name, size, scheme, row, tmp_path):
-    visitor = converse(size, scheme)
-    visitor.page.locator("#chat .message-row").nth(row).evaluate("e => e.scrollIntoView()")
-    visitor.page.wait_for_timeout(500)
-    picture = Path(os.environ.get("QWEN_PICTURES", tmp_path)) / f"browser-{name}.png"
-    visitor.page.screenshot(path=picture)
-    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert visitor.page.locator("#chat .katex").count() == 5
-    assert picture.stat().st_size < 150_000
+    judge(6)
 
 
 @pytest.fixture
 def calls(serve, visit):
-    """A visitor whose first question made a call, and the second one that failed: (size, scheme) -> visitor, model."""
+    """A visitor whose first question made a call, and the second one that failed: size -> visitor, model."""
 
-    def start(size, scheme):
+    def start(size):
         model = CallingModel(*[reply for replies in CALLS.values() for reply in replies], NEEDED + "{}")
-        visitor = visit(serve(model, name="qwen-tiny-chat", tools=[*SHIPPED.values()]), size, color_scheme=scheme)
+        visitor = visit(serve(model, name="qwen-tiny-chat", tools=[*SHIPPED.values()]), size)
         for query, (_, answer) in CALLS.items():
             visitor.ask(query)
             visitor.page.get_by_text(answer.removeprefix("Final Answer: ")).last.wait_for()
@@ -184,11 +200,15 @@ def unfold(visitor, number):
     visitor.page.wait_for_timeout(700)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_everyone_can_read_a_call(calls, size, scheme):
+@pytest.mark.parametrize(
+    ("size", "name", "scheme", "row"), [(DESKTOP, "tools", "light", 0), (PHONE, "tools-phone", "dark", 1)]
+)
+def test_everyone_can_read_a_call(calls, pictures, size, name, scheme, row):
     """Folded, unfolded, failed and stopped; the settings with the switch."""
-    visitor, model = calls(size, scheme)
+    visitor, model = calls(size)
+    put_on(visitor.page, scheme)
+    unfold(visitor, 0)
+    draw(visitor, pictures / f"browser-{name}.png", row)
     unfold(visitor, 1)
     model.go_on.clear()
     model.every = 0.05
@@ -199,18 +219,7 @@ def test_everyone_can_read_a_call(calls, size, scheme):
     visitor.page.get_by_text("calculator({}): stopped").wait_for()
     visitor.page.locator("#settings button").first.click()
     visitor.page.wait_for_timeout(700)
-    assert judged(visitor.page, 30, *([] if size is DESKTOP else ["pre"])) == []
-    assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-
-
-@pytest.mark.parametrize(
-    "name, size, scheme", [("tools", DESKTOP, "light"), ("tools-phone", PHONE, "dark")], ids=["desktop", "phone"]
-)
-def test_pictures_of_a_call(calls, name, size, scheme, tmp_path):
-    visitor, _ = calls(size, scheme)
-    unfold(visitor, 0)
-    visitor.page.locator("#chat .message-row").nth(0 if size is DESKTOP else 1).evaluate("e => e.scrollIntoView()")
-    visitor.page.wait_for_timeout(500)
-    picture = Path(os.environ.get("QWEN_PICTURES", tmp_path)) / f"browser-{name}.png"
-    visitor.page.screenshot(path=picture)
-    assert picture.stat().st_size < 150_000
+    for scheme in SCHEMES:
+        put_on(visitor.page, scheme)
+        assert judged(visitor.page, 30, *([] if size is DESKTOP else ["pre"])) == [], scheme
+        assert visitor.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
