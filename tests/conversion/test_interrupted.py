@@ -1,4 +1,8 @@
-"""Runs that are killed: at every change of the file system, after every tensor, and from outside at any time."""
+"""Runs that are killed: at changes of the file system, after tensors, and from outside at any time.
+
+`QWEN_EVERY_KILL=1 pytest tests/conversion/test_interrupted.py` kills at every change and tensor, which takes minutes;
+without it at every third to eleventh.
+"""
 
 import json
 import os
@@ -31,6 +35,8 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
 """Audit events that come before a change of the file system."""
 MARKS = {LOCK_FILE, JOB_FILE}
 """What a complete target may hold besides until the next run takes it away."""
+
+EVERY = bool(os.environ.get("QWEN_EVERY_KILL"))
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of this process")
 
@@ -233,13 +239,13 @@ def complete(target, whole):
 
 @needs_fork
 @pytest.mark.parametrize(
-    "release, run, stride", [("pickled", run_upgrade, 1), ("safe", run_upgrade, 3), ("pickled", run_convert, 4)]
+    "release, run, stride", [("pickled", run_upgrade, 3), ("safe", run_upgrade, 5), ("pickled", run_convert, 4)]
 )
 def test_wherever_a_run_is_killed_the_next_one_finishes_it(request, tmp_path, release, run, stride):
     source = request.getfixturevalue(release)
     run(source, tmp_path / "whole", Progress())
     before, whole, reused = contents(source), contents(tmp_path / "whole"), set()
-    for step in count(0, stride):
+    for step in count(0, 1 if EVERY else stride):
         target = tmp_path / str(step) / "target"
         was_killed = killed(lambda progress, target=target: run(source, target, progress), step)
         assert contents(source) == before
@@ -289,7 +295,7 @@ def test_a_run_that_is_killed_while_it_cleans_up_after_an_error_is_cleaned_up_by
 
 
 @needs_fork
-@pytest.mark.parametrize("release, strides", [("pickled", (3, 1)), ("safe", (5, 3))])
+@pytest.mark.parametrize("release, strides", [("pickled", (7, 3)), ("safe", (11, 5))])
 def test_wherever_an_upgrade_in_place_is_killed_no_byte_is_lost_and_the_next_finishes_it(
     request, tmp_path, release, strides
 ):
@@ -298,14 +304,15 @@ def test_wherever_an_upgrade_in_place_is_killed_no_byte_is_lost_and_the_next_fin
     before = contents(source)
     whole = contents_after_upgrade(shutil.copytree(source, tmp_path / "whole"))
     step = moving = 0
-    was_killed, stride = True, strides[0]
+    writing, around_moving = (1, 1) if EVERY else strides
+    was_killed, stride = True, writing
     while was_killed:
         folder = shutil.copytree(source, tmp_path / str(step))
         was_killed = killed(lambda progress, folder=folder: upgrade_in_place(folder, SHARD, progress), step)
         assert lost(before, folder) == []
         left = {**shards_in(folder), **shards_in(folder / WORK_FOLDER)}
         if (folder / WORK_FOLDER / "generation_config.json").is_file():
-            stride = strides[1]
+            stride = around_moving
         if (folder / WORK_FOLDER / MOVES_FILE).is_file():
             moving += 1
             assert "upgrade --in-place again" in refused(run_upgrade, folder, tmp_path / "elsewhere", Progress())
