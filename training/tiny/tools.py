@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -58,9 +59,15 @@ def concluded(reply: str) -> str:
     return reply if reply.startswith("Thought:") else CONCLUSION + reply
 
 
+@functools.cache
+def _shipped() -> dict[str, Tool]:
+    """Read from the functions once, for many thousand conversations."""
+    return dict(as_tools([calculator, clock]))
+
+
 def described(names: Sequence[str], chance: random.Random) -> list[Tool]:
     """Tools with these names, described as here or, now and then, in other words."""
-    tools = as_tools([calculator, clock])
+    tools = _shipped()
     if chance.random() < 0.6:
         return [tools[name] for name in names]
     varied = []
