@@ -85,8 +85,8 @@ inline float sum(const vec (&value)[PIECES]) {
     return result;
 }
 #ifndef __AVX512BF16__
-// The numbers of a block as vectors, and one of those numbers' place: with 8 lanes even and odd ones apart, which takes
-// an instruction for each vector, where those that lie side by side take two.
+// The numbers of a block as vectors: with 8 lanes even and odd ones apart, which takes one instruction a vector, where
+// those that lie side by side take two. A sum over such vectors goes in the order of the columns all the same.
 const bool APART = LANES == 8;
 inline void load_block(const bf16 *place, vec (&block)[PIECES]) {
     if (APART) {
