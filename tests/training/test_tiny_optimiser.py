@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from qwen1.training.tiny import optimiser
 from qwen1.training.tiny.optimiser import MuonAdamW, orthogonal
 
 
@@ -31,6 +32,15 @@ def test_singular_values_become_one(shape):
     values = torch.linalg.svdvals(orthogonal(matrices).float())
     assert 0.6 < values.min() and values.max() < 1.3
     assert values.shape == (2, 30)
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_iteration_is_in_a_dtype_that_the_processor_multiplies(monkeypatch, fast, dtype):
+    monkeypatch.setattr(optimiser, "multiplies", lambda asked: fast)
+    update = orthogonal(torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0)))
+    assert update.dtype == dtype
+    values = torch.linalg.svdvals(update.float())
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_matrices_go_the_way_of_torch():
