@@ -8,8 +8,10 @@ import socket
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .look import look
+from .naming import NamedLanguage
 from .words import TRANSLATIONS
 
 SESSIONS = 64
@@ -71,6 +73,7 @@ def launch(page: gr.Blocks, wait: bool = True, sessions: int = SESSIONS, **optio
         page.launch(
             **look(),
             i18n=TRANSLATIONS,
+            app_kwargs={"middleware": [Middleware(NamedLanguage)]},
             ssr_mode=False,  # the same with and without Node
             state_session_capacity=sessions,
             max_file_size=1,  # nothing takes files, and Gradio's own address for them is open to everyone

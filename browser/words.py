@@ -62,4 +62,4 @@ def translated(key: str) -> Any:
 def word(key: str, request: gr.Request | None) -> str:
     """A text in the language that a request asks for first."""
     accepted = request.headers.get("accept-language", "") if request is not None else ""
-    return WORDS[key][accepted.strip().lower().startswith(("zh-cn", "zh-tw"))]
+    return WORDS[key][accepted.strip().lower().startswith("zh")]

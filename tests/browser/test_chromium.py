@@ -340,7 +340,13 @@ def test_stop_is_there_while_there_is_something_to_stop(serve, visit, stub_model
 
 @pytest.mark.parametrize(
     "locale, query, settings, seed, language",
-    [("en-GB", "Question", "Settings", "Seed", "en"), ("zh-CN", "问题", "设置", "随机种子", "zh-CN")],
+    [
+        ("en-GB", "Question", "Settings", "Seed", "en"),
+        ("zh-CN", "问题", "设置", "随机种子", "zh-CN"),
+        ("zh", "问题", "设置", "随机种子", "zh-CN"),
+        ("zh-Hans-SG", "问题", "设置", "随机种子", "zh-CN"),
+        ("zh-HK", "问题", "设置", "随机种子", "zh-TW"),
+    ],
 )
 def test_the_page_speaks_the_language_of_the_browser(serve, visit, stub_model, locale, query, settings, seed, language):
     visitor = visit(serve(stub_model), locale=locale)
