@@ -376,9 +376,29 @@ def texts(golden):
     ]
 
 
-def test_written_tokenizer_json_gives_identical_ids(converted, qwen_folder, golden):
-    folder, _ = converted(qwen_folder, "qwen2")
-    theirs, ours = AutoTokenizer.from_pretrained(folder), QWenTokenizerFast.from_pretrained(qwen_folder)
+@pytest.fixture(scope="module")
+def published_chat_as_qwen2(tmp_path_factory, repository, golden, published_vocabulary):
+    """Settings and tokenizer of a published chat checkpoint around tiny weights, and what Qwen2 makes of them."""
+    source, folder = tmp_path_factory.mktemp("published") / "qwen", tmp_path_factory.mktemp("converted") / "qwen2"
+    shutil.copytree(golden / "model" / "aug_plain", source)
+    shutil.copy(published_vocabulary, source / "qwen.tiktoken")
+    settings = golden / "published_configs" / "2023-08-chat.generation_config.json"
+    shutil.copy(settings, source / "generation_config.json")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(repository / name, source)
+    assert write_plan(plan_conversion(open_source(source), "qwen2"), folder, Progress())
+    return source, folder
+
+
+@pytest.fixture(scope="module")
+def published_tokenizers(published_chat_as_qwen2):
+    """Of the Qwen2 folder, and ours."""
+    source, folder = published_chat_as_qwen2
+    return AutoTokenizer.from_pretrained(folder), QWenTokenizerFast.from_pretrained(source)
+
+
+def test_written_tokenizer_json_gives_identical_ids(published_tokenizers, golden):
+    theirs, ours = published_tokenizers
     assert type(theirs).__name__ == "Qwen2Tokenizer" and len(theirs) == len(ours) == 151851
     assert [theirs(text).input_ids for text in texts(golden)] == [ours(text).input_ids for text in texts(golden)]
     cases = json.loads((golden / "tokenizer" / "encode.json").read_text())
@@ -386,9 +406,8 @@ def test_written_tokenizer_json_gives_identical_ids(converted, qwen_folder, gold
     assert theirs.convert_tokens_to_ids("<|extra_204|>") == 151850
 
 
-def test_converted_chat_template_gives_the_tokens_of_chat(converted, qwen_folder):
-    folder, _ = converted(qwen_folder, "qwen2")
-    theirs, ours = AutoTokenizer.from_pretrained(folder), QWenTokenizerFast.from_pretrained(qwen_folder)
+def test_converted_chat_template_gives_the_tokens_of_chat(published_chat_as_qwen2, published_tokenizers):
+    theirs, ours = published_tokenizers
     turns = [
         {"role": "user", "content": "你好"},
         {"role": "assistant", "content": "Hi!"},
@@ -401,7 +420,7 @@ def test_converted_chat_template_gives_the_tokens_of_chat(converted, qwen_folder
                 for tokenizer in (theirs, ours)
             ]
             assert ids[0] == ids[1]
-    assert "generation %}" not in (folder / "chat_template.jinja").read_text()
+    assert "generation %}" not in (published_chat_as_qwen2[1] / "chat_template.jinja").read_text()
 
 
 def test_extra_vocabulary_is_in_tokenizer_json(converted, qwen_folder, golden):
@@ -414,25 +433,33 @@ def test_extra_vocabulary_is_in_tokenizer_json(converted, qwen_folder, golden):
     assert max(ids) > 151850 and AutoTokenizer.from_pretrained(folder)(text).input_ids == ids
 
 
-@pytest.mark.parametrize("chat_format, ends, end", [("chatml", [151645, 151643], 151645), ("raw", 151643, 151643)])
-def test_end_of_text_is_right_for_chat_and_base_models(converted, qwen_folder, golden, chat_format, ends, end):
-    published = golden / "published_configs" / "2023-08-chat.generation_config.json"
-    settings = json.loads(published.read_text()) | {"chat_format": chat_format}
-    (qwen_folder / "generation_config.json").write_text(json.dumps(settings))
-    folder, _ = converted(qwen_folder, "qwen2")
+def ends_as(folder, ends, end):
+    """Whether a Qwen2 folder has these ends of a text and nothing of QWen's own settings."""
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == ends and generation["top_p"] == 0.8
     assert not {"chat_format", "stop_words_ids", "max_window_size"} & generation.keys()
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == end
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, 151643)
+    return (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, 151643)
 
 
-def test_vocabulary_comes_back_from_qwen2_byte_for_byte(converted, qwen_folder, published_vocabulary):
-    there, _ = converted(qwen_folder, "qwen2")
+def test_the_end_of_text_is_right_for_chat_models(published_chat_as_qwen2):
+    assert ends_as(published_chat_as_qwen2[1], [151645, 151643], 151645)
+
+
+def test_the_end_of_text_is_right_for_base_models(converted, published_chat_as_qwen2, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(published_chat_as_qwen2[0], base)
+    settings = json.loads((base / "generation_config.json").read_text()) | {"chat_format": "raw"}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    assert ends_as(converted(base, "qwen2")[0], 151643, 151643)
+
+
+def test_vocabulary_comes_back_from_qwen2_byte_for_byte(converted, published_chat_as_qwen2):
+    source, there = published_chat_as_qwen2
     back, _ = converted(there, "qwen")
-    assert (back / "qwen.tiktoken").read_bytes() == published_vocabulary.read_bytes()
-    assert (back / "chat_template.jinja").read_bytes() == (qwen_folder / "chat_template.jinja").read_bytes()
+    for name in ("qwen.tiktoken", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
 
 def qwen2_5_tokenizer(folder, published_vocabulary, golden):
@@ -493,9 +520,9 @@ def test_a_damaged_tokenizer_is_refused(editable):
     assert "The tokenizer in" in refused(folder, "qwen")
 
 
-def test_a_chat_template_of_its_own_is_kept(converted, qwen_folder):
-    (qwen_folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    folder, _ = converted(qwen_folder, "qwen2")
+def test_a_chat_template_of_its_own_is_kept(converted, checkpoint_folder):
+    (checkpoint_folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    folder, _ = converted(checkpoint_folder, "qwen2")
     assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 

@@ -30,6 +30,8 @@ from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
 from qwen1.conversion.writing.work_folder import JOB_FILE, LOCK_FILE
 
+pytestmark = pytest.mark.slow
+
 SHARD = "6KB"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
 """Audit events that come before a change of the file system."""

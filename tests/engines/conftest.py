@@ -65,16 +65,22 @@ def shipped(repository, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def published_chat(checkpoint_folder, published_vocabulary, tiny_model):
-    """A tiny random chat checkpoint with the vocabulary of all published ones, as QWen and as Qwen2."""
+def published_folder(checkpoint_folder, published_vocabulary, tiny_model):
+    """A tiny random chat checkpoint with the vocabulary of all published ones."""
     model = tiny_model(vocab_size=151936, eos_token_id=151643, pad_token_id=None)
     settings = {"chat_format": "chatml", "max_window_size": 6144, "eos_token_id": [151645, 151643]}
     model.generation_config.update(**settings, allow_custom_entries=True)
     model.save_pretrained(checkpoint_folder)
     shutil.copy(published_vocabulary, checkpoint_folder / "qwen.tiktoken")
-    target = checkpoint_folder.parent / "published-qwen2"
-    app(["convert", str(checkpoint_folder), str(target), "--to", "qwen2"], standalone_mode=False)
-    return SimpleNamespace(qwen=checkpoint_folder, qwen2=target)
+    return checkpoint_folder
+
+
+@pytest.fixture
+def published_chat(published_folder):
+    """The same as QWen and as Qwen2."""
+    target = published_folder.parent / "published-qwen2"
+    app(["convert", str(published_folder), str(target), "--to", "qwen2"], standalone_mode=False)
+    return SimpleNamespace(qwen=published_folder, qwen2=target)
 
 
 @pytest.fixture(scope="session")

@@ -70,16 +70,14 @@ def test_logits_and_replies(written, llama_cpp, shipped, outtype):
     assert [shipped.tokenizer.decode(ids) for ids in found.replies] == list(shipped.replies.values())
 
 
-@pytest.mark.parametrize("special", [False, True], ids=["as text", "as tokens"])
-def test_a_thousand_texts_get_the_published_ids(written, llama_cpp, published_chat, special):
-    tokenizer = QWenTokenizerFast.from_pretrained(published_chat.qwen)
-    texts = list(texts_of(1000))
-    if special:
-        texts = [f"<|im_start|>user\n{text}<|im_end|>\n<|endoftext|><|extra_7|>" for text in texts]
-    found = llama_cpp(written(published_chat.qwen, "bf16"), texts=texts, special=special)
-    allowed = "all" if special else set()
-    wanted = [tokenizer.encode(text, allowed_special=allowed) for text in texts]
-    assert [(text, ids) for text, ids, others in zip(texts, found.ids, wanted, strict=True) if ids != others] == []
+def test_a_thousand_texts_get_the_published_ids(written, llama_cpp, published_folder):
+    tokenizer, path = QWenTokenizerFast.from_pretrained(published_folder), written(published_folder, "bf16")
+    plain = list(texts_of(1000))
+    turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|endoftext|><|extra_7|>" for text in plain]
+    for texts, allowed in ((plain, set()), (turns, "all")):
+        found = llama_cpp(path, texts=texts, special=bool(allowed))
+        wanted = [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+        assert [(text, ids) for text, ids, others in zip(texts, found.ids, wanted, strict=True) if ids != others] == []
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
