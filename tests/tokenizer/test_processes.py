@@ -1,5 +1,6 @@
 """Threads, forks and pickles: what data loaders, servers and `Dataset.map` do with a tokenizer."""
 
+import faulthandler
 import importlib
 import inspect
 import multiprocessing
@@ -112,9 +113,10 @@ def test_sent_to_a_process_that_begins_anew(small_vocabulary):
 
 
 def fork(work) -> int:
-    """Do `work` in a forked child and leave it at once; returns its process id."""
+    """Do `work` in a forked child and leave it at once; returns its process id. One that hangs tells where."""
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(SECONDS / 2, file=sys.__stderr__)
         try:
             work()
         except BaseException:
@@ -125,10 +127,12 @@ def fork(work) -> int:
 
 def end_of(child, deadline):
     """The exit code of a child, or "hangs"."""
-    while time.monotonic() < deadline:
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
