@@ -8,8 +8,8 @@ import sys
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
-KILLED = ["upgrade in place", "gguf", "quantize", "finetune lora"]
-"""Of each way of writing one; `tests/conversion/test_interrupted.py` kills more."""
+KILLED = ["upgrade in place", "gguf", "merge-lora", "quantize", "finetune", "finetune lora"]
+"""`tests/conversion/test_interrupted.py` kills `upgrade` into another folder and `convert` at more moments."""
 
 
 def run(repository, command, names, *options):
@@ -35,7 +35,7 @@ def test_a_command_that_was_killed_is_finished_by_the_next_as_if_undisturbed(rep
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts disks and gives up rights"
 )
 def test_a_command_without_disk_rights_or_memory_says_so_in_a_sentence(repository):
-    names = ["upgrade", "extend-vocabulary over an old file", "chat"]
+    names = ["upgrade", "merge-lora", "extend-vocabulary over an old file", "chat"]
     said = run(repository, "fail", names, "--steps", "2")
     totals = re.findall(r"^(.+): ((?:\d+ (?:done|refused)(?:, )?)+)$", said, re.MULTILINE)
     assert [name for name, _ in totals] == names
