@@ -37,6 +37,7 @@ from .attention_qwen import (
     mask_scores,
     padded_varlen_attention,
     varlen_attention,
+    whole_row_attention,
 )
 from .bits_qwen import QWenBitsLinear as QWenBitsLinear
 from .cache_qwen import cache_of_call, extend_cache
@@ -63,7 +64,7 @@ from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .passes_qwen import gated, normed, pays
 from .peft_qwen import ChatAdapterMixin
 from .plain_qwen import Plain, is_bare
-from .positions_qwen import positions_of_call, text_starts
+from .positions_qwen import positions_of_call
 from .preparing_qwen import prepare as prepare
 from .products_qwen import checksums as checksums
 from .prompt_qwen import prompt_attention as prompt_attention
@@ -166,13 +167,11 @@ class FlashSelfAttention(nn.Module):
         if attention_mask is not None:
             return padded_varlen_attention(q, k, v, attention_mask.bool(), **options)
         if cu_seqlens is None:
-            starts_q, starts_k = (text_starts(x.new_full(x.shape[:1], x.shape[1], dtype=torch.int32)) for x in (q, k))
-            longest_q, longest_k = q.shape[1], k.shape[1]
-        else:
-            starts_q = starts_k = cu_seqlens
-            longest_q = longest_k = int(cu_seqlens.diff().max())
+            return whole_row_attention(q, k, v, **options)
+        longest = int(cu_seqlens.diff().max())
         flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attention(flat_q, flat_k, flat_v, starts_q, starts_k, longest_q, longest_k, **options).view_as(q)
+        output = varlen_attention(flat_q, flat_k, flat_v, cu_seqlens, cu_seqlens, longest, longest, **options)
+        return output.view_as(q)
 
 
 class QWenAttention(nn.Module):

@@ -121,6 +121,30 @@ def test_packed_documents_do_not_see_each_other(kernel, tensors):
         torch.testing.assert_close(output[:, part], module(q[:, part], k[:, part], v[:, part]))
 
 
+@pytest.mark.parametrize(("length", "keys", "causal"), [(6, 6, True), (6, 6, False), (4, 6, False)])
+def test_whole_rows_are_left_to_torch_on_a_gpu(kernel, monkeypatch, tensors, length, keys, causal):
+    q, k, v = tensors(2, length), tensors(2, keys, 2), tensors(2, keys, 2)
+    module = FlashSelfAttention(causal=causal, softmax_scale=0.4).eval()
+    expected = module(q, k, v)
+    assert len(kernel) == 1
+    monkeypatch.setattr(attention, "_is_flash_input", lambda q: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+    torch.testing.assert_close(module(q, k, v), expected)
+    assert len(kernel) == 1
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    module(q, k, v)
+    assert len(kernel) == 2, "flash-attn is asked for itself where it is installed"
+
+
+def test_what_torch_cannot_do_for_whole_rows_is_left_to_the_other_kernel(kernel, monkeypatch, tensors):
+    monkeypatch.setattr(attention, "_is_flash_input", lambda q: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+    q, k = tensors(1, 3), tensors(1, 6)
+    FlashSelfAttention(causal=True).eval()(q, k, k)
+    FlashSelfAttention(causal=True, attention_dropout=0.1).train()(k, k, k)
+    assert [call["dropout_p"] for call in kernel] == [0.0, 0.1]
+
+
 @pytest.mark.parametrize(
     ("positions", "starts"),
     [
