@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
 from .cache_qwen import continues, named_cache, new_cache, refuse_quantized
+from .ending_qwen import asked_late, with_late_answers
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
 from .shards_qwen import draw_alike
@@ -65,12 +66,14 @@ class Prompt:
     """What `generate` is given to read.
 
     Attributes:
+        ids: (B, T), or None where only embeddings are given.
         rows: number of texts B.
         length: tokens that the output begins with; 0 where only embeddings are given.
         position_ids: (B or 1, tokens of the whole prompt), 0 for padding.
         ntk_alpha: given by the caller, (B, 1), or None.
     """
 
+    ids: torch.Tensor | None
     rows: int
     length: int
     position_ids: torch.Tensor
@@ -88,7 +91,8 @@ class Prompt:
         if positions is None:
             mask = _mask_of_padding(read, settings) if mask is None else mask
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return cls(len(read), 0 if ids is None else ids.shape[1], positions, arguments.get("ntk_alpha"))
+        length = 0 if ids is None else ids.shape[1]
+        return cls(ids, len(read), length, positions, arguments.get("ntk_alpha"))
 
 
 def _mask_of_padding(read: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
@@ -213,13 +217,8 @@ class QWenGenerationMixin(_GenerativeModel):
         settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
         _check_counts(settings)
         given = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
-        arguments = {
-            "generation_config": generation_config,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-            "streamer": streamer,
-        }
+        arguments = dict(generation_config=generation_config, synced_gpus=synced_gpus, assistant_model=assistant_model)
+        arguments |= dict(prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, streamer=streamer)
         if settings["cache_implementation"] == "paged" or isinstance(kwargs.get("custom_generate"), str):
             # Another program runs these, which reads prompts and settings itself.
             arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
@@ -228,13 +227,14 @@ class QWenGenerationMixin(_GenerativeModel):
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(self, logits_processor, settings, prompt)
         cache, named_by = _cache_of_generation(self, given, settings, assistant_model)
-        kwargs |= named_by
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
-        kwargs |= self._alpha_argument(prompt, cache, named)
+        kwargs |= named_by | self._alpha_argument(prompt, cache, named)
+        late = asked_late(self, prompt.ids, cache, settings, arguments)
         with _CacheOfCall.forgotten():
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
-        return _without_drafts(_under_both_names(output), settings, prompt)
+        finished = output if late is None else late.finish(output, cache)
+        return _without_drafts(_under_both_names(finished), settings, prompt)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -258,6 +258,10 @@ class QWenGenerationMixin(_GenerativeModel):
             return None
         projection = self.transformer.h[0].attn.c_attn
         return *shares_of_process(projection, self.config.num_key_value_heads), self.config.kv_channels
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """As in transformers; on a GPU they may be asked late."""
+        return with_late_answers(super()._get_stopping_criteria(*args, **kwargs))
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Transformers puts temperature, top_k and so on behind what it is given; a seed draws from their result."""

@@ -45,6 +45,7 @@ from .chat_qwen import QWenChatMixin
 from .configuration_qwen import QWenConfig
 
 # Published here too; and transformers 5.4 takes along only those files of a local folder that this one names.
+from .ending_qwen import asked_late as asked_late
 from .engines_qwen import engine_alpha as engine_alpha
 from .few_bits_qwen import QWenBitsConfig as QWenBitsConfig
 from .fingerprint_qwen import fingerprint as fingerprint

@@ -349,15 +349,18 @@ class StopWordsCriteria(StoppingCriteria):
     def __init__(self, stop_words_ids: Iterable[Sequence[int]], prompt_length: int):
         self.stop_words_ids = check_stop_words(stop_words_ids)
         self.prompt_length = prompt_length
+        self._words = [torch.tensor(word) for word in self.stop_words_ids]
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """(B, length) -> (B,), true for the rows that have ended."""
         written = input_ids[:, self.prompt_length :]
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for word in self.stop_words_ids:
+        # Once: a GPU finishes all that it has begun before it takes a tensor from the processor.
+        self._words = [word.to(written.device) for word in self._words]
+        for word in self._words:
             if written.shape[1] >= len(word):
                 windows = written.unfold(1, len(word), 1)  # (B, places, len(word))
-                done |= (windows == torch.tensor(word, device=written.device)).all(-1).any(-1)
+                done |= (windows == word).all(-1).any(-1)
         return done
 
 

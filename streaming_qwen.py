@@ -19,11 +19,14 @@ from .qwen_generation_utils import TokensType, decode_text, find_end
 _INCOMPLETE = "\ufffd"
 
 
-class _Stopped(StoppingCriteria):
+class Stopped(StoppingCriteria):
+    """Ends every row once a flag is set, which another thread does."""
+
     def __init__(self, flag: threading.Event):
         self.flag = flag
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, length) -> (B,), true for all rows or for none."""
         return torch.full((len(input_ids),), self.flag.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -70,7 +73,7 @@ class _StreamThread(threading.Thread):
     def run(self) -> None:
         try:
             if not _process.ends:
-                self._generate(streamer=self.tokens, stopping_criteria=[_Stopped(self.stop)])
+                self._generate(streamer=self.tokens, stopping_criteria=[Stopped(self.stop)])
             if _process.ends:
                 raise SystemExit("The interpreter ends, and this stream with it: read or close it before.")
         except BaseException as error:  # handed to the reader, who raises it
