@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen1 import QWenConfig, QWenLMHeadModel, passes_qwen, preparing_qwen, warming_qwen
+from qwen1 import QWenConfig, QWenLMHeadModel, modeling_qwen, passes_qwen, preparing_qwen, rotary_qwen, warming_qwen
 from qwen1.cache_qwen import QWenCache
 from qwen1.rotary_qwen import apply_rotary_pos_emb
 
@@ -32,6 +32,8 @@ def kernels(monkeypatch):
         monkeypatch.setattr(passes_qwen, "DEVICE", "cpu")
         monkeypatch.setattr("qwen1.gpu_steps_qwen.PARTS", 2)
         monkeypatch.setattr("qwen1.gpu_steps_qwen._TILES", {"ROWS": 64, "BLOCK": 64})
+        monkeypatch.setattr(modeling_qwen, "normed", lambda *given: None)
+        monkeypatch.setattr(rotary_qwen, "turned_on_gpu", lambda *given: None)
     monkeypatch.setattr(preparing_qwen, "LEAST_TOKENS", 2)
     monkeypatch.setattr(warming_qwen, "_mark", lambda key, device: None)
     begin = warming_qwen.begin
@@ -120,8 +122,11 @@ def test_rotation(monkeypatch, dtype, heads, size, rotated, rows, angle_rows):
     assert got.is_contiguous() and error(got, expected) < BOUNDS[dtype] / 4
 
 
-def test_what_a_prompt_goes_through(monkeypatch):
-    monkeypatch.setattr(passes_qwen, "LEAST_TOKENS", 8)
+@pytest.mark.parametrize("long", [True, False])
+def test_what_a_prompt_goes_through(monkeypatch, long):
+    monkeypatch.setattr(passes_qwen, "LEAST_TOKENS", PROMPT if long else PROMPT + 1)
+    monkeypatch.setattr(modeling_qwen, "normed", passes_qwen.normed)
+    monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
     called = []
     for name in ("norm_prompt", "gate_prompt", "turn_prompt"):
         kernel = getattr(passes_qwen, name)
@@ -134,15 +139,28 @@ def test_what_a_prompt_goes_through(monkeypatch):
     got, _ = talk(model, steps=0)
     expected, _ = torch_alone(monkeypatch, lambda: talk(model, steps=0))
     assert error(got, expected) < BOUNDS[torch.float32]
-    assert [called.count(name) for name in ("norm_prompt", "gate_prompt", "turn_prompt")] == [2 * 2 + 1, 2, 2 * 2]
+    counts = [called.count(name) for name in ("norm_prompt", "gate_prompt", "turn_prompt")]
+    assert counts == [2 * 2 + 1, 2 * long, 2 * 2]
 
 
-@pytest.mark.parametrize("length", [1, 1023])
-def test_few_tokens_are_torchs(monkeypatch, length):
-    monkeypatch.setattr(passes_qwen, "norm_prompt", None)
-    states = torch.randn((1, length, 48), device=DEVICE)
+def test_a_token_whose_blocks_are_not_plain_is_normed_and_turned_by_kernels(monkeypatch):
+    monkeypatch.setattr(modeling_qwen, "normed", passes_qwen.normed)
+    monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
+    model, turned = model_of(), []
+    model.transformer.h[0].register_forward_hook(lambda *given: None)
+    expected, _ = torch_alone(monkeypatch, lambda: talk(model, rows=2, steps=2, padding=3))
+    kernel = passes_qwen.turn_prompt
+    monkeypatch.setattr(passes_qwen, "turn_prompt", lambda *given: turned.append(given[0].shape[1]) or kernel(*given))
+    got, cache = talk(model, rows=2, steps=2, padding=3)
+    assert error(got, expected) < BOUNDS[torch.float32]
+    assert steps_of(cache) is None and turned[-8:] == [1] * 8, "queries and keys of two blocks in two tokens"
+
+
+def test_nothing_at_all_is_left_to_torch():
+    states, angles = torch.randn((0, 5, 48), device=DEVICE), torch.randn((1, 5, 1, 16), device=DEVICE)
     with torch.no_grad():
         assert passes_qwen.normed(states, torch.ones(48, device=DEVICE), 1e-6) is None
+        assert passes_qwen.turned(states.view(0, 5, 3, 16), angles, angles) is None
 
 
 # --- tokens ---
