@@ -301,34 +301,60 @@ class Reply:
     token: float
 
 
+def stamped(bench: Bench, model: Any, ids: torch.Tensor, new: int, **options: Any) -> Reply:
+    """Write `new` tokens behind each row, greedily, marked by the device's own clock.
+
+    The marks are a criterion of the caller's, whose answer `generate` of either model waits for.
+    """
+    stamps = Stamps(bench)
+    whole = written_in(bench, model, ids, new, stopping_criteria=[stamps], **options)
+    if len(stamps.marks) <= new:
+        raise RuntimeError(f"generate asked its criteria {len(stamps.marks) - 1} times, not {new}.")
+    return Reply(whole, stamps.between(0, 1), stamps.between(WARM_TOKENS, new) / (new - WARM_TOKENS))
+
+
 def reply(bench: Bench, model: Any, ids: torch.Tensor, new: int, **options: Any) -> Reply:
-    """Write `new` tokens behind each row, greedily, as users call it.
+    """Write `new` tokens behind each row as users call it: whole calls for three lengths of the reply are timed, and
+    the time of a token is what those behind the `WARM_TOKENS` first take longer.
+    """
+    first, few, whole = (written_in(bench, model, ids, count, **options) for count in (1, WARM_TOKENS, new))
+    return Reply(whole, first, (whole - few) / (new - WARM_TOKENS))
+
+
+def written_in(bench: Bench, model: Any, ids: torch.Tensor, new: int, **options: Any) -> float:
+    """Seconds of a call of `generate` for so many tokens behind each row.
 
     Raises:
         RuntimeError: it wrote fewer.
     """
+    streamer = options.get("streamer")
+    if streamer is not None:
+        options["streamer"] = streamer()
     bench.synchronize()
     start = seconds_now()
-    stamps = Stamps(bench)
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, stopping_criteria=[stamps], **options
-    )
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)
     bench.synchronize()
-    whole = seconds_now() - start
-    if output.shape[1] != ids.shape[1] + new or len(stamps.marks) <= new:
+    seconds = seconds_now() - start
+    if output.shape[1] != ids.shape[1] + new:
         raise RuntimeError(f"generate wrote {output.shape[1] - ids.shape[1]} tokens, not {new}.")
-    return Reply(whole, stamps.between(0, 1), stamps.between(WARM_TOKENS, new) / (new - WARM_TOKENS))
+    return seconds
 
 
 def replies(
-    bench: Bench, rows: int, new: int, warm: int = 1, rounds: int | None = None, **options: Any
+    bench: Bench,
+    rows: int,
+    new: int,
+    warm: int = 1,
+    rounds: int | None = None,
+    take: Callable[..., Reply] = reply,
+    **options: Any,
 ) -> tuple[Reply, Reply]:
-    """Medians of both models in turn, after `warm` calls of each that don't count."""
+    """Medians of both models in turn, taken by `reply` or `stamped`, after `warm` of each that don't count."""
     ids = bench.ids(rows, bench.sizes.prompt)
     found: list[list[Reply]] = [[], []]
     for number in range(warm + (rounds or bench.sizes.rounds)):
         for side in (0, 1) if number % 2 else (1, 0):
-            taken = reply(bench, bench.models[side], ids, new, **options)
+            taken = take(bench, bench.models[side], ids, new, **options)
             found[side] += [taken] if number >= warm else []
     ours, theirs = (
         Reply(*(statistics.median(getattr(taken, name) for taken in side) for name in ("whole", "first", "token")))

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from accuracy import CASES, golden_error
-from gpu_measuring import Bench, Reply, Row, attempt, one_line, prompt_work, replies, reply, token_bytes
+from gpu_measuring import Bench, Reply, Row, attempt, one_line, prompt_work, replies, reply, stamped, token_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import is_flash_attn_2_available, logging
 
 from qwen1 import FlashSelfAttention, QWenLMHeadModel
@@ -193,6 +194,30 @@ def decode(bench: Bench) -> Iterator[Row]:
     yield Row("default cache beside the published table", rates[0], PUBLISHED["tokens/s"], "tokens/s", PUBLISHED_BY)
 
 
+def ways(bench: Bench) -> Iterator[Row]:
+    """A token of the default cache where it is sampled, streamed, and asked about at once by a criterion."""
+    sampled = {"do_sample": True, "top_p": 0.8, "top_k": 0}
+    for name, options in (
+        ("sampled with top_p", sampled),
+        ("streamed", {"streamer": _Tokens}),
+        ("with a criterion of the caller's", {"take": stamped}),
+    ):
+        ours, theirs = replies(bench, 1, bench.sizes.new, **options)
+        share = token_bytes(bench.models[0], bench.sizes.prompt + bench.sizes.new // 2) / ours.token
+        share /= bench.fastest_bytes
+        yield Row(f"a token, {name}", 1e3 * ours.token, 1e3 * theirs.token, "ms", QWEN2, share)
+
+
+class _Tokens(BaseStreamer):
+    """Does nothing with what it gets."""
+
+    def put(self, value: torch.Tensor) -> None:
+        value.tolist()
+
+    def end(self) -> None:
+        pass
+
+
 def _decode_rows(bench: Bench, cache: str, ours: Reply, theirs: Reply, aim: float | None = None) -> Iterator[Row]:
     read = token_bytes(bench.models[0], bench.sizes.prompt + bench.sizes.new // 2)
     share = read / ours.token / bench.fastest_bytes
@@ -225,10 +250,10 @@ def static(bench: Bench) -> Iterator[Row]:
     first = []
     for model, side in zip(bench.models, ("ours", QWEN2), strict=True):
         counters.clear()
-        first.append(reply(bench, model, ids, bench.sizes.new, **options).whole)
+        first.append(stamped(bench, model, ids, bench.sizes.new, **options).whole)
         graphs, skips = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
         yield Row(f"first call, {side}", first[-1], unit="s", note=f"{graphs} compiled graphs, {skips} not recorded")
-    ours, theirs = replies(bench, 1, bench.sizes.new, warm=2, **options)
+    ours, theirs = replies(bench, 1, bench.sizes.new, warm=2, take=stamped, **options)
     yield from _decode_rows(bench, "static cache", ours, theirs, aim=0.8)
     rates = [bench.sizes.new / found.whole for found in (ours, theirs)]
     yield Row("static cache, batch 1, whole call", *rates, "tokens/s", QWEN2)
@@ -378,6 +403,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], int]] = {
     "attention": (attention, 60),
     "prefill": (prefill, 90),
     "decode": (decode, 90),
+    "ways": (ways, 90),
     "memory": (memory, 40),
     "static": (static, 210),
     "batch": (batch, 90),

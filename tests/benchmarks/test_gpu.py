@@ -11,6 +11,7 @@ SECTIONS = {
     "attention",
     "prefill",
     "decode",
+    "ways",
     "memory",
     "static",
     "batch",
