@@ -7,7 +7,7 @@ Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head siz
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -233,16 +233,27 @@ def whole_row_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **opt
     Args:
         options: the last three arguments of `varlen_attention`.
     """
-    hides_like_torch = not options["causal"] or q.shape[1] == k.shape[1]  # torch counts from the first key
-    if _is_flash_input(q) and hides_like_torch and not options["dropout_p"] and not is_flash_attn_2_available():
+    if _is_fused(q, k, v, options):
         attend, shared = torch.nn.functional.scaled_dot_product_attention, q.shape[2] != k.shape[2]
         scale, causal = options["softmax_scale"], options["causal"]
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))
-        return attend(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared).transpose(1, 2)
+        return attend(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared).transpose(1, 2).contiguous()
     starts_q, starts_k = (text_starts(x.new_full(x.shape[:1], x.shape[1], dtype=torch.int32)) for x in (q, k))
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     output = varlen_attention(flat_q, flat_k, flat_v, starts_q, starts_k, q.shape[1], k.shape[1], **options)
     return output.view_as(q)
+
+
+def _is_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether torch's attention would take whole rows by one of its flash kernels, and mean the same by `causal`."""
+    if not _is_flash_input(q) or options["dropout_p"] or is_flash_attn_2_available():
+        return False
+    if options["causal"] and q.shape[1] != k.shape[1]:  # torch counts from the first key
+        return False
+    shared = q.shape[2] != k.shape[2]
+    q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, options["causal"], shared)
+    return torch.backends.cuda.can_use_flash_attention(given) or torch.backends.cuda.can_use_cudnn_attention(given)
 
 
 def padded_varlen_attention(

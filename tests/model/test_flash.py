@@ -121,28 +121,37 @@ def test_packed_documents_do_not_see_each_other(kernel, tensors):
         torch.testing.assert_close(output[:, part], module(q[:, part], k[:, part], v[:, part]))
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Torch's attention says that it has a kernel for what it is given."""
+    monkeypatch.setattr(attention, "_is_flash_input", lambda q: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda given: True)
+
+
 @pytest.mark.parametrize(("length", "keys", "causal"), [(6, 6, True), (6, 6, False), (4, 6, False)])
-def test_whole_rows_are_left_to_torch_on_a_gpu(kernel, monkeypatch, tensors, length, keys, causal):
-    q, k, v = tensors(2, length), tensors(2, keys, 2), tensors(2, keys, 2)
+def test_whole_rows_are_left_to_torch_on_a_gpu(kernel, monkeypatch, tensors, length, keys, causal, as_on_a_gpu):
+    mixed = tensors(2, length, 3 * 4).requires_grad_()  # its parts aren't contiguous
+    k, v = (tensors(2, keys, 2).requires_grad_() for _ in range(2))
     module = FlashSelfAttention(causal=causal, softmax_scale=0.4).eval()
-    expected = module(q, k, v)
-    assert len(kernel) == 1
-    monkeypatch.setattr(attention, "_is_flash_input", lambda q: True)
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
-    torch.testing.assert_close(module(q, k, v), expected)
-    assert len(kernel) == 1
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    module(q, k, v)
-    assert len(kernel) == 2, "flash-attn is asked for itself where it is installed"
+    output = module(mixed[:, :, 4:8], k, v)
+    found = torch.autograd.grad(output.sum(), (mixed, k, v))
+    assert not kernel and output.is_contiguous()
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda given: False)
+    expected = module(mixed[:, :, 4:8], k, v)
+    assert len(kernel) == 1, "what torch would do by its plain products needs too much memory"
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), (mixed, k, v)))
 
 
-def test_what_torch_cannot_do_for_whole_rows_is_left_to_the_other_kernel(kernel, monkeypatch, tensors):
-    monkeypatch.setattr(attention, "_is_flash_input", lambda q: True)
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+def test_what_torch_cannot_do_for_whole_rows_is_left_to_the_other_kernel(kernel, monkeypatch, tensors, as_on_a_gpu):
     q, k = tensors(1, 3), tensors(1, 6)
     FlashSelfAttention(causal=True).eval()(q, k, k)
     FlashSelfAttention(causal=True, attention_dropout=0.1).train()(k, k, k)
     assert [call["dropout_p"] for call in kernel] == [0.0, 0.1]
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    FlashSelfAttention(causal=True).eval()(k, k, k)
+    assert len(kernel) == 3, "flash-attn is asked for itself where it is installed"
 
 
 @pytest.mark.parametrize(
