@@ -155,6 +155,18 @@ class QWenGrowingLayer(DynamicLayer):
             buffer.newest.append(view)
             setattr(self, name, view)
 
+    def forget_last(self) -> None:
+        """Give up the last token, in whose place the next one is written: nobody else may hold a view of it."""
+        views = self.keys, self.values
+        if getattr(self, "_key_buffer", None) is None:
+            return self.crop(-1)
+        taken = [buffer.take() for buffer in self.buffers()]
+        if all(newest is view for newest, view in zip(taken, views, strict=True)):
+            return self.lengthen(self.keys.shape[-2] - 1)
+        for buffer, newest in zip(self.buffers(), taken, strict=True):
+            buffer.newest += [] if newest is None else [newest]
+        self.crop(-1)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QWenGrowingLayer:
         """Another layer with what is held, laid end to end: exporters look at how the tensors of their copies lie."""
         other = copy.copy(self)

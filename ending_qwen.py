@@ -6,14 +6,17 @@ token is already on its way. A text that ends by itself costs one token more, wh
 `generate` returns and from the cache. Transformers (5.24) does the same on Apple's devices alone.
 
 Calls in which somebody could notice the token too many are asked at once: with criteria, processors or hooks of the
-caller's, in several processes, with beams or drafts, and where more is returned than tokens.
+caller's, in several processes, with beams or drafts, and where more is returned than tokens. `QWEN_NATIVE=0` in the
+environment has all calls asked at once.
 
 Shapes: B batch, S tokens of prompt and reply.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .cache_qwen import QWenCache
+from .cache_qwen import QWenCache, QWenGrowingLayer
+from .fingerprint_qwen import runs_foreign_code
+from .native_qwen import SWITCH
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria
 from .streaming_qwen import Stopped
 
@@ -33,7 +38,7 @@ _HARMLESS: frozenset[type] = frozenset((MaxLengthCriteria, EosTokenCriteria, Sto
 
 _ELSEWHERE = (
     *("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit"),
-    *("custom_generate", "penalty_alpha", "dola_layers"),
+    *("custom_generate", "penalty_alpha", "dola_layers", "token_healing"),
 )
 """Settings under which another loop writes, or more is returned than tokens."""
 
@@ -44,16 +49,20 @@ _CALLERS = ("prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
 class Late(StoppingCriteria):
     """Stands among the criteria of a call that is to be asked late, keeps what that takes, and ends no text itself.
 
+    While a call takes it is a context, which gives the streamer what is still held back where the call fails.
+
     Args:
+        prompts: (B, T), for the streamer.
         streamer: gets each token one step later, or None.
 
     Attributes:
         overran: whether a token too many has been written.
     """
 
-    def __init__(self, streamer: BaseStreamer | None = None):
+    def __init__(self, prompts: torch.Tensor, streamer: BaseStreamer | None = None):
         self.streamer = streamer
         self.overran = False
+        self._prompts: torch.Tensor | None = prompts
         self._length = 0
         self._answer: tuple[int, bool] | None = None
         self._before: _Copy | None = None
@@ -64,13 +73,23 @@ class Late(StoppingCriteria):
         self.see(input_ids)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def begin(self, prompts: torch.Tensor) -> None:
-        """Give a streamer the prompts, (B, T)."""
-        if self.streamer is not None:
+    def __enter__(self) -> None:
+        """Nothing to do before the call."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            with suppress(RuntimeError):  # of a GPU that gives no answer any more
+                self._stream()
+
+    def begin(self) -> None:
+        """Give the streamer the prompts, once."""
+        prompts, self._prompts = self._prompts, None
+        if self.streamer is not None and prompts is not None:
             self.streamer.put(prompts.cpu())
 
     def see(self, input_ids: torch.Tensor) -> None:
         """Note that each row has one more token, (B, S)."""
+        self.begin()
         self._stream()
         self._length = input_ids.shape[1]
         if self.streamer is not None:
@@ -94,7 +113,8 @@ class Late(StoppingCriteria):
         """What `generate` returns, (B, S), without a token too many, which the cache forgets too."""
         if self.overran:
             sequences = sequences[:, :-1]
-            cache.crop(-1)
+            for layer in cache.layers:
+                layer.forget_last()
         else:
             self._stream()
         if self.streamer is not None:
@@ -112,7 +132,8 @@ class _Copy:
 
     def __init__(self, tensor: torch.Tensor):
         self._event = torch.cuda.Event() if tensor.device.type == "cuda" else None
-        self._held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._event is not None)
+        pinned = self._event is not None
+        self._held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
         self._held.copy_(tensor, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(tensor.device))
@@ -171,6 +192,8 @@ class _Flags(torch.Tensor):
             result = func(*args, **(kwargs or {}))
         known = next((one for one in args if isinstance(one, cls) and hasattr(one, "stage")), None)
         stage = None if known is None else cls._WAY.get((known.stage, func.__name__))
+        if stage == "ended" and not (isinstance(args[1], int) and args[1] == 0):
+            return result
         if known is None or stage is None or type(result) is not torch.Tensor:
             return result
         return cls.of(result, stage, known.asked)
@@ -195,19 +218,22 @@ def asked_late(
     """
     if prompts is None or prompts.device.type != DEVICE or type(cache) is not QWenCache or cache.offloading:
         return None
+    if any(type(layer) is not QWenGrowingLayer for layer in cache.layers):
+        return None
+    if os.environ.get(SWITCH) == "0" or runs_foreign_code(model):
+        return None
     criteria, processors = ([*(arguments[name] or ())] for name in ("stopping_criteria", "logits_processor"))
     if not {*map(type, criteria)} <= _HARMLESS or not {*map(type, processors)} <= {SeededSampling}:
         return None
     if any(arguments[name] for name in _CALLERS) or any(settings[name] for name in _ELSEWHERE):
         return None
-    if (settings["num_beams"] or 1) > 1 or model._forward_hooks or model._forward_pre_hooks:
+    if (settings["num_beams"] or 1) > 1:
         return None
     if arguments["streamer"] is not None and (settings["num_return_sequences"] or 1) > 1:
         return None  # which streamers refuse when `generate` shows them the prompts
-    if hasattr(model, "_hf_hook") or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
-    late = Late(arguments["streamer"])
-    late.begin(prompts)
+    late = Late(prompts, arguments["streamer"])
     arguments |= {"stopping_criteria": StoppingCriteriaList([*criteria, late]), "streamer": None}
     return late
 
@@ -215,5 +241,8 @@ def asked_late(
 def with_late_answers(criteria: StoppingCriteriaList) -> StoppingCriteriaList:
     """The criteria of a call as `generate` has arranged them, asked late where `Late` is among them and none minds."""
     late = next((one for one in criteria if isinstance(one, Late)), None)
+    if late is None:
+        return criteria
+    late.begin()  # not before: by now `generate` has checked its arguments
     others = [one for one in criteria if one is not late]
-    return criteria if late is None or not {*map(type, others)} <= _HARMLESS else _LateList(others, late)
+    return _LateList(others, late) if {*map(type, others)} <= _HARMLESS else criteria

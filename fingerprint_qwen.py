@@ -62,6 +62,18 @@ def fingerprint(model: nn.Module) -> bytes | None:
     return digest.digest()
 
 
+def runs_foreign_code(model: nn.Module) -> bool:
+    """Whether functions of somebody else run inside a model, which libraries are not: hooks, a `forward` replaced."""
+    everywhere = nn.modules.module
+    watched = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    for module in model.modules():
+        own = vars(module)
+        touched = watched or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+        if touched and not all(map(_is_of_a_library, _functions_inside(module))):
+            return True
+    return False
+
+
 def _functions_inside(module: nn.Module) -> Iterator[Callable[..., Any]]:
     """What runs in a call of a module beside its class's own code."""
     for hooks in (

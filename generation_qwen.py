@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -231,7 +231,7 @@ class QWenGenerationMixin(_GenerativeModel):
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
         kwargs |= named_by | self._alpha_argument(prompt, cache, named)
         late = asked_late(self, prompt.ids, cache, settings, arguments)
-        with _CacheOfCall.forgotten():
+        with _CacheOfCall.forgotten(), nullcontext() if late is None else late:
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
         finished = output if late is None else late.finish(output, cache)
         return _without_drafts(_under_both_names(finished), settings, prompt)

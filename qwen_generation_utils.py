@@ -349,19 +349,26 @@ class StopWordsCriteria(StoppingCriteria):
     def __init__(self, stop_words_ids: Iterable[Sequence[int]], prompt_length: int):
         self.stop_words_ids = check_stop_words(stop_words_ids)
         self.prompt_length = prompt_length
-        self._words = [torch.tensor(word) for word in self.stop_words_ids]
+        self._held: tuple[Any, list[torch.Tensor]] = (None, [])
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """(B, length) -> (B,), true for the rows that have ended."""
         written = input_ids[:, self.prompt_length :]
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        # Once: a GPU finishes all that it has begun before it takes a tensor from the processor.
-        self._words = [word.to(written.device) for word in self._words]
-        for word in self._words:
+        for word in self._on(written.device):
             if written.shape[1] >= len(word):
                 windows = written.unfold(1, len(word), 1)  # (B, places, len(word))
                 done |= (windows == word).all(-1).any(-1)
         return done
+
+    def _on(self, device: torch.device) -> list[torch.Tensor]:
+        """The words as tensors, made once: before it takes one, a GPU finishes all that it has begun."""
+        wanted = device, [list(word) for word in self.stop_words_ids]
+        known, words = self._held  # at once, for another thread may want them elsewhere
+        if known != wanted:
+            words = [torch.tensor(word, device=device) for word in wanted[1]]
+            self._held = wanted, words
+        return words
 
 
 class StopTextCriteria(StoppingCriteria):

@@ -98,8 +98,8 @@ def _end_streams() -> None:
 def stream_tokens(generate: Callable[..., Any]) -> Generator[TokensType, None, None]:
     """Run `generate` in a thread of its own and yield the tokens of one conversation as they come.
 
-    The thread ends with the generator: closing it stops the generation after the step under way and waits for that. One
-    that is open when the interpreter ends is closed then.
+    The thread ends with the generator: closing it stops the generation after the step under way, on a GPU after the one
+    behind it, and waits for that. One that is open when the interpreter ends is closed then.
 
     Args:
         generate: called once with the keyword arguments `streamer` and `stopping_criteria`.

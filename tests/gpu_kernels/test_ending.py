@@ -1,11 +1,14 @@
 """Whether a text has ended, asked one token late: on a GPU where there is one, else of a CPU that is asked so."""
 
+import copy
+import functools
 import inspect
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from qwen1 import QWenConfig, QWenLMHeadModel, ending_qwen
+from qwen1 import QWenConfig, QWenLMHeadModel, QWenModel, ending_qwen
 from qwen1.cache_qwen import QWenCache
 from qwen1.ending_qwen import Late, with_late_answers
 from qwen1.qwen_generation_utils import StopWordsCriteria
@@ -79,13 +82,15 @@ def assert_same(found, expected):
 
 def calls_of(model, **options):
     """What was written, and how often the model was called for it."""
-    calls = []
-    original = model.transformer.forward
-    model.transformer.forward = lambda **arguments: calls.append(1) or original(**arguments)
-    try:
+    calls, forward = [], QWenModel.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QWenModel, "forward", functools.wraps(forward)(counted))
         output = model.generate(ids_of(1), **options)
-    finally:
-        del model.transformer.forward
     return output[0, 7:].tolist(), len(calls)
 
 
@@ -149,15 +154,109 @@ def test_who_could_notice_is_asked_at_once(model, monkeypatch, options):
     assert not asked
 
 
-def test_hooks_see_no_call_too_many(model):
+WATCHED = {
+    "model": lambda model, hook: model.register_forward_hook(hook),
+    "block": lambda model, hook: model.transformer.h[1].register_forward_pre_hook(hook),
+    "head": lambda model, hook: model.lm_head.register_forward_hook(hook),
+    "every module": lambda model, hook: nn.modules.module.register_module_forward_hook(
+        lambda module, *given: hook() if module is model.lm_head else None
+    ),
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED)
+def test_hooks_see_no_call_too_many(model, watched):
     tokens, _ = calls_of(model, max_new_tokens=12, eos_token_id=None)
     seen = []
-    handle = model.register_forward_hook(lambda *arguments: seen.append(1))
+    handle = WATCHED[watched](model, lambda *arguments: seen.append(1))
     try:
         model.generate(ids_of(1), max_new_tokens=12, eos_token_id=tokens[5])
     finally:
         handle.remove()
     assert len(seen) == tokens.index(tokens[5]) + 1
+
+
+def test_a_forward_in_the_place_of_a_modules_is_called_as_often_as_before(model, monkeypatch):
+    tokens, _ = calls_of(model, max_new_tokens=12, eos_token_id=None)
+    seen, forward = [], model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda states: seen.append(1) or forward(states))
+    model.generate(ids_of(1), max_new_tokens=12, eos_token_id=tokens[5])
+    assert len(seen) == tokens.index(tokens[5]) + 1
+
+
+def test_the_environment_has_all_calls_asked_at_once(model, monkeypatch):
+    monkeypatch.setenv("QWEN_NATIVE", "0")
+    monkeypatch.setattr(Late, "ended", lambda *arguments: pytest.fail("asked late"))
+    model.generate(ids_of(1), max_new_tokens=3)
+
+
+def test_a_cache_goes_on_in_its_own_memory(model):
+    tokens, _ = calls_of(model, max_new_tokens=12, eos_token_id=None)
+    cache = QWenCache(config=model.config)
+    ids = model.generate(ids_of(1), cache=cache, max_new_tokens=12, eos_token_id=tokens[2])
+    length, places = cache.get_seq_length(), [layer.keys.data_ptr() for layer in cache.layers]
+    assert length == ids.shape[1] - 1
+    longer = torch.cat([ids, ids_of(1)], dim=1)
+    output = model.generate(longer, cache=cache, max_new_tokens=4, eos_token_id=None)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == places
+    assert output.tolist() == model.generate(longer, max_new_tokens=4, eos_token_id=None).tolist()
+
+
+def test_a_token_is_given_up_in_a_copy_without_touching_the_other():
+    cache = QWenCache()
+    cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    other.update(torch.full((1, 2, 1, 4), 2.0), torch.full((1, 2, 1, 4), 2.0), 0)
+    cache.layers[0].forget_last()  # whose view is the newest no longer
+    cache.update(torch.full((1, 2, 1, 4), 3.0), torch.full((1, 2, 1, 4), 3.0), 0)
+    assert cache.layers[0].keys[0, 0, :, 0].tolist() == [1, 1, 3]
+    assert other.layers[0].keys[0, 0, :, 0].tolist() == [1, 1, 1, 2]
+    other.layers[0].forget_last()
+    assert other.layers[0].keys[0, 0, :, 0].tolist() == other.layers[0].values[0, 0, :, 0].tolist() == [1, 1, 1]
+    other.reset()
+    assert other.get_seq_length() == 0
+
+
+def test_tensors_that_are_made_elsewhere_by_default(model):
+    expected = written(model, 1, max_new_tokens=4)
+    with torch.device("meta"):
+        held = ending_qwen._Copy(torch.ones(2, device=DEVICE)).read()
+    assert held.device.type == "cpu" and held.tolist() == [1, 1]
+    assert_same(written(model, 1, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_token": 3}, {"max_new_tokens": -1}])
+def test_a_call_that_is_refused_streams_nothing(model, wrong):
+    streamer = Tokens()
+    with pytest.raises(ValueError):
+        model.generate(ids_of(1), streamer=streamer, **wrong)
+    assert not streamer.given
+
+
+def test_a_call_that_fails_streams_what_it_had_written(model, monkeypatch):
+    calls, forward = [], QWenModel.forward
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return forward(self, *args, **kwargs)
+
+    expected = model.generate(ids_of(1), max_new_tokens=3, eos_token_id=None)[0, 7:].tolist()
+    monkeypatch.setattr(QWenModel, "forward", functools.wraps(forward)(failing))
+    streamer = Tokens()
+    with pytest.raises(MemoryError, match="no room"):
+        model.generate(ids_of(1), streamer=streamer, max_new_tokens=12, eos_token_id=None)
+    assert streamer.given == [ids_of(1).tolist(), *([token] for token in expected)]
+
+
+def test_stop_words_may_be_changed():
+    criteria = StopWordsCriteria([[5]], 0)
+    ids = torch.tensor([[1, 5], [1, 6]])
+    assert criteria(ids, None).tolist() == [True, False]
+    criteria.stop_words_ids = [[6]]
+    assert criteria(ids, None).tolist() == [False, True]
 
 
 def test_criteria_that_transformers_adds_are_asked_at_once_and_a_stream_goes_on(model, monkeypatch):
@@ -183,7 +282,7 @@ def test_several_replies_to_a_prompt_are_those_that_are_asked_for_at_once(model,
 
 
 def test_another_loop_than_the_known_one_gets_plain_answers():
-    asked = Late()
+    asked = Late(torch.tensor([[1]]))
     criteria = with_late_answers(StoppingCriteriaList([StopWordsCriteria([[5]], 1), asked]))
     ids = torch.tensor([[1, 5], [1, 2]])
     done = criteria(ids, None)
@@ -191,7 +290,7 @@ def test_another_loop_than_the_known_one_gets_plain_answers():
     assert bool(done[0]) and not bool(done[1]) and not bool(done.all())
     going = torch.ones(2, dtype=torch.long) & ~done
     assert type(going * 3) is type(1 - going) is torch.Tensor and going.tolist() == [0, 1]
-    assert bool(going.max() > 0) and not asked.overran
+    assert bool(going.max() > 0) and bool(going.max() == 1) and not bool(going.max() == 2) and not asked.overran
     ended = torch.zeros(2, dtype=torch.long) & ~done
     assert not bool(ended.max() == 0), "a token ago nothing was known to have ended"
     assert not bool(ended.max() == 0), "nor if it is asked twice"
