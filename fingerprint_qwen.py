@@ -45,9 +45,9 @@ def fingerprint(model: nn.Module) -> bytes | None:
     pieces: list[torch.Tensor] = []
     configurations = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     digest.update(repr([_plain(vars(config)) for config in configurations.values()]).encode())
+    if runs_foreign_code(model):
+        return None
     for module in model.modules():
-        if not all(map(_is_of_a_library, _functions_inside(module))):
-            return None
         digest.update(repr(_settings(module)).encode())
         scales, settings = _beside_weights(module)
         digest.update(repr(settings).encode())
@@ -67,8 +67,9 @@ def runs_foreign_code(model: nn.Module) -> bool:
     everywhere = nn.modules.module
     watched = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     for module in model.modules():
-        own = vars(module)
-        touched = watched or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+        hooked = watched or module._forward_hooks or module._forward_pre_hooks
+        # Asked first because it is quickly answered, and for nearly all of some hundreds of modules the last question.
+        touched = hooked or not {"forward", "_hf_hook"}.isdisjoint(vars(module))
         if touched and not all(map(_is_of_a_library, _functions_inside(module))):
             return True
     return False
