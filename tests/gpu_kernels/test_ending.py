@@ -323,7 +323,7 @@ def test_a_conversation_goes_on_from_what_was_kept(streamed, monkeypatch):
     assert found[0][0] == "Nice to meet you, Zorvandel!" and found[0][2] == "Your name is Zorvandel."
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("streamed", [False, True])
 def test_no_token_waits_for_the_gpu(model, streamed):
     if "cache" not in inspect.signature(model.prepare_inputs_for_generation).parameters:

@@ -249,6 +249,14 @@ def test_ci_lets_tests_skip_for_what_it_cannot_have(ci, pin, reason):
     assert done.returncode == 0 and "should have run" not in done.stdout
 
 
+def test_what_needs_a_gpu_is_marked_so():
+    """A reason of its own would fail CI, which lets tests skip for the mark's reason."""
+    own = re.compile(r"skipif\(\s*not (?:ON_GPU|torch\.cuda\.is_available)")
+    assert own.search("@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')")
+    tests = ROOT.joinpath("tests").rglob("*.py")
+    assert not [path for path in tests if own.search(path.read_text(encoding="utf-8")) and path != Path(__file__)]
+
+
 def test_ci_tells_of_a_newer_release_that_holds(ci):
     done = ci("99.1.0")
     assert done.returncode == 0
