@@ -36,7 +36,7 @@ from .examples import Example
 from .loop import QWenTrainer, WatchedTrainer
 from .mixing import EpochOfRows, WeightedRows, make_rows
 from .models import load_model, load_tokenizer, teach_settings
-from .noise import no_bars_of_files, quiet
+from .noise import no_bars_of_files, no_monitor_of_bars, quiet
 from .options import LOOKS
 from .packing import Collator
 from .plots import PNG, plotted
@@ -436,6 +436,7 @@ def _train_preferences(model_arguments: ModelArguments, lora: LoraArguments, mod
 
 
 @quiet()
+@no_monitor_of_bars()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; ends the process with its exit status where it isn't 0.
 

@@ -1,4 +1,4 @@
-"""What libraries say that nobody who trains can do anything about, left out."""
+"""What libraries say and start that nobody who trains can do anything about, left out."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ def no_bars_of_files() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def no_monitor_of_bars() -> Iterator[None]:
+    """Let tqdm's bars do without the thread that draws a bar anew which stands still.
+
+    Python waits without end for a thread that finds no memory to begin with: a training would hang in place of saying
+    that memory is short.
+    """
+    from tqdm import tqdm
+
+    interval = tqdm.monitor_interval
+    tqdm.monitor_interval = 0
+    try:
+        yield
+    finally:
+        tqdm.monitor_interval = interval

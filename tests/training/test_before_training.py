@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from qwen1.training import finetuning, models
 from qwen1.training.finetuning import main, parse_arguments, run
@@ -144,6 +145,18 @@ def test_libraries_say_nothing(options, repository, tmp_path):
         line.startswith(begins) or line.startswith("  ") and any(name in line for name in commands) for line in lines
     ]
     assert [line for line, said in zip(lines, ours, strict=True) if not said] == []
+
+
+def test_bars_start_no_thread(options, monkeypatch):
+    """Without memory the thread never begins, and `Thread.start` waits for it without end."""
+    started = []
+    for bar in (tqdm, tqdm.__base__):  # the one that libraries take, and the one below it
+        monkeypatch.setattr(bar, "monitor", None)
+    monkeypatch.setattr("tqdm.std.TMonitor", lambda *of: started.append(of) or SimpleNamespace(report=lambda: True))
+    main(options("--max_steps", 1))
+    assert not started
+    tqdm(disable=True)
+    assert len(started) == 1
 
 
 def test_warnings_that_users_can_act_on_are_shown():
