@@ -1,8 +1,7 @@
 """Property tests: how many cases, and what texts, values and damaged files they are made of.
 
 `QWEN_FUZZ_CASES=1000000 pytest tests/fuzz` tries so many cases in all, other ones each time; without it, it tries few,
-always the same. The cases are shared out among
-the properties; those that load models or folders get a tenth.
+always the same. The cases are shared out among the properties; those that load models or folders get a tenth.
 """
 
 import base64
