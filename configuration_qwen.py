@@ -363,6 +363,14 @@ def _check_of_base(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
             raise ValueError(f"{name}={value!r} is no object with settings: give one, or leave it out.")
+    labels = values.get("id2label")
+    if labels is not None and not (isinstance(labels, Mapping) and all(map(_is_index, labels))):
+        raise ValueError(f"id2label={labels!r:.80} names no labels: give an object such as {{0: 'no', 1: 'yes'}}.")
+
+
+def _is_index(value: Any) -> bool:
+    """Whether this is an index, or reads as one, as the keys of JSON do."""
+    return isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
 
 
 def _refuse_no_object(path: str) -> None:

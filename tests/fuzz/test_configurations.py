@@ -44,6 +44,9 @@ OTHER_SPELLINGS = [
     ),
     *("hidden_act", "sliding_window", "quantization_config", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"),
     *("layer_types", "id2label", "num_labels", "architectures", "auto_map", "softmax_in_fp32", "scale_attn_weights"),
+    *("label2id", "problem_type", "per_layer_config", "attn_implementation", "experts_implementation", "name_or_path"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("use_cache", "tokenizer_class", "model_type", "transformers_version", "max_position_embeddings", "n_inner"),
 ]
 keys = st.sampled_from([*TINY, *OTHER_SPELLINGS])
 SMALL = 64  # sizes beyond which a model isn't made here
@@ -58,6 +61,7 @@ def is_small(config):
 @given(changed(TINY, keys))
 @example({**TINY, "quantization_config": True})  # accepted, and a model of it failed by an AttributeError
 @example({**TINY, "auto_map": 1})
+@example({**TINY, "id2label": True})  # an AttributeError of transformers
 def test_saved_as_given(tmp_path_factory, given_values):
     folder = tmp_path_factory.getbasetemp() / "configuration"
     try:
