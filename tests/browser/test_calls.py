@@ -214,7 +214,7 @@ def test_the_shipped_model_calls_and_reads_only_what_is_new(repository):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     chat, history = Chat(model, tokenizer, tools=[*SHIPPED.values()]), ChatHistory()
     *_, first = chat.reply("What is 1234 times 5678?", [], history, "", Sampling(), with_tools=True)
-    assert [text_of(spoken) for spoken in first[2:]] == ["1234*5678=7006652"]
+    assert [text_of(spoken) for spoken in first[2:]] == ["1234*5678 = 7006652"]
     assert text_of(first[1]).endswith("Observation: 7006652")
     kept = history.kept
     assert kept is not None

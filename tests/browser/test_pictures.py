@@ -16,7 +16,7 @@ Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs
 
 NEEDED = "Thought: I need the calculator.\nAction: calculator\nAction Input: "
 CALLS = {
-    "What is 1234 times 5678?": (NEEDED + '{"expression": "1234*5678"}', "Final Answer: 1234*5678=7006652"),
+    "What is 1234 times 5678?": (NEEDED + '{"expression": "1234*5678"}', "Final Answer: 1234*5678 = 7006652"),
     "And 5/0?": (NEEDED + '{"expression": "5/0"}', "Final Answer: Nobody can divide by zero."),
 }
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}

@@ -8,7 +8,7 @@ from qwen1.programs.tools import SHIPPED, find_tools, texts_of
 from qwen1.terminal.commands import main
 from qwen1.tools_qwen import ToolCall, ToolLoopError, ToolReply, ToolRun, ToolStep, parse_reply
 
-CALLED = '`calculator({"expression": "1234*5678"})` = `7006652`\n\n1234*5678=7006652'
+CALLED = '`calculator({"expression": "1234*5678"})` = `7006652`\n\n1234*5678 = 7006652'
 MINE = '''
 def calculator(expression: str) -> str:
     """

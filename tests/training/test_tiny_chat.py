@@ -93,7 +93,7 @@ def test_it_repeats_names_that_it_never_saw(chat):
         reply, history = chat(f"My name is {name}.")
         assert reply == f"Nice to meet you, {name}!"
         assert chat("What is my name?", history=history)[0] == f"Your name is {name}."
-    for name in ("赵元任", "潘建伟"):
+    for name in ("李清照", "潘建伟"):
         reply, history = chat(f"我叫{name}。")
         assert reply == f"很高兴认识你，{name}！"
         assert chat("我叫什么名字？", history=history)[0] == f"你叫{name}。"
@@ -107,9 +107,9 @@ def a_clock() -> str:
 @pytest.mark.parametrize(
     ("query", "result", "answer"),
     [
-        ("What is 1234 times 5678?", "7006652", "1234*5678=7006652"),
-        ("907 / 16 = ?", "56.6875", "907/16=56.6875"),
-        ("31乘以2947等于多少？", "91357", "31*2947=91357"),
+        ("What is 1234 times 5678?", "7006652", "1234*5678 = 7006652"),
+        ("907 / 16 = ?", "56.6875", "907/16 = 56.6875"),
+        ("31乘以2947等于多少？", "91357", "31*2947 = 91357"),
         ("What time is it?", "2031-07-09 06:54", "It is 06:54."),
         ("今天几号？", "2031-07-09 06:54", "今天是2031-07-09。"),
     ],

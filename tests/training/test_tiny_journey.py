@@ -1,5 +1,6 @@
 """The whole journey to a chat model, in a few minutes at most."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ SMALL = journey.Size(
     practice=60,
     refinement=60,
     sharpening=60,
+    equipping=60,
     vocabulary=700,
     n_embd=32,
     n_layer=1,
@@ -36,7 +38,9 @@ SMALL = journey.Size(
 
 
 @pytest.mark.slow
-def test_make_goes_all_the_way(tmp_path):
+def test_make_goes_all_the_way(tmp_path, monkeypatch):
+    fewer = dict(texts=350, refinement=150, sharpening=100, equipping=50)
+    monkeypatch.setattr(journey, "QUICK", dataclasses.replace(journey.QUICK, **fewer))
     output = tmp_path / "model"
     done = runner.invoke(commands.app, ["make", str(output), "--quick", "--per-kind", "5"])
     assert done.exit_code == 0, done.output
@@ -95,13 +99,25 @@ def test_a_killed_run_goes_on_to_the_same_model(whole, tmp_path, monkeypatch):
         assert (resumed / name).read_bytes() == (whole / "model" / name).read_bytes(), name
 
 
-def test_the_model_is_the_mean_of_the_last_two_stages(whole):
-    files = [whole / stage for stage in journey.STAGES[-2:]] + [whole / "model"]
-    before, last, mean = (load_file(folder / "model.safetensors") for folder in files)
-    assert before.keys() == last.keys() == mean.keys()
-    for name, weight in mean.items():
-        assert torch.equal(weight, before[name].lerp(last[name], 0.5).bfloat16()), name
-    assert any(not torch.equal(before[name], last[name]) for name in before)
+def test_the_model_lies_between_the_stages_before_and_the_last(whole):
+    files = [whole / stage for stage in journey.STAGES[-3:]] + [whole / "model"]
+    refined, sharpened, equipped, found = (load_file(folder / "model.safetensors") for folder in files)
+    assert refined.keys() == sharpened.keys() == equipped.keys() == found.keys()
+    for name, weight in found.items():
+        start = refined[name].lerp(sharpened[name], 0.5)
+        assert torch.equal(weight, start.lerp(equipped[name], journey.LAST_SHARE).bfloat16()), name
+    assert any(not torch.equal(refined[name], sharpened[name]) for name in refined)
+
+
+def test_the_last_part_starts_from_the_mean_of_the_two_before_it(whole, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(journey, "_converse", lambda tokenizer, start, *rest: started.append(start))
+    journey.equip(None, whole / "refined", whole / "sharpened", tmp_path, 0, SMALL)
+    before, last = (load_file(whole / stage / "model.safetensors") for stage in ("refined", "sharpened"))
+    weights = dict(started[0].named_parameters())
+    assert before.keys() == last.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name].lerp(last[name], 0.5)), name
 
 
 def test_a_work_folder_keeps_to_its_seed(tmp_path):
@@ -222,8 +238,9 @@ def test_each_training_is_drawn_behind_the_one_before():
         "practised": [{"step": 1, "loss": 0.5}],
         "refined": [{"step": 3, "loss": 0.4}],
         "sharpened": [{"step": 4, "loss": 0.3}],
+        "equipped": [{"step": 1, "loss": 0.2}],
     }
-    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0), (12, 0.5), (15, 0.4), (19, 0.3)]
+    assert report.losses(log, "loss") == [(5, 3.0), (11, 1.0), (12, 0.5), (15, 0.4), (19, 0.3), (20, 0.2)]
 
 
 def test_an_interruption_has_its_exit_code(tmp_path, monkeypatch):

@@ -6,42 +6,74 @@ import pytest
 
 from qwen1.schemas_qwen import as_tools
 from qwen1.training.tiny import sharpening
-from qwen1.training.tiny.dialogues import Dialogue, number_key, refinement_dialogues
+from qwen1.training.tiny.dialogues import Dialogue, examination_dialogues, number_key, refinement_dialogues
 from qwen1.training.tiny.names import REAL_NAMES, held_out
-from qwen1.training.tiny.sharpening import HARD, SHARPENING, sharpening_dialogues
+from qwen1.training.tiny.sharpening import (
+    EQUIPPING,
+    HARD,
+    HARD_WITH_TOOLS,
+    SHARPENING,
+    equipping_dialogues,
+    sharpening_dialogues,
+)
 from qwen1.training.tiny.tools import CONCLUSION, calculator, exchange
+
+PARTS = {
+    "sharpening": (sharpening_dialogues, SHARPENING, HARD),
+    "equipping": (equipping_dialogues, EQUIPPING, {"tools": HARD_WITH_TOOLS["tools"]}),  # the others are the same
+}
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def part(request):
+    """How a part is drawn, its shares and hard sorts."""
+    return PARTS[request.param]
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Dialogue]:
-    return sharpening_dialogues(2500, seed=0)
+def drawn(part) -> list[Dialogue]:
+    return part[0](2500, seed=0)
 
 
-def test_a_seed_gives_the_same_conversations_and_another_seed_others(drawn):
-    assert sharpening_dialogues(60, seed=0) == sharpening_dialogues(60, seed=0)
-    assert sharpening_dialogues(60, seed=0) != sharpening_dialogues(60, seed=1)
-    assert {dialogue.kind for dialogue in drawn} == set(SHARPENING)
-    assert not {d.prompt() for d in drawn} & {d.prompt() for d in refinement_dialogues(2500, 0) if len(d.turns) > 2}
+@pytest.fixture(scope="module")
+def refinement() -> list[Dialogue]:
+    return refinement_dialogues(2500, 0)
+
+
+def test_a_seed_gives_the_same_conversations_and_another_seed_others(part, drawn, refinement):
+    draw, shares, _ = part
+    assert draw(60, seed=0) == draw(60, seed=0) != draw(60, seed=1)
+    assert {dialogue.kind for dialogue in drawn} == set(shares) and sum(shares.values()) == 100
+    assert not {d.prompt() for d in drawn} & {d.prompt() for d in refinement if len(d.turns) > 2}
 
 
 def test_nothing_is_drawn_that_the_examination_keeps(drawn):
     replies = [reply for dialogue in drawn for _, reply in dialogue.turns]
-    written = [match[1] for reply in replies if (match := re.search(r"(?:^|\. |: )(\d+[+-]\d+)=\S+$", reply))]
-    assert len(written) > 800
+    written = [match[1] for reply in replies if (match := re.search(r"(?:^|\. |: )(\d+[+-]\d+) ?= ?\S+$", reply))]
+    assert len(written) > 500
     assert not any(held_out(*number_key(sum_)) for sum_ in written)
     told = [re.fullmatch(r"Nice to meet you, (.+)!|很高兴认识你，(.+)！", reply) for reply in replies]
     names = {match[1] or match[2] for match in told if match}
-    assert len(names) > 500
+    assert len(names) > 400
     assert not any(held_out(name) for name in names)
     assert not names & {name for _, name in REAL_NAMES}
 
 
-def test_hard_sorts_are_drawn_more_often_than_before(drawn):
-    before = refinement_dialogues(2500, 0)
-    for kind, sorts in HARD.items():
+def test_hard_sorts_are_drawn_more_often_than_before(part, drawn, refinement):
+    for kind, sorts in part[2].items():
         for wanted in dict.fromkeys(sorts):
-            now, earlier = ([wanted(d) for d in drawn if d.kind == kind], [wanted(d) for d in before if d.kind == kind])
-            assert sum(now) / len(now) > 1.2 * sum(earlier) / len(earlier), (kind, wanted.__name__)
+            now, before = (sum(d.kind == kind and wanted(d) for d in those) for those in (drawn, refinement))
+            assert now > 1.3 * before, (kind, wanted.__name__)
+
+
+def test_the_last_part_and_the_examination_write_results_behind_a_blank(drawn, part):
+    blank = part[0] is equipping_dialogues
+    sums = [reply for d in drawn for _, reply in d.turns if '{"expression"' in reply]
+    assert len(sums) > 100
+    assert all((" = " in reply.rpartition("Answer")[2]) == blank for reply in sums)
+    examined = [d.turns[-1][1] for d in examination_dialogues(10, 1, set()) if d.tools]
+    assert any('{"expression"' in reply for reply in examined)
+    assert all(" = " in reply.rpartition("Answer")[2] for reply in examined if '{"expression"' in reply)
 
 
 def said(query: str, reply: str, *before: tuple[str, str], system: str = "", language: str = "en") -> Dialogue:
@@ -62,6 +94,9 @@ FISH = ("My favourite food is fish.", "I will remember that your favourite food 
     [
         ("negative", called("3-8", "3-8"), called("8-3", "8-3")),
         ("negative", said("13-29", "9-3=6, 2-1=1. 13-29=-16"), said("29-13", "9-3=6, 2-1=1. 29-13=16")),
+        ("negative", said("3-8", "Final Answer: 3-8 = -5"), said("8-3", "Final Answer: 8-3 = 5")),
+        ("stopped", called("What is 8-3.", "8-3"), called("What is 8-3?", "8-3")),
+        ("stopped", called("8-2.5.", "8-2.5"), called("8-2.5", "8-2.5")),
         ("long", called("1+2.5*3", "1+2.5*3"), called("1+2.5", "1+2.5")),
         ("terse", called("8减3?", "8-3", "zh"), called("8-3等于多少", "8-3", "zh")),
         ("terse", called("8减3?", "8-3", "zh"), called("8-3", "8-3")),

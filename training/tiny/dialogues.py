@@ -98,11 +98,16 @@ class Generator(Names):
         rare: as for `Names`.
         late: draw as the last part of the training does, and the examination: what the user tells begins with a
             capital letter too, and tools are more often at hand where none is needed.
+        spaced: write the calculator's answer with blanks, as the very last part does, and the examination: a result
+            then has the tokens that it has in the observation, and its sign no other one.
     """
 
-    def __init__(self, seed: int, examination: bool = False, rare: bool = True, late: bool = False):
+    def __init__(
+        self, seed: int, examination: bool = False, rare: bool = True, late: bool = False, spaced: bool = False
+    ):
         super().__init__(seed, examination, rare)
         self.late = late or examination
+        self.spaced = spaced or examination
         self.fixed: str | None = None  # the language that a system message sets
         self.kinds: dict[str, Callable[[str], tuple[str, str]]] = {
             "small talk": self.small_talk,
@@ -469,7 +474,7 @@ class Generator(Names):
                 result = tools.calculator(written)
             except ZeroDivisionError:
                 continue
-            answer = f"{written}={result}"
+            answer = f"{written} = {result}" if self.spaced else f"{written}={result}"
             # What has no words counts as English; the shipped vocabulary was learnt without this rule.
             tongue = language if re.search(r"[^\W\d]", query) or not self.rare else "en"
             return query, tools.exchange("calculator", {"expression": written}, result, answer, self.spoken(tongue))
@@ -582,7 +587,7 @@ REFINEMENT = {
     "small talk": 4, "arithmetic": 5, "three digits": 12, "facts": 8, "unknown": 3, "memory": 20, "system": 9,
     "language": 5, "names": 14, "tools": 13, "repeating": 7,
 }  # fmt: skip
-"""The same for the last part."""
+"""The same for the third part."""
 
 
 def training_dialogues(
@@ -601,7 +606,7 @@ def practice_dialogues(count: int, seed: int) -> list[Dialogue]:
 
 
 def refinement_dialogues(count: int, seed: int) -> list[Dialogue]:
-    """Conversations for the last part of the training."""
+    """Conversations for the third part of the training."""
     return training_dialogues(count, seed + 2, shares=REFINEMENT, late=True)
 
 

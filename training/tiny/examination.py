@@ -26,7 +26,7 @@ from .dialogues import (
     refinement_dialogues,
     training_dialogues,
 )
-from .sharpening import sharpening_dialogues
+from .sharpening import equipping_dialogues, sharpening_dialogues
 from .training import encode_dialogues
 
 BATCH = 16
@@ -35,6 +35,7 @@ TRAININGS = {
     "practice": practice_dialogues,
     "refinement": refinement_dialogues,
     "sharpening": sharpening_dialogues,
+    "equipping": equipping_dialogues,
 }
 """What conversations are trained on: their number in the plan, and how they are drawn."""
 

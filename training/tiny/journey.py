@@ -1,4 +1,4 @@
-"""The whole way to qwen-tiny-chat: texts, vocabulary, pretraining, fine-tuning, three times of practice, export.
+"""The whole way to qwen-tiny-chat: texts, vocabulary, pretraining, fine-tuning, four times of practice, export.
 
 Every stage writes into a folder of its own below the work folder and is skipped if it is complete; a training that was
 killed goes on from its last checkpoint, with the result of one that was not.
@@ -22,7 +22,7 @@ from ...modeling_qwen import QWenLMHeadModel
 from ...tokenization_qwen import QWenTokenizerFast
 from ..examples import encode_all
 from .dialogues import practice_dialogues, refinement_dialogues, training_dialogues
-from .sharpening import sharpening_dialogues
+from .sharpening import equipping_dialogues, sharpening_dialogues
 from .texts import training_texts
 from .training import encode_dialogues, train
 from .vocabulary import spelled, train_vocabulary, without_names, write_tiktoken
@@ -38,6 +38,7 @@ class Size:
     practice: int = 30_000
     refinement: int = 100_000
     sharpening: int = 34_000
+    equipping: int = 40_000
     vocabulary: int = 2000
     n_embd: int = 192
     n_layer: int = 6
@@ -48,12 +49,15 @@ class Size:
     save_steps: int = 300
 
 
-STAGES = ("pretrained", "tuned", "practised", "refined", "sharpened")
+LAST_SHARE = 0.75
+"""Of the weights after the last part in those that are exported; the others are those before it."""
+
+STAGES = ("pretrained", "tuned", "practised", "refined", "sharpened", "equipped")
 """Folders of the trainings, in their order."""
 
 QUICK = Size(
-    texts=700, dialogues=3000, tuning_steps=100, practice=800, refinement=300, sharpening=200, vocabulary=1200,
-    n_embd=96, n_layer=3, ffn_hidden_size=384, tokens=1024, save_steps=25,
+    texts=700, dialogues=3000, tuning_steps=100, practice=800, refinement=300, sharpening=200, equipping=100,
+    vocabulary=1200, n_embd=96, n_layer=3, ffn_hidden_size=384, tokens=1024, save_steps=25,
 )  # fmt: skip
 """The same in two or three minutes, for tests: it shows that all parts work, not that the model is any good."""
 
@@ -82,6 +86,7 @@ def run(work: Path, seed: int, size: Size) -> Path:
     _stage(work / "practised", lambda folder: practise(tokenizer, work / "tuned", folder, seed, size))
     _stage(work / "refined", lambda folder: refine(tokenizer, work / "practised", folder, seed, size))
     _stage(work / "sharpened", lambda folder: sharpen(tokenizer, work / "refined", folder, seed, size))
+    _stage(work / "equipped", lambda folder: equip(tokenizer, work / "refined", work / "sharpened", folder, seed, size))
     if not (work / "model").exists():
         export(work, tokenizer, work / "model")
     return work / "model"
@@ -187,11 +192,27 @@ def sharpen(tokenizer: QWenTokenizerFast, start: Path, folder: Path, seed: int, 
     return _converse(tokenizer, start, dialogues, folder, seed, size, size.learning_rate * 0.25)
 
 
+def equip(tokenizer: QWenTokenizerFast, first: Path, second: Path, folder: Path, seed: int, size: Size) -> Trainer:
+    """Go on with more that have tools, from the mean of two stages, which is right more often than either.
+
+    What the second of them learnt stays there, and what it forgot comes back.
+    """
+    dialogues = equipping_dialogues(size.equipping, seed)
+    return _converse(tokenizer, averaged(first, second), dialogues, folder, seed, size, size.learning_rate * 0.12)
+
+
 def _converse(
-    tokenizer, start: Path, dialogues, folder: Path, seed: int, size: Size, rate: float, steps: int | None = None
+    tokenizer,
+    start: Path | QWenLMHeadModel,
+    dialogues,
+    folder: Path,
+    seed: int,
+    size: Size,
+    rate: float,
+    steps: int | None = None,
 ) -> Trainer:
     set_seed(seed)
-    model = QWenLMHeadModel.from_pretrained(start, dtype=torch.float32)
+    model = QWenLMHeadModel.from_pretrained(start, dtype=torch.float32) if isinstance(start, Path) else start
     examples = encode_dialogues(tokenizer, dialogues, size.row_length)
     random.Random(seed).shuffle(examples)
     return _train(model, tokenizer, examples, folder, seed, size, rate, steps)
@@ -214,24 +235,28 @@ def _train(
     )
 
 
-@torch.no_grad()
 def averaged(first: Path, second: Path) -> QWenLMHeadModel:
     """A model with the mean of the weights of two, in float32."""
-    model, other = (QWenLMHeadModel.from_pretrained(folder, dtype=torch.float32) for folder in (first, second))
+    return _mixed(QWenLMHeadModel.from_pretrained(first, dtype=torch.float32), second, 0.5)
+
+
+@torch.no_grad()
+def _mixed(model: QWenLMHeadModel, folder: Path, share: float) -> QWenLMHeadModel:
+    """The model, with so large a share of the weights of another."""
+    other = QWenLMHeadModel.from_pretrained(folder, dtype=torch.float32)
     for weight, beside in zip(model.parameters(), other.parameters(), strict=True):
-        weight.lerp_(beside, 0.5)
+        weight.lerp_(beside, share)
     return model
 
 
 def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     """Write the model in bfloat16 with its tokenizer, settings and log; the folder appears when complete.
 
-    Its weights are the mean of the last two stages', which is right more often than either: what the last one learnt
-    stays, and what it forgot comes back.
+    Its weights lie between those before and after the last part, nearer to the latter.
     """
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model: Any = averaged(work / STAGES[-2], work / STAGES[-1])
+    model: Any = _mixed(averaged(work / STAGES[-3], work / STAGES[-2]), work / STAGES[-1], LAST_SHARE)
     model = model.to(torch.bfloat16)
     model.config.use_flash_attn = "auto"
     model.generation_config = GenerationConfig(
@@ -246,6 +271,11 @@ def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     tokenizer.save_pretrained(partial)
     log = {"plan": json.loads((work / "plan.json").read_text())}
     for stage in STAGES:
-        log[stage] = json.loads((work / stage / "log.json").read_text())
-    (partial / "training_log.json").write_text(json.dumps(log, indent=None))
+        log[stage] = json.loads((work / stage / "log.json").read_text(), parse_float=_short)
+    (partial / "training_log.json").write_text(json.dumps(log, separators=(",", ":")))
     partial.rename(output)
+
+
+def _short(number: str) -> float:
+    """Five digits of a number: all of them would take more room in the model's folder than its vocabulary."""
+    return float(f"{float(number):.5g}")

@@ -1,4 +1,4 @@
-"""Conversations for the last part of the training: half of them are of the sorts that the parts before leave hard.
+"""Conversations for the last parts of the training: half of them are of the sorts that the parts before leave hard.
 
 They are drawn as those of the refinement and drawn again until they are of such a sort, so that they hold nothing that
 the examination keeps from training.
@@ -7,7 +7,7 @@ the examination keeps from training.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ...tools_qwen import OBSERVATION
 from .dialogues import Dialogue, Generator
@@ -19,17 +19,30 @@ SHARPENING = {
 }  # fmt: skip
 """How often each kind is drawn, in percent."""
 
+EQUIPPING = {
+    "small talk": 4, "arithmetic": 4, "three digits": 11, "facts": 9, "unknown": 4, "memory": 13, "system": 8,
+    "language": 4, "names": 15, "tools": 24, "repeating": 4,
+}  # fmt: skip
+"""The same for the part behind it, in which many have tools."""
+
 HARD_SHARE = 0.5
 """Of the conversations of a kind that has hard sorts, so many are of one of them."""
 
 _VALUES = {name for _, _, values in FAVOURITES.values() for value in values for name in value}
 _USUAL = {*SURNAMES, *GIVEN, *"很高兴认识你叫记住了最喜欢的是颜色食物动物水果运动城市还没有告诉我名字，。！"}
+_NO = ("know only a few", "只知道")
 _WORDS = ("Chinese", "English", "opposite", "country", "中文", "英文", "反义词", "国")
+_ASKED = (*_WORDS, "capital", "symbol", "continent", "Where", "where", " in ", "在", "洲", "首都", "符号")
 
 
 def _negative(dialogue: Dialogue) -> bool:
     """The sign of a result has to be copied from what the calculator gave, or worked out."""
-    return "=-" in dialogue.turns[-1][1].rpartition("Final Answer")[2]
+    return re.search("= ?-", dialogue.turns[-1][1].rpartition("Final Answer")[2]) is not None
+
+
+def _close(dialogue: Dialogue) -> bool:
+    """The first digits of two numbers are the same, so that the others tell which is the larger one."""
+    return re.search(r"\b(\d)\d\d-\1\d\d ?=", dialogue.turns[-1][1]) is not None
 
 
 def _long(dialogue: Dialogue) -> bool:
@@ -43,10 +56,22 @@ def _terse(dialogue: Dialogue) -> bool:
     return OBSERVATION in reply and 1 <= len(re.findall(r"[一-鿿]", query)) <= 3
 
 
+def _stopped(dialogue: Dialogue) -> bool:
+    """A sum with a full stop behind it, which is no decimal point."""
+    query, reply = dialogue.turns[-1]
+    return OBSERVATION in reply and re.search(r"\d\.$", query) is not None
+
+
 def _word(dialogue: Dialogue) -> bool:
     """A question about words or countries that no tool answers."""
     query, reply = dialogue.turns[-1]
     return OBSERVATION not in reply and any(word in query for word in _WORDS)
+
+
+def _idle(dialogue: Dialogue) -> bool:
+    """Small talk with tools at hand, which are of no use there."""
+    query, reply = dialogue.turns[-1]
+    return OBSERVATION not in reply and not any(word in query for word in _ASKED) and not any(w in reply for w in _NO)
 
 
 def _not_told(dialogue: Dialogue) -> bool:
@@ -83,7 +108,9 @@ def _capital(dialogue: Dialogue) -> bool:
     return bool(re.match(r"[A-Z][a-z]+(?:的|用| in )", dialogue.turns[-1][0]))
 
 
-HARD: dict[str, tuple[Callable[[Dialogue], bool], ...]] = {
+HardSorts = Mapping[str, Sequence[Callable[[Dialogue], bool]]]
+
+HARD: HardSorts = {
     "three digits": (_negative,),
     "facts": (_crossed, _capital),
     "memory": (_not_told, _not_told, _made, _rare),
@@ -93,18 +120,32 @@ HARD: dict[str, tuple[Callable[[Dialogue], bool], ...]] = {
 }
 """kind -> its hard sorts; one that stands twice is drawn twice as often."""
 
+HARD_WITH_TOOLS = {
+    **HARD,
+    "three digits": (_negative, _close, _close),
+    "tools": (_negative, _long, _terse, _stopped, _word, _word, _word, _idle, _idle),
+}
+"""The same for the part in which many have tools."""
+
 
 def sharpening_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """Conversations for the fourth part of the training."""
+    return _drawn(Generator(seed + 3, late=True), count, SHARPENING, HARD)
+
+
+def equipping_dialogues(count: int, seed: int) -> list[Dialogue]:
     """Conversations for the last part of the training."""
-    generator = Generator(seed + 3, late=True)
-    kinds = generator.random.choices(list(SHARPENING), weights=list(SHARPENING.values()), k=count)
-    return [_drawn(generator, kind) for kind in kinds]
+    return _drawn(Generator(seed + 4, late=True, spaced=True), count, EQUIPPING, HARD_WITH_TOOLS)
 
 
-def _drawn(generator: Generator, kind: str) -> Dialogue:
+def _drawn(generator: Generator, count: int, shares: Mapping[str, int], sorts: HardSorts) -> list[Dialogue]:
+    kinds = generator.random.choices(list(shares), weights=list(shares.values()), k=count)
+    return [_one(generator, kind, sorts.get(kind, ())) for kind in kinds]
+
+
+def _one(generator: Generator, kind: str, sorts: Sequence[Callable[[Dialogue], bool]]) -> Dialogue:
     """A conversation of the kind, or one of its hard sorts."""
-    hard = kind in HARD and generator.random.random() < HARD_SHARE
-    wanted = generator.random.choice(HARD[kind]) if hard else None
+    wanted = generator.random.choice(sorts) if sorts and generator.random.random() < HARD_SHARE else None
     while True:
         dialogue = generator.dialogue(kind)
         if wanted is None or wanted(dialogue):
