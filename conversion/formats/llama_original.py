@@ -94,8 +94,9 @@ def read_llama(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     width, heads = _size(params, "dim"), _size(params, "n_heads")
     embedding, gate = _shape(shapes, "tok_embeddings.weight"), _shape(shapes, "layers.0.feed_forward.w1.weight")
     rows = embedding[0] * (files if embedding[1] == width else 1)
-    if (params.get("vocab_size") or 0) > rows:
-        raise CheckpointError(f"params.json: vocab_size={params['vocab_size']}, but the embedding has {rows} rows.")
+    vocabulary = params.get("vocab_size") or 0  # -1 where it was left to the tokenizer
+    if type(vocabulary) is not int or vocabulary > rows:
+        raise CheckpointError(f"params.json: vocab_size={vocabulary!r:.80}, but the embedding has {rows} rows.")
     if width % heads:
         raise CheckpointError(f"params.json: dim={width} does not divide into n_heads={heads} heads.")
     return Architecture(

@@ -231,6 +231,7 @@ def test_other_companions(checkpoints, tmp_path_factory, data, name):
         ("qwen2", "model.safetensors.index.json", {"weight_map": {"a": "\ud83d"}}),  # no name of a file
         ("qwen", "tokenizer_config.json", {"auto_map": 1}),
         ("qwen", "config.json", {"auto_map": [1]}),
+        ("llama-original", "params.json", {"vocab_size": [1]}),
     ],
 )
 def test_what_was_found(checkpoints, tmp_path, kind, name, change):
