@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..writing.plans import Plan
 
 _WORK, _DONE = "quantising", "rounded.json"
+_WRITTEN = "written"
+"""In the place of the job in that file, once the result is there and the rest goes."""
 
 
 class Bits(str, Enum):
@@ -87,34 +89,74 @@ def quantise_folder(
         CheckpointError, OSError: see `quantise`, `plan_quantised` and `write_folder`.
     """
     from ..files.links import resolved
-    from ..files.weights import open_weights
-    from ..planning.quantise import plan_quantised
     from ..planning.upgrade import plan_upgrade
     from ..quantising.library import quantise
     from ..writing.folders import describe_files
     from ..writing.plans import write_plan
-    from ..writing.work_folder import empty, remove_work_folder, replace_text, work_folder
+    from ..writing.work_folder import empty, replace_text, work_folder
 
     target = resolved(target)
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise CheckpointError(f"{target} exists: remove it, or name another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f"{target.name}.{_WORK}")
     job = json.dumps([settings.published, describe_files(source.weights.files), rows.seen.sum(1).tolist()])
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        return _finish(source, target, work, job, settings, max_shard_size)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(work, _DONE):
-        done = work / _DONE
-        if done.is_file() and done.read_text() == job:
+        if _state(work) == job:
             progress.note(f"Going on with what an interrupted run left in {work}.")
         else:
             empty(work)
             write_plan(plan_upgrade(source), work / "source", Progress())
             print_step("Rounding the weights, a layer at a time")
             quantise(work / "source", work / "result", rows.seen, settings, device, work / "aside")
-            replace_text(done, job)
-        plan = plan_quantised(source, open_weights(work / "result"), settings, max_shard_size)
+            replace_text(work / _DONE, job)
+        plan = _plan(source, work, settings, max_shard_size)
         write_plan(plan, target, progress)
-        remove_work_folder(work)
+        _remove(work)
     return plan
+
+
+def _finish(source: Source, target: Path, work: Path, job: str, settings: Settings, max_shard_size: str) -> Plan:
+    """Clear up behind a run that was killed when it had written the target.
+
+    Raises:
+        CheckpointError: no such run wrote the target, or it had begun to clear up, and nothing of it is left now.
+    """
+    from ..writing.plans import write_plan
+    from ..writing.work_folder import LOCK_FILE, work_folder
+
+    state = _state(work)
+    if state == job:
+        plan = _plan(source, work, settings, max_shard_size)
+        write_plan(plan, target, Progress())  # which compares what is there
+        with work_folder(work, _DONE):
+            _remove(work)
+        return plan
+    if work.is_dir() and (state == _WRITTEN or {path.name for path in work.iterdir()} <= {LOCK_FILE}):
+        with work_folder(work, _DONE):
+            _remove(work)
+    raise CheckpointError(f"{target} exists: remove it, or name another folder.")
+
+
+def _state(work: Path) -> str | None:
+    """The job that the library has done in a work folder, or that its result is written."""
+    return (work / _DONE).read_text() if (work / _DONE).is_file() else None
+
+
+def _plan(source: Source, work: Path, settings: Settings, max_shard_size: str) -> Plan:
+    from ..files.weights import open_weights
+    from ..planning.quantise import plan_quantised
+
+    return plan_quantised(source, open_weights(work / "result"), settings, max_shard_size)
+
+
+def _remove(work: Path) -> None:
+    """Remove the folder; what says that its result is written goes last, and nothing is read there any more."""
+    from ..writing.work_folder import empty, remove_work_folder, replace_text
+
+    replace_text(work / _DONE, _WRITTEN)
+    empty(work, [_DONE])
+    remove_work_folder(work)
 
 
 def _perplexity(path: Path, rows: Calibration, device: str) -> float:

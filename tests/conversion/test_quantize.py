@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -156,6 +157,56 @@ def test_what_the_library_had_finished_is_taken_up(library, tmp_path, monkeypatc
     result = run(*arguments)
     assert result.exit_code == 0 and len(library.calls) == 1 and "Going on with what" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("last", ["replace_text", "empty", "remove_work_folder", "rmdir"])
+def test_a_run_killed_when_it_clears_up_is_finished(library, tmp_path, monkeypatch, last):
+    """The result is there, and so was the work folder, without end: the same command refused to run."""
+    from qwen1.conversion.writing import work_folder
+
+    work, target = tmp_path / "new.quantising", tmp_path / "new"
+
+    def stop(path, *arguments):
+        if target.exists() and path in (work, work / "rounded.json"):
+            raise KeyboardInterrupt
+        return do(path, *arguments)
+
+    owner = type(work) if last == "rmdir" else work_folder
+    do = getattr(owner, last)
+    arguments = (TINY_CHAT, target, "--bits", 4, "--group-size", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, last, stop)
+        assert run(*arguments).exit_code == 130
+    written = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert "model.safetensors" in written and work.is_dir()
+    result = run(*arguments)
+    if last == "replace_text":  # what was rounded is there still, and the same as what was written
+        assert result.exit_code == 0 and "Perplexity on" in result.stdout
+    else:
+        assert result.exit_code == 1 and "exists: remove it" in result.stderr
+    assert len(library.calls) == 1 and list(tmp_path.iterdir()) == [target]
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == written
+
+
+def test_what_was_rounded_stays_where_something_else_is_in_the_way(library, tmp_path, monkeypatch):
+    from qwen1.conversion.writing import plans
+
+    def stop(target, *arguments):
+        if target.name == "new":
+            raise KeyboardInterrupt
+        return write(target, *arguments)
+
+    write = plans.write_folder
+    arguments = (TINY_CHAT, tmp_path / "new", "--bits", 4, "--group-size", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "write_folder", stop)
+        assert run(*arguments).exit_code == 130
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").touch()
+    result = run(*arguments)
+    assert result.exit_code == 1 and "holds something else" in result.stderr
+    shutil.rmtree(tmp_path / "new")
+    assert run(*arguments).exit_code == 0 and len(library.calls) == 1
 
 
 def test_what_another_run_had_finished_is_not(library, tmp_path):
