@@ -257,8 +257,8 @@ def _tiny_chat(sources: Path, work: Path) -> Callable[[], object]:
         from qwen1.training.tiny import journey
 
         journey.QUICK = journey.Size(
-            texts=60, dialogues=150, vocabulary=700, n_embd=32, n_layer=1, ffn_hidden_size=64, rows=4, row_length=256,
-            save_steps=3,
+            texts=60, dialogues=150, practice=60, refinement=60, sharpening=60, equipping=60, vocabulary=700, n_embd=32,
+            n_layer=1, ffn_hidden_size=64, tokens=1024, row_length=256, save_steps=3,
         )  # fmt: skip
         command("tiny_chat", "make", work / "result", "--quick", "--per-kind", 1)()
 

@@ -123,6 +123,8 @@ def undisturbed(case: Case, folder: Path) -> Ended | None:
     case.begin(work)
     whole = fork(case.program(work))
     if whole.status:
+        if not is_one_sentence(whole):
+            sys.exit(f"{case.name} fails undisturbed: {whole.said.strip()}")
         print(f"{case.name}: left out: {whole.said.strip()}", flush=True)
         return None
     case.keep(work)
