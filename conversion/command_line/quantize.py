@@ -64,8 +64,8 @@ def quantize_command(
         print_notes(["The texts to round by are our own, and few: --calibration names better ones."])
     with progress_bars() as progress:
         plan = quantise_folder(origin, target, rows, settings, device, max_shard_size, progress)
-    print_notes(plan.notes)
-    out.print(f"{target}: {len(plan.files)} files written.")
+    print_notes(plan.notes if plan else [])
+    out.print(f"{target}: {len(plan.files)} files written." if plan else f"{target}: written by an interrupted run.")
     before, after = (_perplexity(path, rows, device) for path in (source, target))
     count = int(rows.counted[:, 1:].sum())
     out.print(f"Perplexity on {count:,} tokens that were held out: {before:.4g} before, {after:.4g} after.")
@@ -79,11 +79,14 @@ def quantise_folder(
     device: str,
     max_shard_size: str,
     progress: Progress,
-) -> Plan:
+) -> Plan | None:
     """Write a folder of rounded weights, whole or not at all.
 
     What the library works on and what it writes are in a folder of its own beside the target, which goes at the end.
     The library begins anew after an interruption; what it had finished is taken up.
+
+    Returns:
+        What was written; None where an interrupted run had written it, and nothing but to clear up was left to do.
 
     Raises:
         CheckpointError, OSError: see `quantise`, `plan_quantised` and `write_folder`.
@@ -116,26 +119,25 @@ def quantise_folder(
     return plan
 
 
-def _finish(source: Source, target: Path, work: Path, job: str, settings: Settings, max_shard_size: str) -> Plan:
+def _finish(source: Source, target: Path, work: Path, job: str, settings: Settings, max_shard_size: str) -> Plan | None:
     """Clear up behind a run that was killed when it had written the target.
 
     Raises:
-        CheckpointError: no such run wrote the target, or it had begun to clear up, and nothing of it is left now.
+        CheckpointError: no such run wrote the target, as far as can be told from what it left.
     """
     from ..writing.plans import write_plan
     from ..writing.work_folder import LOCK_FILE, work_folder
 
-    state = _state(work)
+    state, plan = _state(work), None
     if state == job:
         plan = _plan(source, work, settings, max_shard_size)
         write_plan(plan, target, Progress())  # which compares what is there
+    if state in (job, _WRITTEN) or (work.is_dir() and {path.name for path in work.iterdir()} <= {LOCK_FILE}):
         with work_folder(work, _DONE):
             _remove(work)
-        return plan
-    if work.is_dir() and (state == _WRITTEN or {path.name for path in work.iterdir()} <= {LOCK_FILE}):
-        with work_folder(work, _DONE):
-            _remove(work)
-    raise CheckpointError(f"{target} exists: remove it, or name another folder.")
+    if state not in (job, _WRITTEN):
+        raise CheckpointError(f"{target} exists: remove it, or name another folder.")
+    return plan
 
 
 def _state(work: Path) -> str | None:
