@@ -11,8 +11,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -227,10 +229,10 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
             setattr(self, name, value)
         self.rope_parameters = rope
         self.standardize_rope_params()
-        refuse_foreign({**values, **kwargs})
-        _check_of_base(kwargs)
+        _check_given({**values, **kwargs})
         self.check_values()
-        super().__init__(**base_values, **kwargs)
+        with _as_value_errors():
+            super().__init__(**base_values, **kwargs)
 
     @property
     def embedding_rows(self) -> int:
@@ -349,10 +351,22 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
     __eq__ = PreTrainedConfig.__eq__
 
 
-def _check_of_base(values: Mapping[str, Any]) -> None:
-    """Refuse values of keys of the base class that it would read with an error that names nothing, or write wrongly."""
+@contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """Where a value isn't of the type that a release of transformers declares, huggingface_hub's error is none."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_given(values: Mapping[str, Any]) -> None:
+    """Refuse other architectures, and values that the base class would read with an error that names nothing, or write
+    wrongly.
+    """
     import torch
 
+    refuse_foreign(values)
     for name in ("dtype", "torch_dtype"):
         value = values.get(name)
         if value is None or isinstance(value, torch.dtype):

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ...configuration_qwen import QWenConfig
 from ..errors import CheckpointError
@@ -117,6 +116,6 @@ def qwen_config(architecture: Architecture) -> dict[str, Any]:
             architectures=["QWenLMHeadModel"],
             **{"eos_token_id": None, **settings},  # not that of QWen, which is the default
         )
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"The configuration can't be converted: {error}") from error
     return config.to_diff_dict()
