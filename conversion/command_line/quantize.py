@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..writing.plans import Plan
 
 _WORK, _DONE = "quantising", "rounded.json"
-_WRITTEN = "written"
-"""In the place of the job in that file, once the result is there and the rest goes."""
+_WRITTEN = "written: "
+"""Before the job in that file, once its result is there and the rest goes."""
 
 
 class Bits(str, Enum):
@@ -128,14 +128,16 @@ def _finish(source: Source, target: Path, work: Path, job: str, settings: Settin
     from ..writing.plans import write_plan
     from ..writing.work_folder import LOCK_FILE, work_folder
 
-    state, plan = _state(work), None
+    state, plan = _state(work) or "", None
     if state == job:
         plan = _plan(source, work, settings, max_shard_size)
         write_plan(plan, target, Progress())  # which compares what is there
-    if state in (job, _WRITTEN) or (work.is_dir() and {path.name for path in work.iterdir()} <= {LOCK_FILE}):
+    is_of_job = state in (job, _WRITTEN + job)
+    is_over = is_of_job or state.startswith(_WRITTEN)  # with other settings too, which aren't those of this target
+    if is_over or (work.is_dir() and {path.name for path in work.iterdir()} <= {LOCK_FILE}):
         with work_folder(work, _DONE):
             _remove(work)
-    if state not in (job, _WRITTEN):
+    if not is_of_job:
         raise CheckpointError(f"{target} exists: remove it, or name another folder.")
     return plan
 
@@ -156,7 +158,9 @@ def _remove(work: Path) -> None:
     """Remove the folder; what says that its result is written goes last, and nothing is read there any more."""
     from ..writing.work_folder import empty, remove_work_folder, replace_text
 
-    replace_text(work / _DONE, _WRITTEN)
+    job = _state(work) or ""
+    if not job.startswith(_WRITTEN):
+        replace_text(work / _DONE, _WRITTEN + job)
     empty(work, [_DONE])
     remove_work_folder(work)
 

@@ -138,8 +138,9 @@ def test_a_failure_leaves_nothing(library, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_library_had_finished_is_taken_up(library, tmp_path, monkeypatch):
-    """If the same is asked for."""
+@pytest.fixture
+def rounded(library, tmp_path, monkeypatch):
+    """The words of a command that was interrupted between the library's work and the result."""
     from qwen1.conversion.writing import plans
 
     def stop(target, *arguments):
@@ -148,13 +149,17 @@ def test_what_the_library_had_finished_is_taken_up(library, tmp_path, monkeypatc
         return write(target, *arguments)
 
     write = plans.write_folder
-    monkeypatch.setattr(plans, "write_folder", stop)
     arguments = (TINY_CHAT, tmp_path / "new", "--bits", 4, "--group-size", 64)
-    assert run(*arguments).exit_code == 130 and len(library.calls) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "write_folder", stop)
+        assert run(*arguments).exit_code == 130 and len(library.calls) == 1
     assert not (tmp_path / "new").exists() and (tmp_path / "new.quantising" / "result").is_dir()
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "gptqmodel", library)
-    result = run(*arguments)
+    return arguments
+
+
+def test_what_the_library_had_finished_is_taken_up(library, rounded, tmp_path):
+    """If the same is asked for."""
+    result = run(*rounded)
     assert result.exit_code == 0 and len(library.calls) == 1 and "Going on with what" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
@@ -189,25 +194,30 @@ def test_a_run_killed_when_it_clears_up_is_finished(library, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in target.iterdir()} == written
 
 
-def test_what_was_rounded_stays_where_something_else_is_in_the_way(library, tmp_path, monkeypatch):
-    from qwen1.conversion.writing import plans
-
-    def stop(target, *arguments):
-        if target.name == "new":
-            raise KeyboardInterrupt
-        return write(target, *arguments)
-
-    write = plans.write_folder
-    arguments = (TINY_CHAT, tmp_path / "new", "--bits", 4, "--group-size", 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(plans, "write_folder", stop)
-        assert run(*arguments).exit_code == 130
+def test_what_was_rounded_stays_where_something_else_is_in_the_way(library, rounded, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine").touch()
-    result = run(*arguments)
+    result = run(*rounded)
     assert result.exit_code == 1 and "holds something else" in result.stderr
     shutil.rmtree(tmp_path / "new")
-    assert run(*arguments).exit_code == 0 and len(library.calls) == 1
+    assert run(*rounded).exit_code == 0 and len(library.calls) == 1
+
+
+def test_a_result_of_other_settings_is_not_taken_for_that_of_a_killed_run(library, tmp_path, monkeypatch):
+    from qwen1.conversion.writing import work_folder
+
+    def stop(folder):
+        if folder.name == "new.quantising":
+            raise KeyboardInterrupt
+        remove(folder)
+
+    remove = work_folder.remove_work_folder
+    with monkeypatch.context() as patch:
+        patch.setattr(work_folder, "remove_work_folder", stop)
+        assert run(TINY_CHAT, tmp_path / "new", "--bits", 4, "--group-size", 64).exit_code == 130
+    result = run(TINY_CHAT, tmp_path / "new", "--bits", 8, "--group-size", 64)
+    assert result.exit_code == 1 and "exists: remove it" in result.stderr
+    assert len(library.calls) == 1 and [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_what_another_run_had_finished_is_not(library, tmp_path):
