@@ -17,6 +17,7 @@ from ...programs.models import check_model
 from ...programs.options import version_option
 from ...programs.packages import require
 from ..errors import DataError, TrainingError
+from ..noise import no_monitor_of_bars
 from . import PER_KIND
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def make(
     from .journey import QUICK, Size, run
     from .report import write_report
 
-    with _failures():
+    with _failures(), no_monitor_of_bars():
         if output.exists():
             raise FileExistsError(f"{output} exists: name another folder, or move it away.")
         stages = work or output.with_name(f"{output.name}.work")
