@@ -353,7 +353,7 @@ class QWenConfig(RopeParameters, PreTrainedConfig):
 
 @contextmanager
 def _as_value_errors() -> Iterator[None]:
-    """Where a value isn't of the type that a release of transformers declares, huggingface_hub's error is none."""
+    """Make ValueErrors of huggingface_hub's own, for what isn't of a type that a release of transformers declares."""
     try:
         yield
     except StrictDataclassError as error:
