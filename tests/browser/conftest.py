@@ -67,7 +67,7 @@ class StubModel:
             while query == "long":
                 text += "on and "
                 yield text
-                self.closed.wait(0.02)
+                time.sleep(0.02)  # whether or not a stream before this one has closed by now
             for word in f"{self.reply} {number}".split(" "):
                 text = f"{text} {word}".strip()
                 yield text
