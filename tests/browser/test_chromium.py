@@ -151,6 +151,7 @@ def test_examples_and_settings(stub_model, serve, visit):
     assert asked[:3] == ("12+34=?", [], "Be brief.") and asked[3]["do_sample"] and asked[3]["seed"] == 7
 
 
+@pytest.mark.no_cover
 def test_visitors_do_not_see_each_other_and_a_reload_starts_anew(stub_model, serve, visit):
     address = serve(stub_model)
     first, second = visit(address), visit(address)
@@ -285,6 +286,7 @@ TYPE_ON = """async way => {
 
 
 @pytest.mark.parametrize("way", ["key", "click"])
+@pytest.mark.no_cover
 def test_what_is_typed_behind_enter_is_no_part_of_the_question(serve, visit, stub_model, way):
     visitor = visit(serve(stub_model))
     for turn, query in enumerate(("hello", "again"), 1):

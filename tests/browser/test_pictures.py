@@ -140,6 +140,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "name", "rows"), [(DESKTOP, "desktop", (2, 0)), (PHONE, "phone", (2, 5))])
+@pytest.mark.no_cover
 def test_everyone_can_read_it(converse, pictures, size, name, rows):
     """With pictures of different rows in light and in dark."""
     visitor = converse(size)
@@ -155,6 +156,7 @@ def test_everyone_can_read_it(converse, pictures, size, name, rows):
         assert judged(visitor.page, 40, *([] if size is DESKTOP else [".table", "pre"])) == [], scheme
 
 
+@pytest.mark.no_cover
 def test_everyone_can_read_what_passes(stub_model, serve, visit):
     """Examples, a reply that is written, a message that is edited, an error."""
     visitor = visit(serve(stub_model))
@@ -203,6 +205,7 @@ def unfold(visitor, number):
 @pytest.mark.parametrize(
     ("size", "name", "scheme", "row"), [(DESKTOP, "tools", "light", 0), (PHONE, "tools-phone", "dark", 1)]
 )
+@pytest.mark.no_cover
 def test_everyone_can_read_a_call(calls, pictures, size, name, scheme, row):
     """Folded, unfolded, failed and stopped; the settings with the switch."""
     visitor, model = calls(size)

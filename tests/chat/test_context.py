@@ -19,6 +19,7 @@ def messages_of(query, history, system):
     return [*messages, {"role": "user", "content": query}]
 
 
+@pytest.mark.no_cover
 def test_golden_contexts(published_tokenizer, golden):
     """All published contexts; where no turn was dropped, the chat template gives the same ids."""
     examples = json.loads((golden / "tokenizer" / "chat_context.json").read_text())

@@ -249,6 +249,7 @@ GROUPED = {"cache_implementation": "quantized", "cache_config": {"backend": GROU
 
 
 @pytest.mark.parametrize("by", ["configuration", "arguments", "settings"])
+@pytest.mark.no_cover
 def test_grouped_int8_keys_are_carried(model, byte_tokenizer, read, by):
     """Replies are those of a conversation that is read anew with the same cache, in streams and batches too."""
     model.double()

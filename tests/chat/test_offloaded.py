@@ -27,6 +27,7 @@ def offloaded(request, chat_model, tmp_path):
     return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
 
 
+@pytest.mark.no_cover
 def test_every_door_answers_as_the_model_in_memory(chat_model, byte_tokenizer, offloaded):
     expected, history = chat_model.chat(byte_tokenizer, QUERY, [("a", "b")])
     reply, said = offloaded.chat(byte_tokenizer, QUERY, [("a", "b")])
@@ -37,6 +38,7 @@ def test_every_door_answers_as_the_model_in_memory(chat_model, byte_tokenizer, o
     assert batch == chat_model.batch_chat(byte_tokenizer, queries, histories) and batch[0][1] == expected
 
 
+@pytest.mark.no_cover
 def test_conversations_go_on(chat_model, byte_tokenizer, offloaded):
     """On the keys of the history, in turns and streams, or without them."""
     expected = chat_model.chat(byte_tokenizer, "d", chat_model.chat(byte_tokenizer, "c")[1])
@@ -47,6 +49,7 @@ def test_conversations_go_on(chat_model, byte_tokenizer, offloaded):
         assert list(stream)[-1] == expected[0]
 
 
+@pytest.mark.no_cover
 def test_sampled_replies_and_the_callers_autocast(chat_model, byte_tokenizer, offloaded):
     arguments = {"do_sample": True, "seed": 3}
     expected, _ = chat_model.chat(byte_tokenizer, "q", **arguments)

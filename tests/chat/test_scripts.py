@@ -135,6 +135,7 @@ def run_script(tmp_path, warm_with):
     return run
 
 
+@pytest.mark.no_cover
 def test_three_turns_and_a_stream(checkpoint_folder, run_script):
     run_script(THREE_TURNS, checkpoint_folder)
 
@@ -148,6 +149,7 @@ def test_the_first_lines_of_the_demos(checkpoint_folder, run_script):
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("exit", 3), ("error", 1)])
+@pytest.mark.no_cover
 def test_a_script_may_end_with_open_streams(checkpoint_folder, run_script, how, code):
     """In its globals and in a thread that the interpreter doesn't wait for; it ends soon, and says nothing of them."""
     said = run_script(OPEN_STREAMS, checkpoint_folder, how, code=code)

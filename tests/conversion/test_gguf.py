@@ -364,6 +364,7 @@ def joined(text, merges, vocabulary):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_merges_give_the_ids_of_tiktoken(save, published_vocabulary):
     """And lead to every token of the published vocabulary, as llama.cpp looks no piece up as a whole."""
     folder = save(vocab_size=151936, eos_token_id=151643, bos_token_id=None, pad_token_id=None)

@@ -243,6 +243,7 @@ def complete(target, whole):
 @pytest.mark.parametrize(
     "release, run, stride", [("pickled", run_upgrade, 3), ("safe", run_upgrade, 5), ("pickled", run_convert, 4)]
 )
+@pytest.mark.no_cover
 def test_wherever_a_run_is_killed_the_next_one_finishes_it(request, tmp_path, release, run, stride):
     source = request.getfixturevalue(release)
     run(source, tmp_path / "whole", Progress())
@@ -265,6 +266,7 @@ def test_wherever_a_run_is_killed_the_next_one_finishes_it(request, tmp_path, re
 
 @needs_fork
 @pytest.mark.parametrize("run", [run_upgrade, run_convert])
+@pytest.mark.no_cover
 def test_a_run_that_is_killed_again_and_again_gets_on(pickled, tmp_path, run):
     """Each kill comes a little later than the one before, in the same folder."""
     run(pickled, tmp_path / "whole", Progress())
@@ -298,6 +300,7 @@ def test_a_run_that_is_killed_while_it_cleans_up_after_an_error_is_cleaned_up_by
 
 @needs_fork
 @pytest.mark.parametrize("release, strides", [("pickled", (7, 3)), ("safe", (11, 5))])
+@pytest.mark.no_cover
 def test_wherever_an_upgrade_in_place_is_killed_no_byte_is_lost_and_the_next_finishes_it(
     request, tmp_path, release, strides
 ):
@@ -326,6 +329,7 @@ def test_wherever_an_upgrade_in_place_is_killed_no_byte_is_lost_and_the_next_fin
 
 
 @needs_fork
+@pytest.mark.no_cover
 def test_an_upgrade_in_place_that_is_killed_again_and_again_gets_on(pickled, tmp_path):
     before = contents(pickled)
     whole = contents_after_upgrade(shutil.copytree(pickled, tmp_path / "whole"))
@@ -371,6 +375,7 @@ def test_a_kill_from_outside_at_any_time_does_no_harm(pickled, tmp_path, in_plac
         expected = result
 
 
+@pytest.mark.no_cover
 def test_the_program_itself_can_be_killed_and_started_again(repository, tmp_path, byte_vocabulary):
     source = release_of_2023(tmp_path / "source", byte_vocabulary, width=64, layers=40)
     before, target = contents(source), tmp_path / "target"
@@ -462,6 +467,7 @@ def test_shards_of_another_size_are_not_mixed_in(pickled, tmp_path, size):
 
 
 @needs_fork
+@pytest.mark.no_cover
 def test_settings_that_changed_after_a_kill_are_those_of_the_second_run(pickled, tmp_path):
     """The weights are still the same, so they are kept; a template and a licence are gone, the vocabulary is new."""
     source = shutil.copytree(pickled, tmp_path / "source")

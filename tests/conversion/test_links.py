@@ -88,6 +88,7 @@ def run(*arguments):
     "command",
     ["upgrade {0} {1}", "upgrade {0} --in-place", "convert {0} {1} --to qwen2", "push {0} me/model --dry-run"],
 )
+@pytest.mark.no_cover
 def test_a_link_out_of_the_folder_is_refused(folder, secret, tmp_path, make, command):
     make(folder, secret)
     code, text = run(*command.format(folder, tmp_path / "new").split())

@@ -165,6 +165,7 @@ def test_what_the_library_had_finished_is_taken_up(library, rounded, tmp_path):
 
 
 @pytest.mark.parametrize("last", ["replace_text", "empty", "remove_work_folder", "rmdir"])
+@pytest.mark.no_cover
 def test_a_run_killed_when_it_clears_up_is_finished(library, tmp_path, monkeypatch, last):
     """The result is there, and so was the work folder, without end: the same command refused to run."""
     from qwen1.conversion.writing import work_folder
@@ -220,6 +221,7 @@ def test_a_result_of_other_settings_is_not_taken_for_that_of_a_killed_run(librar
     assert len(library.calls) == 1 and [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.no_cover
 def test_what_another_run_had_finished_is_not(library, tmp_path):
     work = tmp_path / "new.quantising"
     work.mkdir()

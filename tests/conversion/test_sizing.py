@@ -183,6 +183,7 @@ def peak_of_training(model, batch, context, rows, mixed=False):
     [({}, Load(512, 2)), ({"rows": 8000, "layers": 6}, Load(300, 1)), ({"width": 192, "gate": 512}, Load(256, 1))],
     ids=str,
 )
+@pytest.mark.no_cover
 def test_training_holds_what_is_calculated(name, checkpointing, changes, load):
     config = config_of(**changes)
     model = model_of(config, torch.bfloat16 if name.endswith("bfloat16") else torch.float32).train()
@@ -239,6 +240,7 @@ def test_answers_are_the_fewest_that_fit(seven, memory, load):
             assert step.need.total > question.room
 
 
+@pytest.mark.no_cover
 def test_more_memory_never_takes_more_devices(seven):
     sizes = [read_size(f"{size}GB", "x") for size in (10, 16, 24, 40, 48, 80, 141, 288)]
     for place in range(len(WAYS) * 2):

@@ -70,6 +70,7 @@ def test_logits_and_replies(written, llama_cpp, shipped, outtype):
     assert [shipped.tokenizer.decode(ids) for ids in found.replies] == list(shipped.replies.values())
 
 
+@pytest.mark.no_cover
 def test_a_thousand_texts_get_the_published_ids(written, llama_cpp, published_folder):
     tokenizer, path = QWenTokenizerFast.from_pretrained(published_folder), written(published_folder, "bf16")
     plain = list(texts_of(1000))

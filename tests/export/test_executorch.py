@@ -47,6 +47,7 @@ def run(program, ids, chunks):
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.no_cover
 def test_a_token_at_a_time_over_every_edge(model, text, strict):
     program = convert_and_export_with_cache(model, strict=strict).module()
     chunks = [1] * (2 * SEQ_LENGTH + 8)
@@ -72,6 +73,7 @@ def test_a_prompt_at_once_keeps_its_alpha(model, text, warnings_of):
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.no_cover
 def test_what_was_read_before_the_export_leaves_nothing_in_the_program(model, text, strict):
     module = TorchExportableModuleWithStaticCache(model)
     run(module, text, [40, 1])
@@ -91,6 +93,7 @@ class NotExported:
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_generate_of_a_program_writes_what_it_does_of_the_module(model, text):
     generate = TorchExportableModuleWithStaticCache.generate
     prompt = text[:, : SEQ_LENGTH - 4]

@@ -52,6 +52,7 @@ def call(program, *tensors):
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_prompt_and_steps_over_every_edge(tiny_model, text, tmp_path):
     model = tiny_model("sdpa", num_key_value_heads=2)
     one = torch.ones(1, 1)

@@ -41,6 +41,7 @@ def export(model, inputs, dynamic=None, strict=False):
     "variant, make, strict",
     [("plain", padded, True), ("grouped", plain, False), ("tied", padded, False)],
 )
+@pytest.mark.no_cover
 def test_a_prompt_of_any_length_gives_the_logits_of_eager(tiny_model, variant, make, strict):
     model = tiny_model(**VARIANTS[variant])
     inputs = make(20)
@@ -52,6 +53,7 @@ def test_a_prompt_of_any_length_gives_the_logits_of_eager(tiny_model, variant, m
 
 
 @pytest.mark.parametrize("make", [plain, padded])
+@pytest.mark.no_cover
 def test_prompts_of_one_and_of_two_tokens_are_samples_too(tiny_model, make):
     model = tiny_model("sdpa")
     one = make(1)

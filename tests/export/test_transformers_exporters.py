@@ -64,6 +64,7 @@ def settings():
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True}], ids=str)
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_prompt_and_steps_over_every_edge(tiny_model, text, settings, changes):
     model = tiny_model("sdpa", **changes)
     programs = export(model, text[:, :20])
@@ -73,6 +74,7 @@ def test_prompt_and_steps_over_every_edge(tiny_model, text, settings, changes):
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_a_step_of_several_tokens(tiny_model, text, settings):
     model = tiny_model("sdpa")
     programs = export(model, text[:, :20], multi_token_decode=True)
@@ -88,6 +90,7 @@ def test_a_step_of_several_tokens(tiny_model, text, settings):
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_a_static_cache(tiny_model, text):
     model = tiny_model("sdpa")
     settings = GenerationConfig(do_sample=False, pad_token_id=0, cache_implementation="static")

@@ -217,6 +217,7 @@ def test_damaged_bytes(checkpoints, tmp_path_factory, data, kind, dequantize):
 
 @heavy
 @given(st.data(), st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+@pytest.mark.no_cover
 def test_other_companions(checkpoints, tmp_path_factory, data, name):
     """JSON of any kind in place of the files beside the weights."""
     content = json.dumps(data.draw(values | st.dictionaries(KEYS, values, max_size=3))).encode()

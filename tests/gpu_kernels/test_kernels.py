@@ -180,6 +180,7 @@ CASES = [(shape, 1, 0) for shape in SHAPES] + [("plain", 1, 5), ("plain", 3, 2),
 
 
 @pytest.mark.parametrize("shape, rows, padding", CASES)
+@pytest.mark.no_cover
 def test_logits_are_torchs(monkeypatch, shape, rows, padding):
     model = model_of(**SHAPES[shape])
     expected, other = torch_alone(monkeypatch, lambda: talk(model, rows, padding=padding))
@@ -192,6 +193,7 @@ def test_logits_are_torchs(monkeypatch, shape, rows, padding):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.no_cover
 def test_half_precision(monkeypatch, dtype):
     model = model_of(dtype)
     expected, _ = torch_alone(monkeypatch, lambda: talk(model))
@@ -199,6 +201,7 @@ def test_half_precision(monkeypatch, dtype):
     assert steps_of(cache).taken == 4 and error(got, expected) < BOUNDS[dtype]
 
 
+@pytest.mark.no_cover
 def test_long_replies_get_new_memory(monkeypatch):
     monkeypatch.setattr("qwen1.cache_qwen._LEAST_ROOM", 2)
     model = model_of()
@@ -207,6 +210,7 @@ def test_long_replies_get_new_memory(monkeypatch):
     assert steps_of(cache).taken == 7 and error(got, expected) < BOUNDS[torch.float32]
 
 
+@pytest.mark.no_cover
 def test_a_mask_outgrows_its_room(monkeypatch):
     model = model_of()
     expected, _ = torch_alone(monkeypatch, lambda: talk(model, 2, padding=3))
@@ -216,6 +220,7 @@ def test_a_mask_outgrows_its_room(monkeypatch):
     assert steps_of(cache).taken in (1, 2, 3) and error(got, expected) < BOUNDS[torch.float32]
 
 
+@pytest.mark.no_cover
 def test_inference_mode(monkeypatch):
     model = model_of()
     with torch.inference_mode():
@@ -225,6 +230,7 @@ def test_inference_mode(monkeypatch):
 
 
 @pytest.mark.parametrize("first, then", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+@pytest.mark.no_cover
 def test_from_one_mode_to_another(monkeypatch, first, then):
     model = model_of()
 
@@ -248,6 +254,7 @@ def follow(model, cache, tokens):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.no_cover
 def test_copies_go_on_apart(monkeypatch, copied):
     model = model_of()
 
@@ -265,6 +272,7 @@ def test_copies_go_on_apart(monkeypatch, copied):
     assert steps_of(cache) is not steps_of(other) and steps_of(other) is not None
 
 
+@pytest.mark.no_cover
 def test_a_cache_goes_back(monkeypatch):
     model = model_of()
 
@@ -276,6 +284,7 @@ def test_a_cache_goes_back(monkeypatch):
     assert error(back(), torch_alone(monkeypatch, back)) < BOUNDS[torch.float32]
 
 
+@pytest.mark.no_cover
 def test_steps_and_chunks_take_turns(monkeypatch):
     model = model_of()
 
@@ -295,6 +304,7 @@ def test_beams(monkeypatch):
     assert torch.equal(model.generate(ids_of(), **settings), expected)
 
 
+@pytest.mark.no_cover
 def test_a_cache_is_stored_without_its_steps():
     _, cache = talk(model_of())
     again = pickle.loads(pickle.dumps(cache))
@@ -369,6 +379,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.no_cover
 def test_changes_between_tokens_count(monkeypatch, change):
     def changed():
         model = model_of()
@@ -429,6 +440,7 @@ def test_training_is_torchs(monkeypatch):
 # --- compiling ---
 
 
+@pytest.mark.no_cover
 def test_until_they_are_compiled_torch_computes(monkeypatch):
     monkeypatch.setattr(warming_qwen, "_ready", set())
     monkeypatch.setattr(warming_qwen, "_begun", set())

@@ -204,6 +204,7 @@ def test_the_page(model, tokenizer, read):
     assert read == [turns(4)] * len(ATTACKS)
 
 
+@pytest.mark.no_cover
 def test_the_page_with_tools(model, tokenizer, monkeypatch):
     """The question, the steps and answers that a page brings along, the system message, and what a tool gives."""
     found, replies = [], []

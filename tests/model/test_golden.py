@@ -49,6 +49,7 @@ def test_prefill_and_decoding(golden_model, golden_tensors, case, implementation
 @pytest.mark.slow
 @needs_compiler
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_flex_attention_reads_prompts(golden_model, golden_tensors):
     """Prefill only: torch 2.13 can't compile flex_attention with padding and a single query on a CPU, nor backward."""
     model = golden_model("dec_ntk_padded", attn_implementation="flex_attention")

@@ -50,6 +50,7 @@ def test_golden_folders_load_completely(golden):
 @pytest.mark.parametrize(
     ("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
+@pytest.mark.no_cover
 def test_precision_flags(folder, flag, dtype):
     assert load(folder, **{flag: True}).dtype == dtype
     assert AutoModelForCausalLM.from_pretrained(folder, **{flag: True}).dtype == dtype

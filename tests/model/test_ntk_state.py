@@ -403,6 +403,7 @@ def test_training_stretches_nothing(tiny_model, training):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [20, 70])
+@pytest.mark.no_cover
 def test_compiled_generation(tiny_model, length):
     model = tiny_model("sdpa")
     compile_config = CompileConfig(fullgraph=True, mode="default")

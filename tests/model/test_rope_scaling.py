@@ -155,6 +155,7 @@ def test_each_packed_document_has_its_own_length():
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_dynamic_scaling_compiles_into_one_graph(tiny_model):
     model = tiny_model("sdpa", use_dynamic_ntk=False, n_positions=TRAINED, rope_parameters=SCALINGS["dynamic"])
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)

@@ -130,6 +130,7 @@ def test_the_trainer_trains_adapters_and_refuses_codes(whole, load, bits, tmp_pa
 
 
 @torch.no_grad()
+@pytest.mark.no_cover
 def test_compiled_it_gives_the_same(whole, load, bits):
     model = load(whole(torch.float32), bits)
     expected = logits_of(model)

@@ -123,6 +123,7 @@ def theirs(run_on, small_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
 @pytest.mark.parametrize("vocabulary", ["small", "common", pytest.param("published", marks=TAKES_MINUTES)])
+@pytest.mark.no_cover
 def test_what_passes_for_qwen2_passes_for_us(request, run_on, theirs, judge, cls, vocabulary):
     ours = run_on(cls, request.getfixturevalue(f"{vocabulary}_folder"))
     judge(ours, {name: outcome for name, outcome in theirs.items() if name in ours}, REASONS[cls])

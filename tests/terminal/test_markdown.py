@@ -62,6 +62,7 @@ def printed(text, columns=40):
     "text", [LONG, CODE, ITEMS, TABLE, "# One\n\ntext\n\n## Two\n\n> quoted\n> twice\n\n1. a\n2. b"]
 )
 @pytest.mark.parametrize("step", [1, 7, 10_000])
+@pytest.mark.no_cover
 def test_all_of_a_reply_is_left_on_the_terminal_once(show, text, step):
     lines, _ = show(text, step)
     assert lines == printed(text)
@@ -223,6 +224,7 @@ def test_blocks_that_nothing_can_change(text, complete):
     assert text[: complete_blocks(text)] == complete
 
 
+@pytest.mark.no_cover
 def test_complete_blocks_never_change_as_a_text_goes_on():
     pieces = ["a\n", "\n", "- b\n", "  c\n", "```\n", "---\n", "| f |\n", "|---|\n"]
 

@@ -47,6 +47,7 @@ def special_ids(tokenizer, ids):
     return [i for i in ids if i in set(tokenizer.special_tokens.values())]
 
 
+@pytest.mark.no_cover
 def test_golden_contexts(published, golden_json):
     """Contexts that hold their whole history, so that no turn was dropped."""
     checked = 0
@@ -554,6 +555,7 @@ def test_single_messages(small):
     assert render(small, history) + list(ids) == render(small, [*history, assistant("<|im_end|>")])
 
 
+@pytest.mark.no_cover
 def test_both_classes_agree(slow, fast):
     messages = [user(INJECTION + "\u0338é 你好"), assistant(" \n"), user("\ud83d\ude00 \ud800")]
     arguments = {"add_generation_prompt": True, "return_assistant_tokens_mask": True}

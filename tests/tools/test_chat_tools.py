@@ -103,6 +103,7 @@ def test_bad_input(model, byte_tokenizer, query, history, tools, message, stream
         ("ObObservation: 1", "Ob"),
     ],
 )
+@pytest.mark.no_cover
 def test_a_reply_ends_where_the_tool_is_to_speak(model, byte_tokenizer, script, multiply, written, expected, stream):
     lines = script(written)
     result = model.chat(byte_tokenizer, "q", stream=stream, tools=[multiply], logits_processor=lines)

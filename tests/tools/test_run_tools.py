@@ -49,6 +49,7 @@ def test_an_answer_at_once(run, calls):
         ("Action: multiply", "Action: without Action Input:"),
     ],
 )
+@pytest.mark.no_cover
 def test_a_bad_call_is_reported_and_never_run(run, calls, written, problem):
     done = run(written, ANSWER)
     assert calls == [] and done.answer == "42"

@@ -166,6 +166,7 @@ def test_a_qwen2_twin_under_trls_own_trainer_learns_the_same(tiny_model, qwen2_t
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "bf16", "base", "q_lora"])
+@pytest.mark.no_cover
 def test_the_first_loss_is_that_of_equal_models(words, tmp_path, checkpoint_folder, edit_json, kind):
     """Without dropout, and with both models in the same mode."""
     edit_json(checkpoint_folder / "config.json", **DROPOUT)
@@ -190,6 +191,7 @@ def result_of(folder, checkpoint_folder):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "base", "continued", "checkpointing"])
+@pytest.mark.no_cover
 def test_what_is_saved_prefers_what_was_chosen(words, tmp_path, checkpoint_folder, edit_json, pairs, pairs_file, kind):
     """The evaluation behind the training, by hand from the saved result and from what it began with."""
     if kind == "base":
@@ -248,6 +250,7 @@ def test_tiny_chat_learns_to_prefer(tmp_path, repository, words, byte_tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "continued"])
+@pytest.mark.no_cover
 def test_resumed_training_is_bit_identical(words, tmp_path, monkeypatch, kind):
     more = {"full": [], "lora": ["--use_lora"]}.get(kind, ["--use_lora", "--lora_weight_path", tmp_path / "first"])
     if kind == "continued":

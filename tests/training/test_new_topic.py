@@ -48,6 +48,7 @@ def replies(folder: Path, queries: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_lora_teaches_a_topic_and_the_merged_model_answers(repository, tmp_path):
     base, data = repository / "qwen-tiny-chat", tmp_path / "sounds.json"
     data.write_text(json.dumps(lessons(), ensure_ascii=False))

@@ -116,6 +116,7 @@ def test_a_chat_model_keeps_its_settings(options, tmp_path, checkpoint_folder, e
     assert model.generation_config.max_window_size == 777 and model.generation_config.eos_token_id == [258, 256, 5]
 
 
+@pytest.mark.no_cover
 def test_q_lora_on_a_base_model_warns(options, tmp_path, base, capsys):
     main(options(*LORA, "--q_lora"))
     said = capsys.readouterr().err
