@@ -125,6 +125,10 @@ case "$(basename "$0") $*" in
     echo "=== 1 failed in $environment ===" && exit 1 ;;
 "npm install "*) [[ " $FAIL " != *" engines "* ]] || { echo no answer; exit 1; } ;;
 "uv pip compile "*) echo transformers==5.0.0 ;;
+"uv pip install "*)
+    echo "uv, with links $UV_FIND_LINKS: $*" >>"$LOG.made"
+    [[ " $FAIL " != *" uv "* ]] ;;
+"pip install "*) echo "$environment: $*" >>"$LOG.made" ;;
 "pre-commit "*) [[ " $FAIL " != *" linters "* ]] ;;
 esac
 """
@@ -185,6 +189,27 @@ def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, t
     assert all_tests == f".venv: pytest {command.partition('.venv/bin/pytest ')[2]}"
     assert core.startswith("oldest: pytest ") and "tests/conversion" in core and "tests/model" in core
     assert bits.startswith("bits: pytest ") and "tests/bits" in bits
+
+
+def test_ci_makes_environments_with_uv(ci, pin, tmp_path):
+    assert ci(pin, PIP_FIND_LINKS="/here /there").returncode == 0
+    made = (tmp_path / "log.made").read_text().splitlines()
+    assert made.count("uv: install -q -c constraints.txt uv") == 1
+    begin = "uv, with links /here,/there: pip install -q --python "
+    words = [line.partition("/bin/python ")[2] for line in made if line.startswith(begin)]
+    assert words == [
+        "-c constraints-oldest.txt -e .[test]",
+        "-c constraints.txt -e .[dev]",
+        "-c constraints.txt -e .[bits]",
+    ]
+    assert not [line for line in made if line.startswith("oldest: ")]
+
+
+def test_ci_makes_environments_with_pip_where_uv_finds_no_way(ci, pin, tmp_path):
+    assert ci(pin, fail="uv").returncode == 0
+    made = (tmp_path / "log.made").read_text().splitlines()
+    asked = [line.partition("/bin/python ")[2] for line in made if line.startswith("uv, ")]
+    assert len(asked) == 3 and all(any(line.endswith(f": install -q {words}") for line in made) for words in asked)
 
 
 @pytest.mark.parametrize(
