@@ -35,9 +35,10 @@ class Reciter:
         self.forward, self.text = model.forward, torch.empty(0)
         model.forward = self
 
-    def __call__(self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        start = past_key_values.get_seq_length()
-        output = self.forward(input_ids, past_key_values=past_key_values, **kwargs)
+    def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        (cache,) = (kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None)
+        start = cache.get_seq_length()
+        output = self.forward(input_ids, **kwargs)
         kept = output.logits.shape[1]
         positions = torch.arange(start + input_ids.shape[1] - kept, start + input_ids.shape[1])
         wanted = self.text[(positions + 1).clamp(max=len(self.text) - 1)]
