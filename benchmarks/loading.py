@@ -42,9 +42,10 @@ def load_one(side: str, folder: str, bits: int | None) -> None:
     settings = {} if bits is None else {"quantization_config": QWenBitsConfig(bits=bits)}
     seconds = seconds_of(lambda: loaded.append(CLASSES[side].from_pretrained(folder, **settings)))
     grown = peak() - before
-    # Mapped files are read when they are used first; a sum touches every weight, without making another copy.
+    # Mapped files are read when they are used first. Looking for the largest weight touches all of them without another
+    # copy, which a sum of whole numbers would make, in eight bytes each.
     with torch.inference_mode():
-        seconds += seconds_of(lambda: [weight.sum() for weight in loaded[0].parameters()])
+        seconds += seconds_of(lambda: [weight.max() for weight in loaded[0].parameters()])
     grown = max(grown, peak() - before)
     weights = sum(weight.nbytes for weight in loaded[0].parameters())
     print(json.dumps({"seconds": seconds, "peak": grown, "weights": weights}))
