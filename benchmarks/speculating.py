@@ -51,7 +51,8 @@ def run_speculation(model: Any, reciter: Reciter, texts: list[tuple[list[int], l
     for prompt, reply in texts:
         reciter.text = torch.tensor(prompt + reply)
         ids = torch.tensor([prompt])
-        output = model.generate(ids, max_new_tokens=len(reply), do_sample=False, eos_token_id=None, **settings)
+        # No token's id ends the text; with None the prompt lookup of transformers 5.4 fails.
+        output = model.generate(ids, max_new_tokens=len(reply), do_sample=False, eos_token_id=-1, **settings)
         if output[0].tolist() != prompt + reply:
             raise RuntimeError(f"{settings} has changed the text that is written")
 
