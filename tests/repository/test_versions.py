@@ -114,7 +114,8 @@ case "$(basename "$0") $*" in
 "python3 -m venv "*)
     mkdir -p "$3/bin"
     for name in npm pip pytest pre-commit python uv; do cp "$0" "$3/bin/$name"; done ;;
-"pip index versions transformers" | "python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
+"python3 -m pip index versions transformers") echo "transformers ($NEWEST)" ;;
+"python3 -m pip index versions torch") [[ -z "$TORCH" ]] || echo "torch ($TORCH)" ;;
 "python -") echo "$environment: $("$PYTHON" -)" ;; # what it is asked on standard input runs
 "pytest "*)
     [[ "$*" != *tests/bits* ]] || environment=bits
@@ -159,7 +160,7 @@ def ci(tmp_path):
     def run(newest: str, fail: str = "", **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(repository / ".ci" / "run")],
-            env={**environment, "NEWEST": newest, "FAIL": fail, "SKIP": "", **changes},
+            env={**environment, "NEWEST": newest, "TORCH": "", "FAIL": fail, "SKIP": "", **changes},
             capture_output=True,
             text=True,
         )
@@ -293,3 +294,27 @@ def test_ci_does_not_fail_where_a_newer_release_does_not_hold(ci):
     assert done.returncode == 0
     line = "CI: the newest transformers, 99.1.0, DID NOT HOLD (which fails nothing here): 1 failed in newest"
     assert line in done.stdout.splitlines()
+
+
+def test_ci_runs_what_computes_on_the_newest_torch(ci, pin, tmp_path):
+    done = ci(pin, TORCH="99.2.0")
+    assert done.returncode == 0
+    assert "CI: the newest torch, 99.2.0, held: 5 passed in newest_torch" in done.stdout.splitlines()
+    made = (tmp_path / "log.made").read_text().splitlines()
+    (words,) = [line for line in made if "torch==99.2.0" in line]
+    assert words.endswith("/beside_torch.txt torch==99.2.0 -e .[test]") and words.startswith("uv, ")
+    (ran,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("newest_torch: ")]
+    assert "tests/model" in ran and "tests/native" in ran
+
+
+def test_ci_does_not_fail_where_the_newest_torch_does_not_hold(ci, pin):
+    done = ci(pin, TORCH="99.2.0", fail="newest_torch")
+    assert done.returncode == 0
+    line = "CI: the newest torch, 99.2.0, DID NOT HOLD (which fails nothing here): 1 failed in newest_torch"
+    assert line in done.stdout.splitlines()
+
+
+def test_ci_tells_where_the_index_or_the_pin_leaves_nothing_to_try(ci, pin):
+    (torch,) = pins("constraints.txt", PYTHONS[-1])["torch"]
+    assert "CI: the newest torch: the index doesn't tell, not tried" in ci(pin).stdout.splitlines()
+    assert f"CI: the newest torch is the pin, {torch}: not run twice" in ci(pin, TORCH=torch).stdout.splitlines()
