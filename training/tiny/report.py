@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import textwrap
@@ -126,8 +127,9 @@ def losses(log: dict[str, Any], key: str) -> list[tuple[int, float]]:
 
 
 def plot_losses(log: dict[str, Any], path: Path) -> None:
-    """Draw training and evaluation losses of all stages."""
+    """Draw training and evaluation losses of all stages, in 64 colours, which take a third of the room."""
     from matplotlib.figure import Figure  # only those who train need it
+    from PIL import Image
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -141,7 +143,9 @@ def plot_losses(log: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log", title="qwen-tiny-chat")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
 
 
 def write_report(folder: Path, result: Result, parameters: int) -> None:
