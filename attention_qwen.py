@@ -315,11 +315,11 @@ def choose_implementation(module: Any, query: torch.Tensor, cache: Any) -> str:
         implementation == "sdpa"
         and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
     )
-    trained = module.training or query.requires_grad and torch.is_grad_enabled()
     # Compiled, pieces are computed one by one, over all the room of a static cache.
-    if not ours or trained or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
+    if not ours or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
         return implementation
-    if query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:
+    trained = module.training or query.requires_grad and torch.is_grad_enabled()
+    if not trained and query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:
         return LONE_QUERY_IMPLEMENTATION
     return PROMPT_IMPLEMENTATION if kernel_reads(query) else implementation
 

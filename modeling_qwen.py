@@ -51,11 +51,13 @@ from .few_bits_qwen import QWenBitsConfig as QWenBitsConfig
 from .fingerprint_qwen import fingerprint as fingerprint
 from .foreign_qwen import relative as relative
 from .generation_qwen import QWenGenerationMixin
+from .gradients_qwen import passed_back as passed_back
 from .heads_qwen import QuestionAnswering, SequenceClassification, TokenClassification
 from .kept_qwen import KeptCache as KeptCache
 from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
+from .native_gradients_qwen import GRADIENTS as GRADIENTS
 from .native_products_qwen import PRODUCTS as PRODUCTS
 from .native_prompt_qwen import PROMPT as PROMPT
 from .native_qwen import wait as wait

@@ -7,6 +7,7 @@ struct Prompt {  // as `prompt_qwen.Prompt`
     const void *queries, *keys, *values;
     void *result;
     const uint8_t *seen;
+    float *logsums;  // (batch, heads, count): logarithms of the sums of shares, or null
     int64_t batch, heads, kv_heads, count, length, size, causal;
     int64_t query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token;
     int64_t result_row, result_head, result_token, seen_row, seen_head, seen_query, threads;
@@ -59,27 +60,50 @@ template <class T> struct Block {
     float *scores;                       // (QUERIES, padded), whose beginnings the shares take
 };
 
+// Numbers of a head, (count, size) from `from`, as items: an item holds two channels or two tokens, where it holds two.
+// Zeros lie beyond. `step` and `next` are from token to token and from channel to channel, of items.
+template <class W, bool TOKENS, class T>
+void lay(const T *from, int64_t stride, int64_t count, int64_t size, typename W::item *to, int64_t tokens,
+         int64_t channels, int64_t step, int64_t next) {
+    const int64_t down = TOKENS ? W::EACH : 1, across = TOKENS ? 1 : W::EACH, beside = TOKENS ? stride : 1;
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t n = token * down, inside = n + down <= count ? std::min(channels, size / across) : 0;
+        const T *row = from + n * stride;
+        typename W::item *place = to + token * step;
+        if (next == 1)  // which is said here for vectors
+            for (int64_t channel = 0; channel < inside; channel++)
+                W::copy(row + channel * across, place + channel, beside);
+        else
+            for (int64_t channel = 0; channel < inside; channel++)
+                W::copy(row + channel * across, place + channel * next, beside);
+        for (int64_t channel = inside; channel < channels; channel++) {
+            T some[2] = {};
+            if (n < count && channel * across < size) some[0] = row[channel * across];
+            W::copy(some, place + channel * next, 1);
+        }
+    }
+}
+
+// The same of whole vectors of tokens side by side, which a product of them reads.
+template <class W, class T>
+void lay_lanes(const T *from, int64_t stride, int64_t count, int64_t size, typename W::item *to, int64_t tokens,
+               int64_t depth) {
+    for (int64_t first = 0; first < tokens; first += LANES)
+        lay<W, false>(from + first * stride, stride, std::max<int64_t>(0, count - first), size, to + first * depth,
+                      LANES, depth, 1, LANES);
+}
+
 // Part of the keys and values of a head as tiles read them.
 template <class T> void pack(const Prompt &a, const Block<T> &b, int64_t row, int64_t kv) {
     typedef typename Block<T>::W W;
     const T *keys = (const T *)a.keys + row * a.key_row + kv * a.key_head;
     const T *values = (const T *)a.values + row * a.value_row + kv * a.value_head;
     const Part mine = share(b.padded, LANES);
-    for (int64_t token = mine.first; token < mine.end; token++)
-        for (int64_t d = 0; d < b.depth; d++) {
-            typename W::item *to = b.keys + (token / LANES * b.depth + d) * LANES + token % LANES;
-            T some[2] = {};
-            for (int n = 0; n < W::EACH && token < a.length && d * W::EACH + n < a.size; n++)
-                some[n] = keys[token * a.key_token + d * W::EACH + n];
-            W::copy(some, to, 1);
-        }
-    for (int64_t step = mine.first / W::EACH; step < mine.end / W::EACH; step++)
-        for (int64_t c = 0; c < b.wide * LANES; c++) {
-            T some[2] = {};
-            for (int n = 0; n < W::EACH && c < a.size && step * W::EACH + n < a.length; n++)
-                some[n] = values[(step * W::EACH + n) * a.value_token + c];
-            W::copy(some, b.values + step * b.wide * LANES + c, 1);
-        }
+    const int64_t tokens = mine.end - mine.first, count = std::max<int64_t>(0, a.length - mine.first);
+    lay_lanes<W>(keys + mine.first * a.key_token, a.key_token, count, a.size, b.keys + mine.first * b.depth, tokens,
+                 b.depth);
+    lay<W, true>(values + mine.first * a.value_token, a.value_token, count, a.size,
+                 b.values + mine.first / W::EACH * b.wide * LANES, tokens / W::EACH, b.wide * LANES, b.wide * LANES, 1);
 }
 
 // One more than the last key that a query of a block sees.
@@ -92,9 +116,20 @@ inline int64_t limit_of(const Prompt &a, const uint8_t *seen, int64_t first, int
     return limit;
 }
 
-// Scores of a query to shares of the values, in their place, not divided by what is returned.
+// The tile of the first key that a query of a block sees.
+inline int64_t start_of(const Prompt &a, const uint8_t *seen, int64_t first, int64_t count, int64_t limit) {
+    int64_t start = seen ? limit - 1 : 0;
+    for (int64_t n = first; seen && n < first + count; n++)
+        for (int64_t key = 0; key < start; key++)
+            if (seen[n * a.seen_query + key]) start = key;
+    return start / TILE * TILE;
+}
+
+// Scores of a query to shares of the values, in their place, not divided by what is returned; `top` becomes the
+// greatest of them.
 template <class W>
-float shares_of(float *scores, int64_t limit, int64_t padded, int64_t visible, const uint8_t *seen, float scale) {
+float shares_of(float *scores, int64_t limit, int64_t padded, int64_t visible, const uint8_t *seen, float scale,
+                float &top) {
     const float least = -3.4028234e38f;
     vec greatest = vec{} + least;
     for (int64_t n = visible; n < padded; n++) scores[n] = least;
@@ -105,7 +140,7 @@ float shares_of(float *scores, int64_t limit, int64_t padded, int64_t visible, c
         const vec some = load(scores + n) * scale;
         greatest = greatest > some ? greatest : some;
     }
-    float top = least;
+    top = least;
     for (int lane = 0; lane < LANES; lane++) top = std::max(top, greatest[lane]);
     vec total[PIECES] = {};
     for (int64_t n = 0; n < padded; n += LANES) {
@@ -119,12 +154,13 @@ float shares_of(float *scores, int64_t limit, int64_t padded, int64_t visible, c
 }
 
 template <class T, int N>
-void put_values(const Prompt &a, const Block<T> &b, T *to, int64_t rows, int64_t r, int64_t c, int64_t steps,
-                const float *totals) {
+void put_values(const Prompt &a, const Block<T> &b, T *to, int64_t rows, int64_t r, int64_t c, int64_t start,
+                int64_t steps, const float *totals) {
     typedef typename Block<T>::W W;
     const auto *shares = (typename W::item *)(b.scores + r * b.padded);
     vec acc[W::ROWS][N] = {};
-    tile<W, N>(b.values + c * LANES, b.wide * LANES, LANES, shares, b.padded, steps, acc);
+    const auto *values = b.values + (start / W::EACH * b.wide + c) * LANES;
+    tile<W, N>(values, b.wide * LANES, LANES, shares, b.padded, steps, acc);
     for (int n = 0; n < W::ROWS && r + n < rows; n++)
         for (int v = 0; v < N; v++) {
             const vec some = acc[n][v] * (1.0f / totals[r + n]);
@@ -142,17 +178,12 @@ template <class T> void attend_block(const Prompt &a, const Block<T> &b, int64_t
     const int64_t rows = std::min((int64_t)QUERIES, a.count - first);
     const T *queries = (const T *)a.queries + row * a.query_row + head * a.query_head + first * a.query_token;
     const uint8_t *seen = a.seen ? a.seen + row * a.seen_row + head * a.seen_head : nullptr;
-    for (int64_t r = 0; r < QUERIES; r++)
-        for (int64_t d = 0; d < b.depth; d++) {
-            T some[2] = {};
-            for (int n = 0; n < W::EACH && r < rows && d * W::EACH + n < a.size; n++)
-                some[n] = queries[r * a.query_token + d * W::EACH + n];
-            W::copy(some, b.queries + r * b.depth + d, 1);
-        }
-    const int64_t limit = limit_of(a, seen, first, rows), padded = (limit + TILE - 1) / TILE * TILE;
+    lay<W, false>(queries, a.query_token, rows, a.size, b.queries, QUERIES, b.depth, b.depth, 1);
+    const int64_t limit = limit_of(a, seen, first, rows), start = start_of(a, seen, first, rows, limit);
+    const int64_t padded = (limit - start + TILE - 1) / TILE * TILE;
     for (int64_t key = 0; key < padded; key += W::WIDE * LANES)
         for (int64_t r = 0; r < rows; r += W::ROWS) {
-            const auto *keys = b.keys + key * b.depth, *some = b.queries + r * b.depth;
+            const auto *keys = b.keys + (start + key) * b.depth, *some = b.queries + r * b.depth;
             vec acc[W::ROWS][W::WIDE] = {};
             tile<W, W::WIDE>(keys, LANES, b.depth * LANES, some, b.depth, b.depth, acc);
             for (int n = 0; n < W::ROWS; n++)
@@ -161,18 +192,25 @@ template <class T> void attend_block(const Prompt &a, const Block<T> &b, int64_t
     float totals[QUERIES];
     for (int64_t r = 0; r < rows; r++) {
         const int64_t visible = a.causal ? std::min(limit, first + r + 1) : limit;
-        totals[r] = shares_of<W>(b.scores + r * b.padded, limit, padded, visible,
-                                 seen ? seen + (first + r) * a.seen_query : nullptr, (float)a.scale);
+        const uint8_t *its = seen ? seen + (first + r) * a.seen_query + start : nullptr;
+        float top;
+        totals[r] = shares_of<W>(b.scores + r * b.padded, limit - start, padded, visible - start, its, (float)a.scale,
+                                 top);
+        if (a.logsums) {  // to what sees nothing, as torch has it, nothing comes back
+            const bool blind = its && !std::memchr(its, 1, visible - start);
+            a.logsums[(row * a.heads + head) * a.count + first + r] = blind ? 3.0e38f : top + std::log(totals[r]);
+            if (blind) totals[r] = INFINITY;
+        }
     }
     T *to = (T *)a.result + row * a.result_row + head * a.result_head + first * a.result_token;
-    const int64_t steps = (limit + W::EACH - 1) / W::EACH;
+    const int64_t steps = (limit - start + W::EACH - 1) / W::EACH;
     for (int64_t c = 0; c < b.wide;) {
         const bool many = b.wide - c >= W::WIDE;
         for (int64_t r = 0; r < rows; r += W::ROWS) {
             if (many)
-                put_values<T, W::WIDE>(a, b, to, rows, r, c, steps, totals);
+                put_values<T, W::WIDE>(a, b, to, rows, r, c, start, steps, totals);
             else
-                put_values<T, 1>(a, b, to, rows, r, c, steps, totals);
+                put_values<T, 1>(a, b, to, rows, r, c, start, steps, totals);
         }
         c += many ? W::WIDE : 1;
     }

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from .native_gradients_qwen import GRADIENTS
 from .native_products_qwen import PRODUCTS
 from .native_prompt_qwen import PROMPT
 from .native_steps_qwen import STEPS
@@ -29,7 +30,7 @@ from .native_steps_qwen import STEPS
 logger = logging.get_logger(__name__)
 
 SWITCH = "QWEN_NATIVE"
-_SOURCE = PRODUCTS + STEPS + PROMPT
+_SOURCE = PRODUCTS + STEPS + PROMPT + GRADIENTS
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "clang++")
 _SCRIPT = """

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .native_qwen import SWITCH, library
+from .native_qwen import SWITCH, library, wait
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels compute with, and how they call it."""
@@ -38,13 +38,22 @@ class Matrix(ctypes.Structure):
     ]
 
 
-def kernels_for(states: torch.Tensor) -> ctypes.CDLL | None:
-    """The library, where its products may stand for torch's, if nobody differentiates them."""
+def kernels_for(
+    states: torch.Tensor, autocast_to: torch.dtype | None = None, waits: bool = False
+) -> ctypes.CDLL | None:
+    """The library, where its products may stand for torch's, if nobody differentiates them.
+
+    Args:
+        autocast_to: what autocast would make of the states for this operation, if it is one that autocast looks at.
+        waits: until a library is there that is being made.
+    """
     if torch.compiler.is_compiling() or type(states) is not torch.Tensor or states.device.type != "cpu":
         return None
-    if states.dtype not in DTYPES or torch.is_autocast_enabled("cpu") or is_watched():
+    if states.dtype not in DTYPES or is_watched():
         return None
-    return library()
+    if torch.is_autocast_enabled("cpu") and autocast_to != torch.get_autocast_dtype("cpu"):
+        return None
+    return wait() if waits else library()
 
 
 def is_watched() -> bool:

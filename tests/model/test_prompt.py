@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwen1 import QWenAttention, prompt_qwen
+from qwen1 import QWenAttention, products_qwen, prompt_qwen
 from qwen1.attention_qwen import PROMPT_IMPLEMENTATION, choose_implementation, eager_attention_forward
 from qwen1.native_qwen import SWITCH, wait
 from qwen1.prompt_qwen import prompt_attention
@@ -132,9 +132,23 @@ def test_an_empty_batch(kernel_alone):
     assert prompt_attention(module_of((0, 4, 2)), *states, None)[0].shape == (0, 70, 4, 16)
 
 
-def test_autocast_is_torchs_matter():
+def test_a_training_waits_for_a_kernel_that_is_being_made(monkeypatch):
+    """Else it would go on with another attention than it began with."""
+    states = torch.zeros(1, 4, 40, 16)
+    monkeypatch.setattr(products_qwen, "library", lambda: None)
+    assert not prompt_qwen.kernel_reads(states)
+    assert prompt_qwen.kernel_reads(states.clone().requires_grad_())
+    with torch.no_grad():
+        assert not prompt_qwen.kernel_reads(states.clone().requires_grad_())
+
+
+def test_what_autocast_would_round_is_torchs_matter():
+    states = torch.zeros(1, 4, 40, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not prompt_qwen.kernel_reads(torch.zeros(1, 4, 40, 16))
+        assert not prompt_qwen.kernel_reads(states)
+        assert prompt_qwen.kernel_reads(states.bfloat16())
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not prompt_qwen.kernel_reads(states.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -167,13 +181,11 @@ def test_where_it_takes_the_place_of_that_of_torch(tiny_config, monkeypatch):
         query.half(),
         query[:, :, :15],
         query.to("meta"),
-        learnt,
         torch.nn.Parameter(query, False),
     ]
-    assert [choose(other) for other in others] == ["sdpa"] * 6
-    assert choose(query, cache="an engine's") == choose(query, training=True) == "sdpa"
-    with torch.no_grad():
-        assert choose(query.clone().requires_grad_()) == PROMPT_IMPLEMENTATION
+    assert [choose(other) for other in others] == ["sdpa"] * 5
+    assert choose(query, cache="an engine's") == "sdpa"
+    assert choose(learnt) == choose(query, training=True) == PROMPT_IMPLEMENTATION
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", eager_attention_forward)
     assert choose(query) == "sdpa"
 

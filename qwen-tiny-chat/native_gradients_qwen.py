@@ -1,0 +1,1 @@
+../native_gradients_qwen.py
