@@ -44,7 +44,7 @@ def kernels_for(
     """The library, where its products may stand for torch's, if nobody differentiates them.
 
     Args:
-        autocast_to: what autocast would make of the states for this operation, if it is one that autocast looks at.
+        autocast_to: under autocast to this dtype too, for operations whose every part is of it already.
         waits: until a library is there that is being made.
     """
     if torch.compiler.is_compiling() or type(states) is not torch.Tensor or states.device.type != "cpu":
