@@ -31,6 +31,7 @@ _OF_A_CALL = frozenset({"idx", "subB", "is_training"})
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
+@torch.no_grad()
 def fingerprint(model: nn.Module) -> bytes | None:
     """A digest that is another one whenever anything has changed that the model computes with.
 
@@ -43,15 +44,16 @@ def fingerprint(model: nn.Module) -> bytes | None:
     """
     digest = hashlib.blake2b(digest_size=16)
     pieces: list[torch.Tensor] = []
-    configurations = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    modules = list(model.modules())
+    configurations = {id(config): config for module in modules if (config := vars(module).get("config"))}
     digest.update(repr([_plain(vars(config)) for config in configurations.values()]).encode())
-    if runs_foreign_code(model):
+    if any(map(_runs_foreign_code, modules)):
         return None
-    for module in model.modules():
-        digest.update(repr(_settings(module)).encode())
-        scales, settings = _beside_weights(module)
-        digest.update(repr(settings).encode())
-        for name, tensor in (*_tensors(module), *scales):
+    for module in modules:
+        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        scales, settings = _beside_weights(module, own)
+        digest.update(repr((*_settings(module, own), settings)).encode())
+        for name, tensor in (*_tensors(module, own), *scales):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
             parts = _octets(_at_hand(module, name, tensor))
             if parts is None:
@@ -64,15 +66,16 @@ def fingerprint(model: nn.Module) -> bytes | None:
 
 def runs_foreign_code(model: nn.Module) -> bool:
     """Whether functions of somebody else run inside a model, which libraries are not: hooks, a `forward` replaced."""
-    everywhere = nn.modules.module
+    return any(map(_runs_foreign_code, model.modules()))
+
+
+def _runs_foreign_code(module: nn.Module) -> bool:
+    everywhere, own = nn.modules.module, vars(module)
     watched = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-    for module in model.modules():
-        hooked = watched or module._forward_hooks or module._forward_pre_hooks
-        # Asked first because it is quickly answered, and for nearly all of some hundreds of modules the last question.
-        touched = hooked or not {"forward", "_hf_hook"}.isdisjoint(vars(module))
-        if touched and not all(map(_is_of_a_library, _functions_inside(module))):
-            return True
-    return False
+    hooked = watched or own["_forward_hooks"] or own["_forward_pre_hooks"]
+    # Asked first because it is quickly answered, and for nearly all of some hundreds of modules the last question.
+    touched = hooked or "forward" in own or "_hf_hook" in own
+    return touched and not all(map(_is_of_a_library, _functions_inside(module)))
 
 
 def _functions_inside(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -109,10 +112,10 @@ def _is_of_a_library(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] in _LIBRARIES
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
+def _settings(module: nn.Module, own: Mapping[str, Any]) -> tuple[Any, ...]:
     """The code of a module and what is set on it, but for tensors and other modules."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and name != "forward"}
-    return type(module), type(module).forward, module.training, _plain(own)
+    settings = {name: _plain(value) for name, value in own.items() if name != "forward"}
+    return type(module), type(module).forward, module.training, settings
 
 
 def _plain(value: Any, depth: int = 3) -> Any:
@@ -127,21 +130,23 @@ def _plain(value: Any, depth: int = 3) -> Any:
     return None
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(module: nn.Module, own: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """Those of a module itself: weights, buffers, and what else lies on it, as scales of few-bit layers."""
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
-    yield from ((name, held) for name, held in vars(module).items() if isinstance(held, torch.Tensor))
+    held = (*module._parameters.items(), *module._buffers.items(), *own.items())
+    return [(name, tensor) for name, tensor in held if isinstance(tensor, torch.Tensor)]
 
 
-def _beside_weights(module: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, Any]]]:
+def _beside_weights(
+    module: nn.Module, own: Mapping[str, Any]
+) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, Any]]]:
     """Tensors and settings that lie on the weights of a module, or in objects of the library that its class is from:
     few-bit layers keep scales there, and move them between both places.
     """
     library = _library_of(module)
-    weights = [weight for weight in module.parameters(recurse=False) if type(weight).__module__ != "torch.nn.parameter"]
-    weights = [weight for weight in weights if not hasattr(weight, "__tensor_flatten__")]
-    objects = [value for value in vars(module).values() if _library_of(value) in (library, _FEW_BITS)]
+    weights = [weight for weight in module._parameters.values() if type(weight) is not nn.Parameter]
+    weights = [weight for weight in weights if weight is not None and not hasattr(weight, "__tensor_flatten__")]
+    held = [value for name, value in own.items() if name != "config"]  # read once, for all that have it
+    objects = [value for value in held if _library_of(value) in (library, _FEW_BITS)]
     found = [leaf for holder in (*weights, *objects) for leaf in _leaves(holder)]
     known = {weight.data_ptr() for weight in weights}
     scales = [(name, value) for name, value in found if isinstance(value, torch.Tensor)]
@@ -172,7 +177,6 @@ def _at_hand(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor
     return tensor if tensor.device.type != "meta" or offloaded is None else offloaded[name]
 
 
-@torch.no_grad()
 def _octets(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     """All bytes of a tensor as some of (N,) uint8 on its device; None where they can't be read."""
     if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors
@@ -184,7 +188,6 @@ def _octets(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     return [tensor.detach().contiguous().reshape(-1).view(torch.uint8)]
 
 
-@torch.no_grad()
 def _sums(pieces: list[torch.Tensor]) -> list[int]:
     """Sums over all bytes of tensors of one device."""
     # Weights are of a class of their own, which a view of theirs is too.
