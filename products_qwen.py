@@ -47,7 +47,9 @@ def kernels_for(
         autocast_to: under autocast to this dtype too, for operations whose every part is of it already.
         waits: until a library is there that is being made.
     """
-    if torch.compiler.is_compiling() or type(states) is not torch.Tensor or states.device.type != "cpu":
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a program would hold what came out as a constant
+        return None
+    if type(states) is not torch.Tensor or states.device.type != "cpu":
         return None
     if states.dtype not in DTYPES or is_watched():
         return None

@@ -38,7 +38,7 @@ class Prompt(ctypes.Structure):
 
 def kernel_reads(query: torch.Tensor) -> bool:
     """Whether there is a kernel for so many queries, (B, H, T, D)."""
-    return not torch.jit.is_tracing() and _kernel_for(query) is not None and query.shape[2] >= _LEAST_QUERIES
+    return _kernel_for(query) is not None and query.shape[2] >= _LEAST_QUERIES
 
 
 def _kernel_for(query: torch.Tensor) -> ctypes.CDLL | None:

@@ -26,10 +26,8 @@ class Turn(ctypes.Structure):
 
 def turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor | None:
     """Rotated heads, (B, T, H, D) by angles (B or 1, T, 1, R) float32, or None, where torch has to do it."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or heads.dim() != 4 or heads.stride(-1) != 1:
-        return None
-    native = kernels_for(heads)
-    if native is None or not heads.numel():
+    native = None if torch.is_grad_enabled() else kernels_for(heads)
+    if native is None or heads.dim() != 4 or heads.stride(-1) != 1 or not heads.numel():
         return None
     batch, count, number, size = heads.shape
     rotated = cosine.shape[-1]
