@@ -62,6 +62,7 @@ from .native_products_qwen import PRODUCTS as PRODUCTS
 from .native_prompt_qwen import PROMPT as PROMPT
 from .native_qwen import wait as wait
 from .native_steps_qwen import STEPS as STEPS
+from .native_vectors_qwen import VECTORS as VECTORS
 from .ntk_qwen import alpha_of_call, choose_alpha
 from .parallel_qwen import HEAD_SHARDING_PLAN, HEAD_TENSOR_PLAN
 from .passes_qwen import gated, normed, pays
@@ -81,7 +82,7 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import logits_of_head, projected, steps_of_blocks, widely_projected
+from .steps_qwen import logits_of_head, product_of_linear, projected, steps_of_blocks
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
@@ -286,7 +287,7 @@ class QWenAttention(nn.Module):
             past_key_values, cache: cache that this call's keys and values are added to, under either name.
         """
         width, kv_width = shares_of_process(self.c_attn, self.projection_size, self.kv_projection_size)
-        if (parts := widely_projected(self.c_attn, hidden_states)) is not None:
+        if (parts := product_of_linear(self.c_attn, hidden_states)) is not None:
             query, key, value = parts.tensor_split((width, width + kv_width), dim=-1)
         else:
             query, key, value = self.c_attn(hidden_states).split((width, kv_width, kv_width), dim=-1)

@@ -1,153 +1,42 @@
-"""The C++ text of products for a few tokens on a CPU, which `native_qwen` has the machine's own compiler translate.
-
-It is text in a Python file because transformers takes along nothing else with the code of a model. It uses vectors as
-long as the processor's registers, in the notation that GCC and Clang share: longer ones would lie in memory.
+"""The C++ text of products for a few tokens on a CPU, behind that of `native_vectors_qwen`.
 
 A matrix is read from its first byte to its last, by each thread a part of its own: a core that reads several rows side
-by side gets half of what the memory gives to one that reads on and on.
+by side gets half of what the memory gives to one that reads on and on. Four rows times four vectors are the exception:
+there the core's own work would take longer than reading, if each number were loaded for one product only.
 """
 
 PRODUCTS = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <omp.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-#if defined(__AVX512F__)
-const int LANES = 16;
-#elif defined(__AVX2__)
-const int LANES = 8;
-#else
-const int LANES = 4;
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint8_t octets __attribute__((vector_size(LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-// Rows whose codes lie together, and numbers that are added up side by side, so that sums are the same to the last bit
-// on every processor that multiplies and adds at once; and the vectors that hold so many.
-const int BLOCK = 16, PIECES = BLOCK / LANES;
-
-struct bf16 { uint16_t bits; };
-
-inline float up(float value) { return value; }
-inline float up(bf16 value) {
-    uint32_t word = (uint32_t)value.bits << 16;
-    float result;
-    std::memcpy(&result, &word, 4);
-    return result;
-}
-inline void put(float *place, float value) { *place = value; }
-inline void put(bf16 *place, float value) {  // to the nearest, of two the even one
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    bool nan = (word & 0x7fffffff) > 0x7f800000;
-    place->bits = nan ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-template <class T> inline float rounded(float value) {
-    T result;
-    put(&result, value);
-    return up(result);
-}
-inline vec load(const float *place) {
-    vec result;
-    std::memcpy(&result, place, sizeof result);
-    return result;
-}
-inline vec load(const bf16 *place) {
-    halves bits;
-    std::memcpy(&bits, place, sizeof bits);
-    ints words = __builtin_convertvector(bits, ints) << 16;
-    vec result;
-    std::memcpy(&result, &words, sizeof result);
-    return result;
-}
-inline void store(float *place, vec value) { std::memcpy(place, &value, sizeof value); }
-inline void store(bf16 *place, vec value) {
-    words bits, odd;
-    std::memcpy(&bits, &value, sizeof bits);
-    odd = (bits >> 16) & 1;
-    bits = (bits & 0x7fffffffu) > 0x7f800000u ? words{} + 0x7fc0u : (bits + 0x7fffu + odd) >> 16;
-    const halves result = __builtin_convertvector(bits, halves);
-    std::memcpy(place, &result, sizeof result);
-}
-inline float sum(const vec (&value)[PIECES]) {
-    float result = 0;
-    for (int lane = 0; lane < BLOCK; lane++) result += value[lane / LANES][lane % LANES];
-    return result;
-}
-#ifndef __AVX512BF16__
-// The numbers of a block as vectors: with 8 lanes even and odd ones apart, which takes one instruction a vector, where
-// those that lie side by side take two. A sum over such vectors goes in the order of the columns all the same.
-const bool APART = LANES == 8;
-inline void load_block(const bf16 *place, vec (&block)[PIECES]) {
-    if (APART) {
-        words pairs, even, odd;
-        std::memcpy(&pairs, place, sizeof pairs);
-        even = pairs << 16;
-        odd = pairs & 0xffff0000u;
-        std::memcpy(&block[0], &even, sizeof even);
-        std::memcpy(&block[PIECES - 1], &odd, sizeof odd);
-    } else {
-        for (int p = 0; p < PIECES; p++) block[p] = load(place + p * LANES);
-    }
-}
-inline float sum_block(const vec (&value)[PIECES]) {
-    float result = 0;
-    for (int n = 0; n < BLOCK; n++) result += APART ? value[n % PIECES][n / PIECES] : value[n / LANES][n % LANES];
-    return result;
-}
-#endif
-inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity become the least and the greatest
-    x = x < -87.0f ? vec{} - 87.0f : x;
-    x = x > 88.0f ? vec{} + 88.0f : x;
-    const float magic = 12582912.0f;  // adding it rounds to a whole number
-    vec whole = (x * 1.44269504f + magic) - magic;
-    vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    vec series = vec{} + 1.9875691500e-4f;
-    series = series * rest + 1.3981999507e-3f;
-    series = series * rest + 8.3334519073e-3f;
-    series = series * rest + 4.1665795894e-2f;
-    series = series * rest + 1.6666665459e-1f;
-    series = series * rest + 5.0000001201e-1f;
-    series = series * rest * rest + rest + 1.0f;
-    ints power = (__builtin_convertvector(whole, ints) + 127) << 23;
-    vec scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return series * scale;
-}
-
-// A row of a matrix times B vectors, each of `columns` numbers.
-template <int B> const int CHAINS_OF = B == 1 ? 4 : B == 2 ? 2 : 1;  // sums that don't wait for one another
-template <int B> inline void dots(const float *row, const float *x, int64_t columns, float (&result)[B]) {
-    const int CHAINS = CHAINS_OF<B>;
-    vec acc[B][CHAINS][PIECES] = {};
+// R rows of a matrix times B vectors, each of `columns` numbers: what a row finds in a register is multiplied with each
+// vector, and a vector's with each row.
+inline void fetch(const void *place) { __builtin_prefetch(place, 0, 2); }
+template <int N> const int CHAINS_OF = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums that don't wait for one another
+template <int R, int B> inline void dots(const float *rows, const float *x, int64_t columns, float (&result)[R][B]) {
+    const int CHAINS = CHAINS_OF<R * B>;
+    vec acc[R][B][CHAINS][PIECES] = {};
+    auto take = [&](int64_t at, int chain) {
+        vec weights[R][PIECES];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < PIECES; p++) weights[r][p] = load(rows + r * columns + at + p * LANES);
+        for (int r = 0; R > 1 && r < R; r++) fetch(rows + (r + BLOCK) * columns + at);
+        for (int p = 0; p < PIECES; p++)
+            for (int b = 0; b < B; b++) {
+                const vec values = load(x + b * columns + at + p * LANES);
+                for (int r = 0; r < R; r++) acc[r][b][chain][p] += weights[r][p] * values;
+            }
+    };
     int64_t column = 0;
     for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
-        for (int chain = 0; chain < CHAINS; chain++)
-            for (int p = 0; p < PIECES; p++) {
-                const int64_t at = column + chain * BLOCK + p * LANES;
-                const vec weights = load(row + at);
-                for (int b = 0; b < B; b++) acc[b][chain][p] += weights * load(x + b * columns + at);
-            }
-    for (; column + BLOCK <= columns; column += BLOCK)
-        for (int p = 0; p < PIECES; p++)
-            for (int b = 0; b < B; b++)
-                acc[b][0][p] += load(row + column + p * LANES) * load(x + b * columns + column + p * LANES);
-    for (int b = 0; b < B; b++) {
-        for (int chain = 1; chain < CHAINS; chain++)
-            for (int p = 0; p < PIECES; p++) acc[b][0][p] += acc[b][chain][p];
-        result[b] = sum(acc[b][0]);
-        for (int64_t rest = column; rest < columns; rest++) result[b] += row[rest] * x[b * columns + rest];
-    }
+        for (int chain = 0; chain < CHAINS; chain++) take(column + chain * BLOCK, chain);
+    for (; column + BLOCK <= columns; column += BLOCK) take(column, 0);
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) {
+            for (int chain = 1; chain < CHAINS; chain++)
+                for (int p = 0; p < PIECES; p++) acc[r][b][0][p] += acc[r][b][chain][p];
+            result[r][b] = sum(acc[r][b][0]);
+            for (int64_t n = column; n < columns; n++) result[r][b] += rows[r * columns + n] * x[b * columns + n];
+        }
 }
 // What `dots` takes of a product's vectors, and how it is made.
 inline void prepare(const float *, int64_t, float *) {}
@@ -155,33 +44,38 @@ inline const float *prepared(const float *x, const float *) { return x; }
 #ifdef __AVX512BF16__
 inline void prepare(const bf16 *, int64_t, float *) {}
 inline const bf16 *prepared(const bf16 *x, const float *) { return x; }
-template <int B> inline void dots(const bf16 *row, const bf16 *x, int64_t columns, float (&result)[B]) {
-    const int CHAINS = CHAINS_OF<B>, STEP = 2 * LANES;
-    __m512 acc[B][CHAINS];
-    for (int b = 0; b < B; b++)
-        for (int chain = 0; chain < CHAINS; chain++) acc[b][chain] = _mm512_setzero_ps();
+const __mmask32 WHOLE = 0xffffffffu;
+inline __m512bh load_pairs(const bf16 *place, __mmask32 there) {
+    return (__m512bh)(there == WHOLE ? _mm512_loadu_si512(place) : _mm512_maskz_loadu_epi16(there, place));
+}
+template <int R, int B> inline void dots(const bf16 *rows, const bf16 *x, int64_t columns, float (&result)[R][B]) {
+    const int CHAINS = CHAINS_OF<R * B>, STEP = 2 * LANES;
+    __m512 acc[R][B][CHAINS];
+    for (int n = 0; n < R * B * CHAINS; n++) acc[n / CHAINS / B][n / CHAINS % B][n % CHAINS] = _mm512_setzero_ps();
+    auto take = [&](int64_t at, int chain, __mmask32 there) {
+        __m512bh weights[R];
+        for (int r = 0; r < R; r++) {
+            weights[r] = load_pairs(rows + r * columns + at, there);
+            if (R > 1) fetch(rows + (r + BLOCK) * columns + at);
+        }
+        for (int b = 0; b < B; b++) {
+            const __m512bh values = load_pairs(x + b * columns + at, there);
+            for (int r = 0; r < R; r++) acc[r][b][chain] = _mm512_dpbf16_ps(acc[r][b][chain], weights[r], values);
+        }
+    };
     int64_t column = 0;
     for (; column + CHAINS * STEP <= columns; column += CHAINS * STEP)
-        for (int chain = 0; chain < CHAINS; chain++) {
-            __m512bh weights = (__m512bh)_mm512_loadu_si512(row + column + chain * STEP);
-            for (int b = 0; b < B; b++) {
-                __m512bh values = (__m512bh)_mm512_loadu_si512(x + b * columns + column + chain * STEP);
-                acc[b][chain] = _mm512_dpbf16_ps(acc[b][chain], weights, values);
-            }
-        }
+        for (int chain = 0; chain < CHAINS; chain++) take(column + chain * STEP, chain, WHOLE);
     for (; column < columns; column += STEP) {
-        int64_t left = columns - column;
-        __mmask32 there = left >= STEP ? 0xffffffffu : (1u << left) - 1;
-        __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(there, row + column);
+        const int64_t left = columns - column;
+        take(column, 0, left >= STEP ? WHOLE : (1u << left) - 1);
+    }
+    for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) {
-            __m512bh values = (__m512bh)_mm512_maskz_loadu_epi16(there, x + b * columns + column);
-            acc[b][0] = _mm512_dpbf16_ps(acc[b][0], weights, values);
+            for (int chain = 1; chain < CHAINS; chain++)
+                acc[r][b][0] = _mm512_add_ps(acc[r][b][0], acc[r][b][chain]);
+            result[r][b] = _mm512_reduce_add_ps(acc[r][b][0]);
         }
-    }
-    for (int b = 0; b < B; b++) {
-        for (int chain = 1; chain < CHAINS; chain++) acc[b][0] = _mm512_add_ps(acc[b][0], acc[b][chain]);
-        result[b] = _mm512_reduce_add_ps(acc[b][0]);
-    }
 }
 #else
 inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and not for every row of the matrix
@@ -195,25 +89,29 @@ inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and
 }
 inline const float *prepared(const bf16 *, const float *wide) { return wide; }
 // As for float, with the same sums.
-template <int B> inline void dots(const bf16 *row, const float *x, int64_t columns, float (&result)[B]) {
-    const int CHAINS = CHAINS_OF<B>;
-    vec acc[B][CHAINS][PIECES] = {};
+template <int R, int B> inline void dots(const bf16 *rows, const float *x, int64_t columns, float (&result)[R][B]) {
+    const int CHAINS = CHAINS_OF<R * B>;
+    vec acc[R][B][CHAINS][PIECES] = {};
     auto take = [&](int64_t at, int chain) {
-        vec weights[PIECES];
-        load_block(row + at, weights);
+        vec weights[R][PIECES];
+        for (int r = 0; r < R; r++) load_block(rows + r * columns + at, weights[r]);
         for (int p = 0; p < PIECES; p++)
-            for (int b = 0; b < B; b++) acc[b][chain][p] += weights[p] * load(x + b * columns + at + p * LANES);
+            for (int b = 0; b < B; b++) {
+                const vec values = load(x + b * columns + at + p * LANES);
+                for (int r = 0; r < R; r++) acc[r][b][chain][p] += weights[r][p] * values;
+            }
     };
     int64_t column = 0;
     for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
         for (int chain = 0; chain < CHAINS; chain++) take(column + chain * BLOCK, chain);
     for (; column + BLOCK <= columns; column += BLOCK) take(column, 0);
-    for (int b = 0; b < B; b++) {
-        for (int chain = 1; chain < CHAINS; chain++)
-            for (int p = 0; p < PIECES; p++) acc[b][0][p] += acc[b][chain][p];
-        result[b] = sum_block(acc[b][0]);
-        for (int64_t rest = column; rest < columns; rest++) result[b] += up(row[rest]) * x[b * columns + rest];
-    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) {
+            for (int chain = 1; chain < CHAINS; chain++)
+                for (int p = 0; p < PIECES; p++) acc[r][b][0][p] += acc[r][b][chain][p];
+            result[r][b] = sum_block(acc[r][b][0]);
+            for (int64_t n = column; n < columns; n++) result[r][b] += up(rows[r * columns + n]) * x[b * columns + n];
+        }
 }
 #endif
 
@@ -425,16 +323,22 @@ template <class T> inline void put_row(const Matrix &m, T *y, int64_t b, int64_t
     put(y + b * m.rows + row, m.bias ? value + up(((const T *)m.bias)[row]) : value);
 }
 
+template <int R, int B, class T, class X>
+inline void put_dots(const Matrix &m, const X *vectors, T *y, int64_t first, int64_t row) {
+    float result[R][B];
+    dots<R, B>((const T *)m.codes + row * m.columns, vectors, m.columns, result);
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) put_row(m, y, first + b, row + r, result[r][b]);
+}
+
 // Rows `row` to `end` of the product for B vectors from the one of number `first`.
 template <int B, class T>
 void some_rows(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t first, int64_t row, int64_t end) {
     if (m.kind == 0) {
         const auto *vectors = prepared(x, made.wide) + first * m.columns;
-        for (; row < end; row++) {
-            float result[B];
-            dots<B>((const T *)m.codes + row * m.columns, vectors, m.columns, result);
-            for (int b = 0; b < B; b++) put_row(m, y, first + b, row, result[b]);
-        }
+        const int TILE = PIECES == 1 && B == 4 ? 4 : 1;  // sums that 32 registers hold
+        for (; row + TILE <= end; row += TILE) put_dots<TILE, B>(m, vectors, y, first, row);
+        for (; row < end; row++) put_dots<1, B>(m, vectors, y, first, row);
         return;
     }
     for (; row < end; row += BLOCK) {
@@ -473,7 +377,8 @@ template <class T> Part product(const Matrix &m, const T *x, const Inputs &made,
     for (int64_t row = part.first; row < part.end; row += BLOCK) {
         const int64_t end = std::min(part.end, row + BLOCK);
         int64_t b = 0;
-        for (; PIECES == 1 && b + 8 <= batch; b += 8) some_rows<8>(m, x, made, y, b, row, end);  // with 32 registers
+        // Of whole numbers, 32 registers hold the sums of eight.
+        for (; PIECES == 1 && m.kind && b + 8 <= batch; b += 8) some_rows<8>(m, x, made, y, b, row, end);
         for (; b + 4 <= batch; b += 4) some_rows<4>(m, x, made, y, b, row, end);
         for (; b + 2 <= batch; b += 2) some_rows<2>(m, x, made, y, b, row, end);
         if (b < batch) some_rows<1>(m, x, made, y, b, row, end);

@@ -26,11 +26,12 @@ from .native_gradients_qwen import GRADIENTS
 from .native_products_qwen import PRODUCTS
 from .native_prompt_qwen import PROMPT
 from .native_steps_qwen import STEPS
+from .native_vectors_qwen import VECTORS
 
 logger = logging.get_logger(__name__)
 
 SWITCH = "QWEN_NATIVE"
-_SOURCE = PRODUCTS + STEPS + PROMPT + GRADIENTS
+_SOURCE = VECTORS + PRODUCTS + STEPS + PROMPT + GRADIENTS
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "clang++")
 _SCRIPT = """

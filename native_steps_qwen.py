@@ -1,4 +1,4 @@
-"""The C++ text of a token's way through all blocks on a CPU, behind that of `native_products_qwen`."""
+"""The C++ text of the way of a few tokens through all blocks on a CPU, behind that of `native_products_qwen`."""
 
 STEPS = r"""
 #ifdef __clang__  // no product and sum in one, which would leave out a rounding
@@ -96,8 +96,9 @@ struct Call {  // as `steps_qwen.Call`
     void *states;
     const float *cosine, *sine, *logn;
     const uint8_t *seen;
-    int64_t count, batch, width, inner, heads, kv_heads, size, rotated, length;
-    int64_t angle_row, logn_row, seen_row, threads;
+    int64_t count, rows, tokens, width, inner, heads, kv_heads, size, rotated, length;
+    int64_t angle_row, angle_token, logn_row, logn_token, seen_row, seen_token, threads;
+    int64_t vectors() const { return rows * tokens; }
 };
 
 // What threads write for one another: queries, keys and values; what attention gives; the MLP's inside; changes.
@@ -110,26 +111,34 @@ template <class T> struct Own {
     Inputs inputs;
 };
 
-// Queries of the heads that share key/value head `kv` of a row, and its new key and value, rotated where they belong;
-// then what the queries find.
+// New keys and values of head `kv` of a row, rotated, where they belong; then, of each token, the queries of the heads
+// that share it, and what they find. Without a mask a token sees the keys up to its own.
 template <class T>
 void attention(const Call &a, const Layer &l, const Shared<T> &shared, const Own<T> &own, int64_t row, int64_t kv) {
-    const int64_t group = a.heads / a.kv_heads, all = (a.heads + 2 * a.kv_heads) * a.size;
-    const T *parts = shared.parts + row * all, *part = parts + (a.heads + kv) * a.size;
+    const int64_t group = a.heads / a.kv_heads, all = (a.heads + 2 * a.kv_heads) * a.size, held = a.length - a.tokens;
+    const T *parts = shared.parts + row * a.tokens * all;
     T *keys = (T *)l.keys + row * l.key_row + kv * l.key_head;
     T *values = (T *)l.values + row * l.value_row + kv * l.value_head;
     const float *cosine = a.cosine + row * a.angle_row, *sine = a.sine + row * a.angle_row;
-    rotate(part, keys + (a.length - 1) * l.key_token, cosine, sine, a.rotated, a.size);
-    std::memcpy(values + (a.length - 1) * l.value_token, part + a.kv_heads * a.size, a.size * sizeof(T));
-    for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-        rotate(parts + head * a.size, own.query, cosine, sine, a.rotated, a.size);
-        if (a.logn) {
-            const float factor = rounded<T>(a.logn[row * a.logn_row]);
-            for (int64_t c = 0; c < a.size; c++) put(own.query + c, up(own.query[c]) * factor);
-        }
-        attend(own.query, keys, l.key_token, values, l.value_token, a.seen ? a.seen + row * a.seen_row : nullptr,
-               a.length, a.size, (float)l.scale, own.scores, shared.attended + (row * a.heads + head) * a.size);
+    for (int64_t token = 0; token < a.tokens; token++) {
+        const T *part = parts + token * all + (a.heads + kv) * a.size;
+        rotate(part, keys + (held + token) * l.key_token, cosine + token * a.angle_token, sine + token * a.angle_token,
+               a.rotated, a.size);
+        std::memcpy(values + (held + token) * l.value_token, part + a.kv_heads * a.size, a.size * sizeof(T));
     }
+    for (int64_t head = kv * group; head < (kv + 1) * group; head++)
+        for (int64_t token = 0; token < a.tokens; token++) {
+            rotate(parts + token * all + head * a.size, own.query, cosine + token * a.angle_token,
+                   sine + token * a.angle_token, a.rotated, a.size);
+            if (a.logn) {
+                const float factor = rounded<T>(a.logn[row * a.logn_row + token * a.logn_token]);
+                for (int64_t c = 0; c < a.size; c++) put(own.query + c, up(own.query[c]) * factor);
+            }
+            const uint8_t *seen = a.seen ? a.seen + row * a.seen_row + token * a.seen_token : nullptr;
+            const int64_t length = seen ? a.length : held + token + 1;
+            attend(own.query, keys, l.key_token, values, l.value_token, seen, length, a.size, (float)l.scale,
+                   own.scores, shared.attended + ((row * a.tokens + token) * a.heads + head) * a.size);
+        }
 }
 
 template <class T> void add(T *states, const T *change, int64_t count) {
@@ -152,42 +161,43 @@ template <class T> void activate(T *inner, const T *gate, int64_t count) {
 }
 
 template <class T> void layer(const Call &a, const Layer &l, const Shared<T> &shared, const Own<T> &own) {
-    const int64_t count = a.batch * a.width;
-    for (int64_t row = 0; row < a.batch; row++)
+    const int64_t vectors = a.vectors(), count = vectors * a.width;
+    for (int64_t row = 0; row < vectors; row++)
         norm(own.states + row * a.width, (const T *)l.ln_1, own.x + row * a.width, a.width, l.eps_1);
-    product(l.c_attn, own.x, own.inputs, shared.parts, a.batch);
+    product(l.c_attn, own.x, own.inputs, shared.parts, vectors);
     #pragma omp barrier
-    const Part heads = share(a.batch * a.kv_heads, 1);
+    const Part heads = share(a.rows * a.kv_heads, 1);
     for (int64_t n = heads.first; n < heads.end; n++) attention(a, l, shared, own, n / a.kv_heads, n % a.kv_heads);
     #pragma omp barrier
-    product(l.c_proj, shared.attended, own.inputs, shared.change, a.batch);
+    product(l.c_proj, shared.attended, own.inputs, shared.change, vectors);
     #pragma omp barrier
     add(own.states, shared.change, count);
-    for (int64_t row = 0; row < a.batch; row++)
+    for (int64_t row = 0; row < vectors; row++)
         norm(own.states + row * a.width, (const T *)l.ln_2, own.x + row * a.width, a.width, l.eps_2);
-    const Part mine = product(l.w1, own.x, own.inputs, shared.inner, a.batch);
-    product(l.w2, own.x, own.inputs, shared.gate, a.batch);  // the same rows
-    for (int64_t row = 0; row < a.batch; row++)
+    const Part mine = product(l.w1, own.x, own.inputs, shared.inner, vectors);
+    product(l.w2, own.x, own.inputs, shared.gate, vectors);  // the same rows
+    for (int64_t row = 0; row < vectors; row++)
         activate(shared.inner + row * a.inner + mine.first, shared.gate + row * a.inner + mine.first,
                  mine.end - mine.first);
     #pragma omp barrier
-    product(l.down, shared.inner, own.inputs, shared.change, a.batch);
+    product(l.down, shared.inner, own.inputs, shared.change, vectors);
     #pragma omp barrier
     add(own.states, shared.change, count);
 }
 
 template <class T> int steps(const Call &a) {
     const int64_t q_width = a.heads * a.size, all = q_width + 2 * a.kv_heads * a.size;
-    const int64_t widest = std::max(std::max(a.width, q_width), a.inner), count = a.batch * a.width;
-    Room room(sizeof(T) * a.batch * (all + q_width + 2 * a.inner + a.width) + 5 * 64);
-    const Shared<T> shared = {room.take<T>(a.batch * all), room.take<T>(a.batch * q_width),
-                              room.take<T>(a.batch * a.inner), room.take<T>(a.batch * a.inner), room.take<T>(count)};
+    const int64_t widest = std::max(std::max(a.width, q_width), a.inner), vectors = a.vectors();
+    const int64_t count = vectors * a.width;
+    Room room(sizeof(T) * vectors * (all + q_width + 2 * a.inner + a.width) + 5 * 64);
+    const Shared<T> shared = {room.take<T>(vectors * all), room.take<T>(vectors * q_width),
+                              room.take<T>(vectors * a.inner), room.take<T>(vectors * a.inner), room.take<T>(count)};
     bool short_of_memory = !room.there();
     #pragma omp parallel num_threads(a.threads)
     {
-        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + inputs_room(a.batch, widest) + 4 * 64);
+        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + inputs_room(vectors, widest) + 4 * 64);
         const Own<T> own = {mine.take<T>(count), mine.take<T>(count), mine.take<T>(a.size),
-                            mine.take<float>(a.length), inputs_in(mine, a.batch, widest)};
+                            mine.take<float>(a.length), inputs_in(mine, vectors, widest)};
         if (!mine.there()) {
             #pragma omp atomic write
             short_of_memory = true;

@@ -99,6 +99,7 @@ def length_held(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int
         kinds = {(held.dtype, held.device, held.shape[-2]) for held in (layer.keys, layer.values)}
         if kinds != {(states.dtype, states.device, length)}:
             return None
-    shape = (states.shape[0], 1, 1, length + 1)
+    rows, tokens = states.shape[:2]
+    shape = (rows, 1, tokens, length + tokens)
     plain = seen is None or (seen.dtype == torch.bool and seen.shape == shape and seen.stride(-1) == 1)
     return length if plain else None

@@ -1,11 +1,11 @@
-"""A token of each row through all blocks on a CPU, in one call of a kernel in place of some forty of torch a block.
+"""A few tokens through all blocks on a CPU, in one call of a kernel in place of some forty of torch a block.
 
 Such a step is reading weights, keys and values; torch's products read them at half of the memory's speed, and each
 small operation between them costs as much as reading 300 KB. What is computed is the same: numbers are rounded where
 the modules round them, and added up in float32. Whatever isn't plain (hooks, adapters, other classes, another
 attention, autocast, training, compiling) goes through the modules.
 
-Shapes: B batch, E width, K key/value heads, D head size, S keys, V rows of the vocabulary.
+Shapes: B batch, T tokens, E width, K key/value heads, D head size, S keys, V rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -49,19 +49,23 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("layers", "states", "cosine", "sine", "logn", "seen")),
-        *((name, ctypes.c_int64) for name in ("count", "batch", "width", "inner", "heads", "kv_heads", "size")),
-        *((name, ctypes.c_int64) for name in ("rotated", "length", "angle_row", "logn_row", "seen_row", "threads")),
+        *((name, ctypes.c_int64) for name in ("count", "rows", "tokens", "width", "inner")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "size", "rotated", "length")),
+        *((f"{name}_{part}", ctypes.c_int64) for name in ("angle", "logn", "seen") for part in ("row", "token")),
+        ("threads", ctypes.c_int64),
     ]
 
 
 def steps_of_blocks(
     blocks: nn.ModuleList, plain: Plain, states: torch.Tensor, arguments: dict[str, Any]
 ) -> torch.Tensor | None:
-    """What `QWenBlock`s, one after another, make of one token of each row, (B, 1, E) -> (B, 1, E).
+    """What `QWenBlock`s, one after another, make of a few tokens of each row, (B, T, E) -> (B, T, E), behind others.
+
+    On a CPU 16 tokens in all, as when a guess is looked over; on a GPU one of each row.
 
     Args:
         plain: of the classes of block, attention, MLP and norm.
-        arguments: keyword arguments of each block; the cache gets the token's keys and values.
+        arguments: keyword arguments of each block; the cache gets the tokens' keys and values.
 
     Returns:
         None, and nothing done, where the kernel can't tell.
@@ -71,7 +75,8 @@ def steps_of_blocks(
     if on_gpu:
         prepare(blocks, plain, states, arguments["position_embeddings"])
     native = None if on_gpu else kernels_for_few(states)
-    if not (on_gpu or native) or states.shape[1] != 1 or not _given(arguments) <= _ARGUMENTS:
+    few = states.shape[1] == 1 if on_gpu else native is not None
+    if not few or not _given(arguments) <= _ARGUMENTS:
         return None
     cache, seen = one_cache(arguments.get("past_key_values"), arguments.get("cache")), arguments.get("attention_mask")
     if ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is not sdpa_attention_forward:
@@ -92,7 +97,7 @@ def steps_of_blocks(
     for block, layer in zip(blocks, layers, strict=True):
         if not plain(block) or not _put_weights(layer, block, shape, plain, states):
             return None
-    return _steps(native, layers, shape, states, cache, length + 1, seen, arguments["position_embeddings"])
+    return _steps(native, layers, shape, states, cache, length, seen, arguments["position_embeddings"])
 
 
 def _given(arguments: dict[str, Any]) -> set[str]:
@@ -151,8 +156,11 @@ def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix |
         return None
     if isinstance(module, QWenBitsLinear):
         return module.matrix(states.dtype)
-    weight, bias = cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"]
-    places = place(weight, states.dtype), bias if bias is None else place(bias, states.dtype)
+    return _matrix(cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"], states.dtype)
+
+
+def _matrix(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matrix | None:
+    places = place(weight, dtype), bias if bias is None else place(bias, dtype)
     if places[0] is None or (bias is not None and (places[1] is None or bias.numel() != weight.shape[0])):
         return None
     return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
@@ -168,10 +176,11 @@ def _steps(
     seen: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
-    rows = states.shape[0]
-    token = (rows, shape.kv_heads, 1, shape.size)
+    rows, tokens = states.shape[:2]
+    length += tokens
+    chunk = (rows, shape.kv_heads, tokens, shape.size)
     for number, layer in enumerate(layers):
-        keys, values = cast(QWenGrowingLayer, cache.layers[number]).make_room(states, token)
+        keys, values = cast(QWenGrowingLayer, cache.layers[number]).make_room(states, chunk)
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         layer.key_row, layer.key_head, layer.key_token, _ = keys.stride()
         layer.value_row, layer.value_head, layer.value_token, _ = values.stride()
@@ -181,14 +190,20 @@ def _steps(
     call = Call(
         ctypes.addressof(layers),
         *(None if tensor is None else tensor.data_ptr() for tensor in (states, cosine, sine, logn, seen)),
-        *(len(layers), rows, states.shape[-1], shape.inner, shape.heads, shape.kv_heads, shape.size),
-        *(cosine.shape[-1], length),
-        *(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in (cosine, logn, seen)),
+        *(len(layers), rows, tokens, states.shape[-1], shape.inner, shape.heads, shape.kv_heads, shape.size),
+        *(cosine.shape[-1], length, *_strides(cosine, 1), *_strides(logn, 1), *_strides(seen, 2)),
         torch.get_num_threads(),
     )
     if getattr(native, f"qwen_steps_{DTYPES[states.dtype]}")(ctypes.byref(call)):
         raise MemoryError(f"No room for the scores of {length} keys: take a shorter text or a smaller batch.")
     return states
+
+
+def _strides(tensor: torch.Tensor | None, tokens: int) -> tuple[int, int]:
+    """From row to row, 0 where all share one, and from token to token, in a dimension of this number."""
+    if tensor is None:
+        return 0, 0
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(tokens)
 
 
 def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor | None:
@@ -207,14 +222,22 @@ def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch
 
 
 def projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """A linear layer, (..., I) -> (..., O): of many tokens by `wide_product` where that is the faster way."""
-    result = widely_projected(linear, states)
+    """A linear layer, (..., I) -> (..., O), by a quicker product than torch's where there is one."""
+    result = product_of_linear(linear, states)
     return linear(states) if result is None else result
 
 
-def widely_projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor | None:
-    """As `projected`, or None where the layer itself is to be called."""
-    if not is_widened(states) or not is_bare(linear, nn.Linear):
+def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor | None:
+    """As `projected`, or None where the layer itself is to be called: few tokens by the kernel, many by `wide_product`.
+
+    So read those whom `steps_of_blocks` leaves to the modules: other caches, an engine's texts laid end to end, a
+    block that somebody hooks or an adapter is in.
+    """
+    native = kernels_for_few(states)
+    if not (native or is_widened(states)) or not is_bare(linear, nn.Linear):
         return None
-    plain = cast(nn.Linear, linear)
-    return wide_product(states, plain.weight, plain.bias)
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if native is None:
+        return wide_product(states, cast(torch.Tensor, weight), bias)
+    matrix = _matrix(cast(torch.Tensor, weight), bias, states.dtype)
+    return None if matrix is None or matrix.columns != states.shape[-1] else product(native, matrix, states)

@@ -1,4 +1,4 @@
-"""A token of each row by the kernel: the logits of the modules, or where it can't run, by the modules."""
+"""A few tokens of each row by the kernel: the logits of the modules, or where it can't run, by the modules."""
 
 import os
 
@@ -34,8 +34,8 @@ def steps(monkeypatch):
     return counted
 
 
-def logits_of(model, rows=1, tokens=3, padded=False, cache=None, **arguments):
-    """Logits of some tokens one by one behind a prompt, (rows, tokens, V)."""
+def logits_of(model, rows=1, tokens=3, padded=False, cache=None, at_once=1, **arguments):
+    """Logits of some tokens, so many at once, behind a prompt, (rows, tokens, V)."""
     ids = torch.randint(0, model.config.vocab_size, (rows, LENGTH + tokens), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
@@ -46,12 +46,12 @@ def logits_of(model, rows=1, tokens=3, padded=False, cache=None, **arguments):
         return torch.cat(
             [
                 model(
-                    ids[:, end - 1 : end],
+                    ids[:, end - at_once : end],
                     attention_mask=mask[:, :end] if padded else None,
                     cache=cache,
                     **arguments,
                 ).logits
-                for end in range(LENGTH + 1, LENGTH + tokens + 1)
+                for end in range(LENGTH + at_once, LENGTH + tokens + 1, at_once)
             ],
             dim=1,
         )
@@ -97,6 +97,66 @@ def test_bfloat16_errs_no_more_than_the_modules(tiny_model, monkeypatch, steps, 
     assert steps
     errors = [float((logits.float() - exact).norm() / exact.norm()) for logits in (kernel, modules)]
     assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 2), (1, 7), (1, 16), (2, 3), (3, 5), (8, 2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_tokens_of_a_row_in_float32(tiny_model, monkeypatch, steps, shape, rows, at_once):
+    model = tiny_model("sdpa", **SHAPES[shape])
+    settings = dict(rows=rows, tokens=2 * at_once, padded=rows > 1)
+    one_by_one = logits_of(model, **settings)
+    expected = without(monkeypatch, lambda: logits_of(model, **settings, at_once=at_once))
+    steps.clear()
+    logits = logits_of(model, **settings, at_once=at_once)
+    assert len(steps) == 2
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=3e-5)
+    torch.testing.assert_close(logits, one_by_one, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 4), (1, 11), (3, 5)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_tokens_of_a_row_in_bfloat16(tiny_model, monkeypatch, steps, shape, rows, at_once):
+    model = tiny_model("sdpa", **SHAPES[shape]).bfloat16()
+    wide = tiny_model("sdpa", **SHAPES[shape]).bfloat16().float()
+    settings = dict(rows=rows, tokens=12 * at_once, at_once=at_once)  # of few, chance would tell
+    exact = without(monkeypatch, lambda: logits_of(wide, **settings))
+    modules = without(monkeypatch, lambda: logits_of(model, **settings))
+    kernel = logits_of(model, **settings)
+    assert steps
+    errors = [float((logits.float() - exact).norm() / exact.norm()) for logits in (kernel, modules)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_a_mask_of_the_callers_own_for_several_tokens(tiny_model, monkeypatch, steps):
+    """One in which tokens see others behind them, and not all of those before."""
+    model = tiny_model("sdpa")
+    seen = torch.rand((2, 1, 4, LENGTH + 4), generator=torch.Generator().manual_seed(3)) < 0.7
+    seen[..., -1] = True
+    ids = torch.randint(0, model.config.vocab_size, (2, LENGTH + 4))
+
+    def run():
+        cache = new_cache(model.transformer)
+        with torch.no_grad():
+            model(ids[:, :LENGTH], cache=cache)
+            return model(ids[:, LENGTH:], attention_mask=seen, cache=cache).logits
+
+    expected = without(monkeypatch, run)
+    assert not steps
+    torch.testing.assert_close(run(), expected, atol=3e-5, rtol=3e-5)
+    assert steps
+
+
+@pytest.mark.parametrize("by", ["prompt lookup", "an assistant"])
+def test_guesses_are_looked_over_by_the_kernel(tiny_model, monkeypatch, steps, by):
+    """What is guessed wrongly leaves the cache again."""
+    model = tiny_model("sdpa", use_dynamic_ntk=True, use_logn_attn=True, seq_length=16)
+    assistant = {"assistant_model": tiny_model("sdpa", seed=1)}
+    guessed = {"prompt_lookup_num_tokens": 5} if by == "prompt lookup" else assistant
+    ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(5)).repeat(1, 2)
+    settings = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    expected = without(monkeypatch, lambda: model.generate(ids, **settings))
+    assert torch.equal(model.generate(ids, **settings, **guessed), expected)
+    assert any(call[3].shape[1] > 1 for call in steps)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -206,10 +266,9 @@ def test_gradients(tiny_model, steps):
     assert model.transformer.h[0].attn.c_attn.weight.grad is not None and not steps
 
 
-@pytest.mark.parametrize("rows", [17, 0])
-def test_numbers_of_rows(tiny_model, steps, rows):
-    logits = logits_of(tiny_model("sdpa"), rows) if rows else None
-    assert rows == 0 or logits.shape[0] == rows
+@pytest.mark.parametrize(("rows", "at_once"), [(17, 1), (1, 17), (6, 3)])
+def test_more_than_sixteen_tokens_go_through_the_modules(tiny_model, steps, rows, at_once):
+    assert logits_of(tiny_model("sdpa"), rows, at_once, at_once=at_once).shape[:2] == (rows, at_once)
     assert not steps
 
 

@@ -1,0 +1,1 @@
+../native_vectors_qwen.py
