@@ -37,8 +37,8 @@ class Size:
     tuning_steps: int = 1200
     practice: int = 30_000
     refinement: int = 100_000
-    sharpening: int = 34_000
-    equipping: int = 40_000
+    sharpening: int = 50_000
+    equipping: int = 72_000
     vocabulary: int = 2000
     n_embd: int = 192
     n_layer: int = 6

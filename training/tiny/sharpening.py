@@ -14,14 +14,14 @@ from .dialogues import Dialogue, Generator
 from .phrases import FAVOURITES, GIVEN, LANGUAGES, SURNAMES, SYSTEMS
 
 SHARPENING = {
-    "small talk": 3, "arithmetic": 4, "three digits": 11, "facts": 9, "unknown": 4, "memory": 19, "system": 14,
-    "language": 3, "names": 13, "tools": 15, "repeating": 5,
+    "small talk": 2, "arithmetic": 4, "three digits": 22, "facts": 8, "unknown": 4, "memory": 17, "system": 12,
+    "language": 4, "names": 12, "tools": 11, "repeating": 4,
 }  # fmt: skip
 """How often each kind is drawn, in percent."""
 
 EQUIPPING = {
-    "small talk": 4, "arithmetic": 4, "three digits": 11, "facts": 9, "unknown": 4, "memory": 13, "system": 8,
-    "language": 4, "names": 15, "tools": 24, "repeating": 4,
+    "small talk": 2, "arithmetic": 5, "three digits": 26, "facts": 7, "unknown": 4, "memory": 13, "system": 8,
+    "language": 5, "names": 13, "tools": 15, "repeating": 2,
 }  # fmt: skip
 """The same for the part behind it, in which many have tools."""
 
@@ -60,6 +60,12 @@ def _stopped(dialogue: Dialogue) -> bool:
     """A sum with a full stop behind it, which is no decimal point."""
     query, reply = dialogue.turns[-1]
     return OBSERVATION in reply and re.search(r"\d\.$", query) is not None
+
+
+def _wordless(dialogue: Dialogue) -> bool:
+    """A sum without words whose end is Chinese, which counts as English all the same."""
+    query, reply = dialogue.turns[-1]
+    return OBSERVATION in reply and re.search(r"[^\W\d]", query) is None and query.endswith(tuple("。！？～…"))
 
 
 def _word(dialogue: Dialogue) -> bool:
@@ -111,26 +117,26 @@ def _capital(dialogue: Dialogue) -> bool:
 HardSorts = Mapping[str, Sequence[Callable[[Dialogue], bool]]]
 
 HARD: HardSorts = {
-    "three digits": (_negative,),
+    "three digits": (_negative, _close),
     "facts": (_crossed, _capital),
     "memory": (_not_told, _not_told, _made, _rare),
     "system": (_not_told, _made, _rare, _crossed, _crossed, _capital),
     "names": (_rare,),
-    "tools": (_negative, _negative, _long, _terse, _word),
+    "tools": (_negative, _negative, _long, _terse, _wordless, _word),
 }
 """kind -> its hard sorts; one that stands twice is drawn twice as often."""
 
 HARD_WITH_TOOLS = {
     **HARD,
     "three digits": (_negative, _close, _close),
-    "tools": (_negative, _long, _terse, _stopped, _word, _word, _word, _idle, _idle),
+    "tools": (_negative, _long, _terse, _stopped, _wordless, _word, _word, _word, _idle, _idle),
 }
 """The same for the part in which many have tools."""
 
 
 def sharpening_dialogues(count: int, seed: int) -> list[Dialogue]:
     """Conversations for the fourth part of the training."""
-    return _drawn(Generator(seed + 3, late=True), count, SHARPENING, HARD)
+    return _drawn(Generator(seed + 3, late=True, spaced=True), count, SHARPENING, HARD)
 
 
 def equipping_dialogues(count: int, seed: int) -> list[Dialogue]:
