@@ -8,9 +8,10 @@ there the core's own work would take longer than reading, if each number were lo
 PRODUCTS = r"""
 namespace {
 
-// R rows of a matrix times B vectors, each of `columns` numbers: what a row finds in a register is multiplied with each
-// vector, and a vector's with each row.
+// Has the cache read what is wanted soon: rows that lie side by side are too many places for the processor to foresee.
 inline void fetch(const void *place) { __builtin_prefetch(place, 0, 2); }
+
+// R rows of a matrix times B vectors, each of `columns` numbers. Several rows fetch those that come a block later.
 template <int N> const int CHAINS_OF = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums that don't wait for one another
 template <int R, int B> inline void dots(const float *rows, const float *x, int64_t columns, float (&result)[R][B]) {
     const int CHAINS = CHAINS_OF<R * B>;
