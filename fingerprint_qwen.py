@@ -143,8 +143,8 @@ def _beside_weights(
     few-bit layers keep scales there, and move them between both places.
     """
     library = _library_of(module)
-    weights = [weight for weight in module._parameters.values() if type(weight) is not nn.Parameter]
-    weights = [weight for weight in weights if weight is not None and not hasattr(weight, "__tensor_flatten__")]
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    weights = [w for w in weights if type(w) is not nn.Parameter and not hasattr(w, "__tensor_flatten__")]
     held = [value for name, value in own.items() if name != "config"]  # read once, for all that have it
     objects = [value for value in held if _library_of(value) in (library, _FEW_BITS)]
     found = [leaf for holder in (*weights, *objects) for leaf in _leaves(holder)]

@@ -231,9 +231,10 @@ def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor |
     """As `projected`, or None where the layer itself is to be called: few tokens by the kernel, many by `wide_product`.
 
     So read those whom `steps_of_blocks` leaves to the modules: other caches, an engine's texts laid end to end, a
-    block that somebody hooks or an adapter is in.
+    block that somebody hooks or an adapter is in. Not in training, where a checkpoint computes without gradients what
+    it computes again with them.
     """
-    native = kernels_for_few(states)
+    native = None if linear.training else kernels_for_few(states)
     if not (native or is_widened(states)) or not is_bare(linear, nn.Linear):
         return None
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]

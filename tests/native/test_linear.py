@@ -29,7 +29,7 @@ def products(monkeypatch):
 
 def layer(inputs=24, outputs=40, dtype=torch.float32, bias=True):
     torch.manual_seed(0)
-    return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 5), (16, 1), (2, 1, 4)])
@@ -57,6 +57,10 @@ def overwritten(linear):
     linear.forward = lambda states: states
 
 
+def in_training(linear):
+    linear.train()
+
+
 def of_another_class(linear):
     linear.__class__ = type("Other", (nn.Linear,), {"forward": lambda self, states: states * 3})
 
@@ -69,7 +73,7 @@ def of_another_dtype(linear):
     linear.double()
 
 
-@pytest.mark.parametrize("change", [hooked, overwritten, of_another_class, in_columns, of_another_dtype])
+@pytest.mark.parametrize("change", [hooked, overwritten, in_training, of_another_class, in_columns, of_another_dtype])
 @torch.no_grad()
 def test_what_is_not_plain_is_called(products, change):
     linear, states = layer(24, 24), torch.randn(3, 24)

@@ -61,9 +61,9 @@ def test_lora_teaches_a_topic_and_the_merged_model_answers(repository, tmp_path)
         "--lora_dropout",
         0,
         "--learning_rate",
-        2e-3,
+        1.5e-3,
         "--num_train_epochs",
-        25,
+        30,
     ]
     words += [
         "--packing",

@@ -98,7 +98,7 @@ class Generator(Names):
         rare: as for `Names`.
         late: draw as the last part of the training does, and the examination: what the user tells begins with a
             capital letter too, and tools are more often at hand where none is needed.
-        spaced: write the calculator's answer with blanks, as the very last part does, and the examination: a result
+        spaced: write the calculator's answer with blanks, as the last two parts do, and the examination: a result
             then has the tokens that it has in the observation, and its sign no other one.
     """
 
