@@ -13,14 +13,16 @@ inline void fetch(const void *place) { __builtin_prefetch(place, 0, 2); }
 
 // R rows of a matrix times B vectors, each of `columns` numbers. Several rows fetch those that come a block later.
 template <int N> const int CHAINS_OF = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums that don't wait for one another
-template <int R, int B> inline void dots(const float *rows, const float *x, int64_t columns, float (&result)[R][B]) {
+template <int R, int B, class W>
+inline void dots(const W *rows, const float *x, int64_t columns, float (&result)[R][B]) {
     const int CHAINS = CHAINS_OF<R * B>;
     vec acc[R][B][CHAINS][PIECES] = {};
     auto take = [&](int64_t at, int chain) {
         vec weights[R][PIECES];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < PIECES; p++) weights[r][p] = load(rows + r * columns + at + p * LANES);
-        for (int r = 0; R > 1 && r < R; r++) fetch(rows + (r + BLOCK) * columns + at);
+        for (int r = 0; r < R; r++) {
+            load_block(rows + r * columns + at, weights[r]);
+            if (R > 1) fetch(rows + (r + BLOCK) * columns + at);
+        }
         for (int p = 0; p < PIECES; p++)
             for (int b = 0; b < B; b++) {
                 const vec values = load(x + b * columns + at + p * LANES);
@@ -35,8 +37,8 @@ template <int R, int B> inline void dots(const float *rows, const float *x, int6
         for (int b = 0; b < B; b++) {
             for (int chain = 1; chain < CHAINS; chain++)
                 for (int p = 0; p < PIECES; p++) acc[r][b][0][p] += acc[r][b][chain][p];
-            result[r][b] = sum(acc[r][b][0]);
-            for (int64_t n = column; n < columns; n++) result[r][b] += rows[r * columns + n] * x[b * columns + n];
+            result[r][b] = sum_block(rows, acc[r][b][0]);
+            for (int64_t n = column; n < columns; n++) result[r][b] += up(rows[r * columns + n]) * x[b * columns + n];
         }
 }
 // What `dots` takes of a product's vectors, and how it is made.
@@ -89,31 +91,6 @@ inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and
     for (; column < columns; column++) wide[column] = up(x[column]);
 }
 inline const float *prepared(const bf16 *, const float *wide) { return wide; }
-// As for float, with the same sums.
-template <int R, int B> inline void dots(const bf16 *rows, const float *x, int64_t columns, float (&result)[R][B]) {
-    const int CHAINS = CHAINS_OF<R * B>;
-    vec acc[R][B][CHAINS][PIECES] = {};
-    auto take = [&](int64_t at, int chain) {
-        vec weights[R][PIECES];
-        for (int r = 0; r < R; r++) load_block(rows + r * columns + at, weights[r]);
-        for (int p = 0; p < PIECES; p++)
-            for (int b = 0; b < B; b++) {
-                const vec values = load(x + b * columns + at + p * LANES);
-                for (int r = 0; r < R; r++) acc[r][b][chain][p] += weights[r][p] * values;
-            }
-    };
-    int64_t column = 0;
-    for (; column + CHAINS * BLOCK <= columns; column += CHAINS * BLOCK)
-        for (int chain = 0; chain < CHAINS; chain++) take(column + chain * BLOCK, chain);
-    for (; column + BLOCK <= columns; column += BLOCK) take(column, 0);
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) {
-            for (int chain = 1; chain < CHAINS; chain++)
-                for (int p = 0; p < PIECES; p++) acc[r][b][0][p] += acc[r][b][chain][p];
-            result[r][b] = sum_block(acc[r][b][0]);
-            for (int64_t n = column; n < columns; n++) result[r][b] += up(rows[r * columns + n]) * x[b * columns + n];
-        }
-}
 #endif
 
 // As `products_qwen.Matrix`: of kind 0, (rows, columns) in the dtype of the states; of 8 or 4 as `bits_qwen` tells.

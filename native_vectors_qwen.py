@@ -112,10 +112,14 @@ inline void load_block(const bf16 *place, vec (&block)[PIECES]) {
         for (int p = 0; p < PIECES; p++) block[p] = load(place + p * LANES);
     }
 }
-inline float sum_block(const vec (&value)[PIECES]) {
+inline float sum_block(const bf16 *, const vec (&value)[PIECES]) {  // of products with such numbers
     return APART ? fold(value[0]) + fold(value[PIECES - 1]) : sum(value);
 }
 #endif
+inline void load_block(const float *place, vec (&block)[PIECES]) {
+    for (int p = 0; p < PIECES; p++) block[p] = load(place + p * LANES);
+}
+inline float sum_block(const float *, const vec (&value)[PIECES]) { return sum(value); }
 inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity become the least and the greatest
     x = x < -87.0f ? vec{} - 87.0f : x;
     x = x > 88.0f ? vec{} + 88.0f : x;
