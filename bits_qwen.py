@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .products_qwen import MOST_ROWS, Matrix, decoded, kernels_for, multiplies, product
+from .products_qwen import Matrix, decoded, kernels_for, multiplies, multiplies_all, product
 
 LANES = 16
 """Rows of a block."""
@@ -319,10 +319,10 @@ class QWenBitsLinear(_Few, nn.Linear):
         return Matrix(*places, self.out_features, self.in_features, self.bits, self.group_size)
 
     def _product_by_kernel(self, native: Any, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-        """A few tokens are multiplied with the codes; for more these become numbers in pieces, in the dtype of x if the
-        processor multiplies it.
+        """Few tokens are multiplied with the codes; for more these become numbers in pieces, in the kernel or, where it
+        has no such products, for torch: in the dtype of x if the processor multiplies it.
         """
-        if 1 <= x.shape[:-1].numel() <= MOST_ROWS:
+        if multiplies_all(native, x):
             return product(native, matrix, x)
         dtype = x.dtype if multiplies(x.dtype) else torch.float32
         flat, bias = x.reshape(-1, self.in_features).to(dtype), None if self.bias is None else self.bias.to(dtype)

@@ -58,6 +58,7 @@ from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
 from .loss_qwen import head_loss as head_loss
 from .native_gradients_qwen import GRADIENTS as GRADIENTS
+from .native_many_qwen import MANY as MANY
 from .native_products_qwen import PRODUCTS as PRODUCTS
 from .native_prompt_qwen import PROMPT as PROMPT
 from .native_qwen import wait as wait

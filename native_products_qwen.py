@@ -93,6 +93,15 @@ inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and
 inline const float *prepared(const bf16 *, const float *wide) { return wide; }
 #endif
 
+struct Part { int64_t first, end; };
+
+// The share of this thread in so many things, whole blocks of them.
+inline Part share(int64_t count, int64_t block) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), blocks = (count + block - 1) / block;
+    const int64_t first = blocks * thread / threads * block, end = blocks * (thread + 1) / threads * block;
+    return {std::min(count, first), std::min(count, end)};
+}
+
 // As `products_qwen.Matrix`: of kind 0, (rows, columns) in the dtype of the states; of 8 or 4 as `bits_qwen` tells.
 struct Matrix {
     const void *codes;
@@ -104,14 +113,32 @@ struct Matrix {
 
 const int UNIT = 32;  // columns whose activations share a scale
 
+// From so many vectors on they are many: a matrix of this kind is laid out anew for them, as `native_many_qwen` tells,
+// in panels of so many rows and steps. Not below AVX2, where nobody has measured it.
+const int64_t PANEL = 2 * LANES, DEPTH = 1024, LEAST_MANY = 8;
+template <class T> inline int64_t least_many(int64_t kind) {
+#if !defined(__AVX2__)
+    return INT64_MAX;
+#elif defined(__AVX512VNNI__)  // which multiplies codes as they are
+    if (kind) return kind == 8 ? 12 : 16;
+#endif
+#ifndef __AVX512BF16__
+    if (kind == 0 && sizeof(T) != sizeof(float)) return 12;
+#endif
+    return LEAST_MANY;
+}
+
 // What is made of a product's vectors before it. For a matrix of whole numbers they are rounded to 15 bits, as 128 high
-// + low, for the products of bytes; for one of bfloat16 `dots` may want them as float.
+// + low, for the products of bytes; for one of bfloat16 they may be wanted as float. And room for `native_many_qwen`.
 struct Inputs {
     int8_t *high, *low;  // (batch, columns)
     float *scale;        // (batch, columns / UNIT)
     int32_t *sum;        // of 128 high + low in a unit
     float *wide;         // (batch, columns)
+    vec *panel;          // (DEPTH, 2)
+    float *totals;       // (batch, PANEL)
 };
+template <class T> Part product_of_many(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t batch);
 
 inline float half(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff, word;
@@ -331,24 +358,19 @@ void some_rows(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t fi
     }
 }
 
-struct Part { int64_t first, end; };
-
-// The share of this thread in so many things, whole blocks of them.
-inline Part share(int64_t count, int64_t block) {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), blocks = (count + block - 1) / block;
-    const int64_t first = blocks * thread / threads * block, end = blocks * (thread + 1) / threads * block;
-    return {std::min(count, first), std::min(count, end)};
-}
-
 // y (batch, rows) = x (batch, columns) times a matrix (rows, columns): the rows of this thread's share. A piece of the
 // matrix that the core keeps is multiplied with all vectors before the next is read.
 template <class T> Part product(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t batch) {
+#ifdef __AVX2__
+    if (batch >= least_many<T>(m.kind)) return product_of_many(m, x, made, y, batch);
+#endif
     for (int64_t b = 0; b < batch; b++) {
         const int64_t place = b * m.columns, unit = b * (m.columns / UNIT);
-        if (m.kind)
-            encode(x + place, m.columns,
-                   {made.high + place, made.low + place, made.scale + unit, made.sum + unit, nullptr});
-        else
+        if (m.kind) {
+            Inputs one = made;
+            one.high += place, one.low += place, one.scale += unit, one.sum += unit;
+            encode(x + place, m.columns, one);
+        } else
             prepare(x + place, m.columns, made.wide + place);
     }
     const Part part = share(m.rows, BLOCK);
@@ -380,13 +402,18 @@ private:
     char *start, *at;
 };
 
-inline size_t inputs_room(int64_t batch, int64_t columns) { return batch * columns * (3 + sizeof(float)) + 5 * 64; }
+inline size_t inputs_room(int64_t batch, int64_t columns) {
+    const size_t panels = batch < LEAST_MANY ? 0 : 2 * DEPTH * sizeof(vec) + batch * PANEL * sizeof(float);
+    return batch * columns * (3 + sizeof(float)) + panels + 7 * 64;
+}
 inline Inputs inputs_in(Room &room, int64_t batch, int64_t columns) {
-    const int64_t units = batch * (columns / UNIT);
+    const int64_t units = batch * (columns / UNIT), many = batch < LEAST_MANY ? 0 : batch;
     int8_t *high = room.take<int8_t>(batch * columns), *low = room.take<int8_t>(batch * columns);
     float *scale = room.take<float>(units);
     int32_t *sum = room.take<int32_t>(units);
-    return {high, low, scale, sum, room.take<float>(batch * columns)};
+    float *wide = room.take<float>(batch * columns);
+    vec *panel = room.take<vec>(many ? 2 * DEPTH : 0);
+    return {high, low, scale, sum, wide, panel, room.take<float>(many * PANEL)};
 }
 
 template <class T> int linear(const Matrix &m, const T *x, T *y, int64_t batch, int64_t threads) {

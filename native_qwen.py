@@ -1,4 +1,4 @@
-"""The library of kernels for a few tokens on a CPU: translated once by the machine's own compiler, kept, and loaded.
+"""The library of kernels for a CPU: translated once by the machine's own compiler, kept, and loaded.
 
 Nothing needs it. Where there is no compiler, or anything else is in the way, the library is None and everything runs
 through torch; so it does while a compiler is at work, which happens in the background. `QWEN_NATIVE=0` in the
@@ -23,6 +23,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .native_gradients_qwen import GRADIENTS
+from .native_many_qwen import MANY
 from .native_products_qwen import PRODUCTS
 from .native_prompt_qwen import PROMPT
 from .native_steps_qwen import STEPS
@@ -31,7 +32,7 @@ from .native_vectors_qwen import VECTORS
 logger = logging.get_logger(__name__)
 
 SWITCH = "QWEN_NATIVE"
-_SOURCE = VECTORS + PRODUCTS + STEPS + PROMPT + GRADIENTS
+_SOURCE = VECTORS + PRODUCTS + MANY + STEPS + PROMPT + GRADIENTS
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "clang++")
 _SCRIPT = """

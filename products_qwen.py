@@ -1,5 +1,5 @@
-"""Products on a CPU, where torch's are slow: of a matrix and a few tokens by the kernels of `native_qwen`, where there
-are any; of many tokens in half precision in float32, where the processor has no such products. And sums.
+"""Products on a CPU, where torch's are slow: by the kernels of `native_qwen`, where there are any; without them, of
+many tokens in half precision, in float32, where the processor has no such products. And sums.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -22,8 +22,11 @@ from .native_qwen import SWITCH, library, wait
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels compute with, and how they call it."""
 
-MOST_ROWS = 16
-"""Tokens, beyond which torch's product of two matrices is the faster one."""
+FEW = 16
+"""Tokens whose products every processor's kernels have, and of a row those that go through all blocks in one call."""
+
+MOST = 64
+"""Tokens that go through all blocks in one call, where the processor has kernels for more than a few."""
 
 _PIECE = 2**20
 """Weights that are in float32 at a time: 4 MB, which the caches hold while they are multiplied."""
@@ -63,11 +66,30 @@ def is_watched() -> bool:
     return is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def kernels_for_few(states: torch.Tensor) -> ctypes.CDLL | None:
-    """As `kernels_for`, for 1 to 16 tokens, (..., I), while no gradients are asked for."""
+def kernels_for_steps(states: torch.Tensor) -> ctypes.CDLL | None:
+    """As `kernels_for`, for a few tokens of some rows, (B, T, E), while no gradients are asked for."""
     native = None if torch.is_grad_enabled() else kernels_for(states)
-    # Last: while a program is traced, a question about a length makes a constant of it.
-    return native if native is not None and 1 <= states.shape[:-1].numel() <= MOST_ROWS else None
+    if native is None:  # first: while a program is traced, a question about a length makes a constant of it
+        return None
+    rows, tokens = states.shape[:2]
+    most = MOST if _has_many(native, states.dtype) else FEW
+    return native if 1 <= rows * tokens <= most and tokens <= FEW else None
+
+
+def kernels_for_any(states: torch.Tensor) -> ctypes.CDLL | None:
+    """As `kernels_for`, for so many tokens as the processor's kernels multiply, while no gradients are asked for."""
+    native = None if torch.is_grad_enabled() else kernels_for(states)
+    return native if native is not None and multiplies_all(native, states) else None
+
+
+def multiplies_all(native: ctypes.CDLL, states: torch.Tensor) -> bool:
+    """Whether `product` takes so many tokens, (..., I): any number where there are kernels for more than a few."""
+    count = states.shape[:-1].numel()
+    return 1 <= count <= FEW or (count > FEW and _has_many(native, states.dtype))
+
+
+def _has_many(native: ctypes.CDLL, dtype: torch.dtype) -> bool:
+    return hasattr(native, f"qwen_many_{DTYPES[dtype]}")
 
 
 @functools.lru_cache
@@ -93,7 +115,7 @@ def is_widened(states: torch.Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_watched():
         return False
-    return states.shape[:-1].numel() > MOST_ROWS
+    return states.shape[:-1].numel() > FEW
 
 
 def wide_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -122,12 +144,14 @@ def place(weight: torch.Tensor, dtype: torch.dtype) -> int | None:
 
 
 def product(native: ctypes.CDLL, matrix: Matrix, states: torch.Tensor) -> torch.Tensor:
-    """(..., I) of a few tokens -> (..., O)."""
+    """(..., I) -> (..., O), of so many tokens as `multiplies_all` says."""
     states = states.contiguous()
     result = states.new_empty((*states.shape[:-1], matrix.rows))
     places = ctypes.byref(matrix), ctypes.c_void_p(states.data_ptr()), ctypes.c_void_p(result.data_ptr())
-    numbers = ctypes.c_int64(states.shape[:-1].numel()), ctypes.c_int64(torch.get_num_threads())
-    if getattr(native, f"qwen_linear_{DTYPES[states.dtype]}")(*places, *numbers):
+    count = states.shape[:-1].numel()
+    numbers = ctypes.c_int64(count), ctypes.c_int64(torch.get_num_threads())
+    kernel = "linear" if count <= FEW else "many"
+    if getattr(native, f"qwen_{kernel}_{DTYPES[states.dtype]}")(*places, *numbers):
         raise MemoryError(f"No room for {tuple(states.shape)} activations: take a smaller batch.")
     return result
 

@@ -24,7 +24,16 @@ from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
 from .plain_qwen import Plain, is_bare, length_held
 from .preparing_qwen import prepare, steps_ready
-from .products_qwen import DTYPES, Matrix, is_widened, kernels_for_few, place, product, wide_product
+from .products_qwen import (
+    DTYPES,
+    Matrix,
+    is_widened,
+    kernels_for_any,
+    kernels_for_steps,
+    place,
+    product,
+    wide_product,
+)
 
 _ARGUMENTS = frozenset(
     ("attention_mask", "position_embeddings", "position_ids", "use_cache", "past_key_values", "cache")
@@ -61,7 +70,8 @@ def steps_of_blocks(
 ) -> torch.Tensor | None:
     """What `QWenBlock`s, one after another, make of a few tokens of each row, (B, T, E) -> (B, T, E), behind others.
 
-    On a CPU 16 tokens in all, as when a guess is looked over; on a GPU one of each row.
+    On a CPU up to 16 of a row, as when a guess is looked over, and 64 in all (16 in all below AVX2); on a GPU one of
+    each row.
 
     Args:
         plain: of the classes of block, attention, MLP and norm.
@@ -74,7 +84,7 @@ def steps_of_blocks(
     on_gpu = runs_on(states) and plain(first) and plain(first.attn)
     if on_gpu:
         prepare(blocks, plain, states, arguments["position_embeddings"])
-    native = None if on_gpu else kernels_for_few(states)
+    native = None if on_gpu else kernels_for_steps(states)
     few = states.shape[1] == 1 if on_gpu else native is not None
     if not few or not _given(arguments) <= _ARGUMENTS:
         return None
@@ -207,8 +217,8 @@ def _strides(tensor: torch.Tensor | None, tokens: int) -> tuple[int, int]:
 
 
 def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor | None:
-    """Logits of a few tokens, (B, T, E) -> (B, T, V), or None where the kernel can't tell."""
-    native = kernels_for_few(states)
+    """Logits, (B, T, E) -> (B, T, V), or None where the kernels can't tell."""
+    native = kernels_for_any(states)
     matrix = None if native is None else matrix_of(head, plain, states)
     if native is None or matrix is None or matrix.columns != states.shape[-1]:
         return None
@@ -216,7 +226,7 @@ def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torc
 
 
 def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor:
-    """Logits, (B, T, E) -> (B, T, V): of a few tokens by the kernel where it can tell, else by the head itself."""
+    """Logits, (B, T, E) -> (B, T, V): by the kernels where they can tell, else by the head itself."""
     logits = product_of_head(head, plain, states)
     return projected(head, states) if logits is None else logits
 
@@ -228,13 +238,13 @@ def projected(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor | None:
-    """As `projected`, or None where the layer itself is to be called: few tokens by the kernel, many by `wide_product`.
+    """As `projected`, or None where the layer itself is to be called: by the kernels, or many by `wide_product`.
 
-    So read those whom `steps_of_blocks` leaves to the modules: other caches, an engine's texts laid end to end, a
-    block that somebody hooks or an adapter is in. Not in training, where a checkpoint computes without gradients what
-    it computes again with them.
+    So read prompts, and those whom `steps_of_blocks` leaves to the modules: other caches, an engine's texts laid end to
+    end, a block that somebody hooks or an adapter is in. Not in training, where a checkpoint computes without gradients
+    what it computes again with them.
     """
-    native = None if linear.training else kernels_for_few(states)
+    native = None if linear.training else kernels_for_any(states)
     if not (native or is_widened(states)) or not is_bare(linear, nn.Linear):
         return None
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]

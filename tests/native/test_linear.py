@@ -1,4 +1,4 @@
-"""Linear layers of modules by the kernel: few tokens in whatever the kernel of whole blocks doesn't stand for."""
+"""Linear layers of modules by the kernels, in whatever the kernel of whole blocks doesn't stand for."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 
-from qwen1 import steps_qwen
+from qwen1 import products_qwen, steps_qwen
 from qwen1.cache_qwen import QWenInt8Cache
 from qwen1.native_qwen import SWITCH, wait
 from qwen1.steps_qwen import projected
@@ -93,21 +93,34 @@ def test_states_of_another_width_are_told_by_torch(products):
     assert not products
 
 
-@pytest.mark.parametrize("tokens", [0, 17])
 @torch.no_grad()
-def test_none_and_many_are_left_to_torch(products, tokens):
-    assert projected(layer(), torch.randn(tokens, 24)).shape == (tokens, 40)
+def test_none_are_left_to_torch(products):
+    assert projected(layer(), torch.randn(0, 24)).shape == (0, 40)
     assert not products
 
 
-def test_gradients_autocast_modes_and_the_switch_are_left_to_torch(products, monkeypatch):
-    linear, states = layer(), torch.randn(2, 24, requires_grad=True)
+@torch.no_grad()
+def test_many_are_left_to_torch_where_the_library_has_no_kernel_for_them(products, monkeypatch):
+    monkeypatch.setattr(products_qwen, "_has_many", lambda native, dtype: False)
+    linear, states = layer(), torch.randn(17, 24)
+    assert torch.equal(projected(linear, states), linear(states)) and not products
+    projected(linear, states[:16])
+    assert products == [(16, 24)]
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_gradients_autocast_modes_and_the_switch_are_left_to_torch(products, monkeypatch, tokens):
+    linear, states = layer(), torch.randn(tokens, 24, requires_grad=True)
     projected(linear, states).sum().backward()
     assert states.grad is not None
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             projected(linear, states)
-        torch.func.vmap(lambda some: projected(linear, some))(states.view(1, 2, 24))
+        projected(linear.half(), states.half())
+        projected(linear.double(), states.double())
+        linear.float()
+        torch.jit.trace(lambda some: projected(linear, some), states, check_trace=False)
+        torch.func.vmap(lambda some: projected(linear, some))(states.view(1, tokens, 24))
         torch.compile(lambda some: projected(linear, some), backend="eager", fullgraph=True)(states)
         monkeypatch.setenv(SWITCH, "0")
         projected(linear, states)
@@ -139,4 +152,5 @@ def test_other_caches_read_by_it(tiny_model, products, monkeypatch, kind):
     products.clear()
     tolerance = 0.1 if kind == "int8" else 3e-5  # the least change rounds a key to another of 256 numbers
     torch.testing.assert_close(run(), expected, atol=tolerance, rtol=tolerance)
-    assert len(products) == 2 * (5 * model.config.n_layer + 1)  # of two of the parts, blocks and head
+    parts = 3 if hasattr(wait(), "qwen_many_float32") else 2  # without such kernels, the last one is left to torch
+    assert len(products) == parts * (5 * model.config.n_layer + 1)  # blocks and head

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import DynamicCache
 
-from qwen1 import QWenLMHeadModel, steps_qwen
+from qwen1 import QWenLMHeadModel, products_qwen, steps_qwen
 from qwen1.attention_qwen import eager_attention_forward
 from qwen1.cache_qwen import QWenInt8Cache, new_cache
 from qwen1.modeling_qwen import QWenAttention, QWenMLP
@@ -76,14 +76,14 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 11, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 11, 16, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_in_float32(tiny_model, monkeypatch, steps, shape, rows):
     model = tiny_model("sdpa", **SHAPES[shape])
     expected = without(monkeypatch, lambda: logits_of(model, rows, padded=rows > 1))
     assert not steps
     logits = logits_of(model, rows, padded=rows > 1)
-    assert len(steps) == 3
+    assert len(steps) == (3 if rows <= 16 or hasattr(wait(), "qwen_many_float32") else 0)
     torch.testing.assert_close(logits, expected, atol=3e-5, rtol=3e-5)
 
 
@@ -266,9 +266,16 @@ def test_gradients(tiny_model, steps):
     assert model.transformer.h[0].attn.c_attn.weight.grad is not None and not steps
 
 
-@pytest.mark.parametrize(("rows", "at_once"), [(17, 1), (1, 17), (6, 3)])
-def test_more_than_sixteen_tokens_go_through_the_modules(tiny_model, steps, rows, at_once):
+@pytest.mark.parametrize(("rows", "at_once"), [(65, 1), (1, 17), (22, 3)])
+def test_more_tokens_go_through_the_modules(tiny_model, steps, rows, at_once):
     assert logits_of(tiny_model("sdpa"), rows, at_once, at_once=at_once).shape[:2] == (rows, at_once)
+    assert not steps
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(17, 1), (6, 3)])
+def test_more_than_sixteen_in_all_need_kernels_for_them(tiny_model, monkeypatch, steps, rows, at_once):
+    monkeypatch.setattr(products_qwen, "_has_many", lambda native, dtype: False)
+    logits_of(tiny_model("sdpa"), rows, at_once, at_once=at_once)
     assert not steps
 
 

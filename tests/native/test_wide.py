@@ -7,7 +7,7 @@ from torch import nn
 from qwen1 import products_qwen
 from qwen1.bits_qwen import QWenBitsLinear
 from qwen1.native_qwen import SWITCH, wait
-from qwen1.products_qwen import MOST_ROWS, multiplies, wide_product
+from qwen1.products_qwen import FEW, multiplies, wide_product
 from qwen1.steps_qwen import projected
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -25,6 +25,7 @@ def widened(monkeypatch):
 
     for module in ("products_qwen", "bits_qwen"):
         monkeypatch.setattr(f"qwen1.{module}.multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products_qwen, "library", lambda: None)  # which has such products of its own
     monkeypatch.setattr("qwen1.steps_qwen.wide_product", count)
     return calls
 
@@ -102,7 +103,7 @@ def test_what_is_not_plain_is_called(widened, change):
 
 @torch.no_grad()
 def test_few_tokens_and_float32_are_left_to_torch(widened):
-    projected(layer(24, 24, torch.bfloat16), torch.randn(MOST_ROWS, 24).bfloat16())
+    projected(layer(24, 24, torch.bfloat16), torch.randn(FEW, 24).bfloat16())
     projected(layer(24, 24, torch.float32), torch.randn(100, 24))
     assert widened == []
 
@@ -141,6 +142,9 @@ def test_a_prompt_is_as_near_to_float32_as_torch_brings_it(widened, monkeypatch,
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
 def test_few_bits(monkeypatch, bits):
+    """By a library that has products of a few tokens alone."""
+    monkeypatch.setattr(products_qwen, "library", wait)
+    monkeypatch.setattr(products_qwen, "_has_many", lambda native, dtype: False)
     few = QWenBitsLinear.of(layer(96, 40, torch.bfloat16), bits, 32)
     states = torch.randn(20, 96).bfloat16()
     wanted = []
