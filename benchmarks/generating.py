@@ -12,7 +12,7 @@ import numpy
 import torch
 from measuring import RESULTS, Comparison, Dtype, Results, Rounds, compare, report, seconds_of
 from models import HEADS, LAYERS, VOCABULARY, WIDTH, build
-from torch import nn
+from peak import matrix_rate
 from transformers import AutoTokenizer, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicCache
 
@@ -100,13 +100,6 @@ def reading_seconds(size: int) -> float:
     return seconds * size / array.nbytes
 
 
-def matrix_rate(dtype: torch.dtype, rows: int) -> float:
-    """Multiplications and additions per second of a product like those of the model: the best of five."""
-    left, right = torch.ones((rows, WIDTH), dtype=dtype), torch.ones((4 * WIDTH, WIDTH), dtype=dtype)
-    seconds = min(seconds_of(partial(nn.functional.linear, left, right)) for _ in range(20))
-    return 2 * rows * WIDTH * 4 * WIDTH / seconds
-
-
 def work(model: QWenLMHeadModel, length: int) -> float:
     """Multiplications and additions of the matrices for a prompt, causal attention included, the head once."""
     layers = sum(weight.numel() for weight in model.transformer.h.parameters())
@@ -127,7 +120,7 @@ def prefill(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results = RE
         ids = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(2))
         runs = [partial(model.generate, ids, max_new_tokens=1) for model in (ours, theirs)]
         found = compare(f"prefill, {length} tokens, {ours.dtype}", *runs, rounds, aim=AIMS[ours.dtype][0])
-        found.limit = work(ours, length) / matrix_rate(ours.dtype, length)
+        found.limit = work(ours, length) / matrix_rate(ours.dtype, length, WIDTH)
         report(found, results)
 
 
