@@ -13,13 +13,12 @@ from typing import Any, cast
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .arguments_qwen import CACHE_NAME
+from .plain_qwen import asks_for_sdpa
 from .positions_qwen import packed_starts, text_starts
 from .prompt_qwen import kernel_reads, prompt_attention
 
@@ -310,13 +309,9 @@ def choose_implementation(module: Any, query: torch.Tensor, cache: Any) -> str:
         cache: of this call, or an engine's, or None.
     """
     implementation: str = module.config._attn_implementation
-    # What it stands for may have been registered anew; and an engine's cache holds texts in a row.
-    ours = (
-        implementation == "sdpa"
-        and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
-    )
-    # Compiled, pieces are computed one by one, over all the room of a static cache.
-    if not ours or torch.compiler.is_compiling() or not (cache is None or isinstance(cache, Cache)):
+    # An engine's cache holds texts in a row. Compiled, pieces are computed one by one, over all of a static cache.
+    engine = cache is not None and not isinstance(cache, Cache)
+    if not asks_for_sdpa(module.config) or torch.compiler.is_compiling() or engine:
         return implementation
     trained = module.training or query.requires_grad and torch.is_grad_enabled()
     if not trained and query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:

@@ -83,11 +83,12 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import logits_of_head, product_of_linear, projected, steps_of_blocks
+from .steps_qwen import logits_of_head, product_of_linear, projected
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
 from .turning_qwen import turned as turned
+from .unpadded_qwen import through_blocks
 from .warming_qwen import is_ready as is_ready
 
 if TYPE_CHECKING:  # read when they are wanted, for Triton takes its time
@@ -493,12 +494,7 @@ class QWenModel(QWenPreTrainedModel):
     def _through_blocks(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         layers = self.config.n_layer
         blocks = self.h if layers >= len(self.h) else self.h[:layers]  # fewer where the model drafts for itself
-        stepped = steps_of_blocks(blocks, _PLAIN, hidden_states, arguments)
-        if stepped is not None:
-            return stepped
-        for block in blocks:
-            hidden_states = block(hidden_states, **arguments)
-        return hidden_states
+        return through_blocks(blocks, _PLAIN, hidden_states, arguments)
 
     def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
         """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""

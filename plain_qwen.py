@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
@@ -86,6 +88,13 @@ class Unchanged:
             or any([cls.forward is not forward for cls, forward in self._forwards])
             or any([config._attn_implementation != "sdpa" for config in self._configurations])
         )
+
+
+def asks_for_sdpa(config: Any) -> bool:
+    """Whether a configuration asks for torch's attention, and the name stands for what transformers registers."""
+    if config._attn_implementation != "sdpa":
+        return False
+    return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
 
 
 def length_held(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int | None:

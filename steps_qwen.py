@@ -15,14 +15,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .arguments_qwen import one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
-from .plain_qwen import Plain, is_bare, length_held
+from .plain_qwen import Plain, asks_for_sdpa, is_bare, length_held
 from .preparing_qwen import prepare, steps_ready
 from .products_qwen import (
     DTYPES,
@@ -35,10 +33,10 @@ from .products_qwen import (
     wide_product,
 )
 
-_ARGUMENTS = frozenset(
+BLOCK_ARGUMENTS = frozenset(
     ("attention_mask", "position_embeddings", "position_ids", "use_cache", "past_key_values", "cache")
 )
-"""Of a block; what comes beside these asks for something that the kernel doesn't do."""
+"""Of a block; what comes beside these asks for something that the kernels don't do."""
 
 
 class Layer(ctypes.Structure):
@@ -86,10 +84,10 @@ def steps_of_blocks(
         prepare(blocks, plain, states, arguments["position_embeddings"])
     native = None if on_gpu else kernels_for_steps(states)
     few = states.shape[1] == 1 if on_gpu else native is not None
-    if not few or not _given(arguments) <= _ARGUMENTS:
+    if not few or not given(arguments) <= BLOCK_ARGUMENTS:
         return None
     cache, seen = one_cache(arguments.get("past_key_values"), arguments.get("cache")), arguments.get("attention_mask")
-    if ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is not sdpa_attention_forward:
+    if not asks_for_sdpa(first.attn.config):
         return None
     if native is None:
         if not steps_ready(blocks, states, arguments["position_embeddings"]):
@@ -110,7 +108,8 @@ def steps_of_blocks(
     return _steps(native, layers, shape, states, cache, length, seen, arguments["position_embeddings"])
 
 
-def _given(arguments: dict[str, Any]) -> set[str]:
+def given(arguments: dict[str, Any]) -> set[str]:
+    """Names of arguments that ask for something."""
     return {name for name, value in arguments.items() if value is not None}
 
 

@@ -271,7 +271,8 @@ def export(work: Path, tokenizer: QWenTokenizerFast, output: Path) -> None:
     tokenizer.save_pretrained(partial)
     log = {"plan": json.loads((work / "plan.json").read_text())}
     for stage in STAGES:
-        log[stage] = json.loads((work / stage / "log.json").read_text(), parse_float=_short)
+        steps = json.loads((work / stage / "log.json").read_text(), parse_float=_short)
+        log[stage] = [{name: value for name, value in step.items() if name != "epoch"} for step in steps]
     (partial / "training_log.json").write_text(json.dumps(log, separators=(",", ":")))
     partial.rename(output)
 

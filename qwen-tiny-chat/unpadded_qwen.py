@@ -1,0 +1,1 @@
+../unpadded_qwen.py
