@@ -18,6 +18,7 @@ import generating
 import gpu
 import llama_cpp
 import loading
+import multiplying
 import speculating
 import tokenizing
 import training_step
@@ -39,6 +40,7 @@ for command in (
     llama_cpp.llama_cpp,
     loading.load,
     loading.imports,
+    multiplying.products,
     training_step.training,
     tokenizing.tokenizer,
     gpu.gpu,
