@@ -170,7 +170,11 @@ def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix |
 
 def _matrix(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matrix | None:
     places = place(weight, dtype), bias if bias is None else place(bias, dtype)
-    if places[0] is None or (bias is not None and (places[1] is None or bias.numel() != weight.shape[0])):
+    if (
+        places[0] is None
+        or not weight.numel()
+        or (bias is not None and (places[1] is None or bias.numel() != weight.shape[0]))
+    ):
         return None
     return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
 

@@ -99,6 +99,16 @@ def test_none_are_left_to_torch(products):
     assert not products
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@torch.no_grad()
+def test_weights_without_a_number_are_left_to_torch(products, tokens):
+    for linear in (layer(inputs=0), layer(outputs=0)):
+        states = torch.randn(tokens, linear.in_features)
+        assert torch.equal(projected(linear, states), linear(states))
+    assert not products
+
+
 @torch.no_grad()
 def test_many_are_left_to_torch_where_the_library_has_no_kernel_for_them(products, monkeypatch):
     monkeypatch.setattr(products_qwen, "_has_many", lambda native, dtype: False)
