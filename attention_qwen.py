@@ -309,9 +309,10 @@ def choose_implementation(module: Any, query: torch.Tensor, cache: Any) -> str:
         cache: of this call, or an engine's, or None.
     """
     implementation: str = module.config._attn_implementation
-    # An engine's cache holds texts in a row. Compiled, pieces are computed one by one, over all of a static cache.
-    engine = cache is not None and not isinstance(cache, Cache)
-    if not asks_for_sdpa(module.config) or torch.compiler.is_compiling() or engine:
+    # Before transformers 5.24 the attention itself adds to an engine's cache. Compiled, pieces are computed one by one,
+    # over all of a static cache.
+    unread = CACHE_NAME != "cache" and cache is not None and not isinstance(cache, Cache)
+    if not asks_for_sdpa(module.config) or torch.compiler.is_compiling() or unread:
         return implementation
     trained = module.training or query.requires_grad and torch.is_grad_enabled()
     if not trained and query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in HALF_PRECISION:
@@ -345,6 +346,9 @@ def mask_of_call(
     )
     if config._attn_implementation == FLASH_IMPLEMENTATION and cache is mask is None:
         arguments.setdefault("cu_seq_lens_q", packed_starts(position_ids.expand(len(inputs_embeds), -1)))
+    paged = "write_index" in arguments and isinstance(mask, torch.Tensor) and mask.is_floating_point()
+    if paged and inputs_embeds.device.type == "cpu" and asks_for_sdpa(config):
+        return mask == 0  # which torch takes as well, and the kernels alone
     return mask
 
 

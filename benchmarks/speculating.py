@@ -13,7 +13,7 @@ import torch
 from generating import TINY_CHAT
 from measuring import RESULTS, Dtype, Results, Rounds, compare, report
 from models import build
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingManager, GenerationConfig
 
 from qwen1 import make_context
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
@@ -91,13 +91,11 @@ def speculation(rounds: Rounds = 5, dtype: Dtype = "bfloat16", results: Results 
             report(compare(f"{text}, {way} / a token at a time, {model.dtype}", *runs, rounds), results)
 
 
-def run_continuously(model: Any, prompts: list[list[int]], lengths: list[int]) -> None:
+def run_continuously(manager: ContinuousBatchingManager, prompts: list[list[int]], lengths: list[int]) -> None:
     """Write as many tokens as asked for behind each prompt, with requests that come and go."""
-    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths))
-    with model.continuous_batching_context_manager(generation_config=settings) as manager:
-        for prompt, length in zip(prompts, lengths, strict=True):
-            manager.add_request(prompt, max_new_tokens=length)
-        done = [manager.get_result(timeout=60) for _ in prompts]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        manager.add_request(prompt, max_new_tokens=length)
+    done = [manager.get_result(timeout=60) for _ in prompts]
     written = sorted(len(result.generated_tokens) for result in done if result is not None)
     if written != sorted(lengths):
         raise RuntimeError(f"{written} tokens were written for the requests instead of {sorted(lengths)}")
@@ -120,6 +118,9 @@ def continuous(rounds: Rounds = 3, dtype: Dtype = "bfloat16", results: Results =
         for prompt, length in zip(prompts, lengths, strict=True):
             model.generate(torch.tensor([prompt]), max_new_tokens=length, **settings)
 
-    run = partial(run_continuously, model, prompts, lengths)
-    report(compare(f"16 requests, continuous / padded, {model.dtype}", run, together, rounds), results)
-    report(compare(f"16 requests, continuous / one by one, {model.dtype}", run, one_by_one, rounds), results)
+    # As a server does, started once: that takes seconds, for all the memory that the machine has is filled with zeros.
+    room = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths))
+    with model.continuous_batching_context_manager(generation_config=room) as manager:
+        run = partial(run_continuously, manager, prompts, lengths)
+        report(compare(f"16 requests, continuous / padded, {model.dtype}", run, together, rounds), results)
+        report(compare(f"16 requests, continuous / one by one, {model.dtype}", run, one_by_one, rounds), results)

@@ -11,8 +11,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen1.engines_qwen as engines
+from qwen1 import prompt_qwen
+from qwen1.arguments_qwen import CACHE_NAME
 from qwen1.attention_qwen import eager_attention_forward
 from qwen1.engines_qwen import engine_alpha, paged_alpha
+from qwen1.native_qwen import wait
 from qwen1.ntk_qwen import ntk_alpha
 from qwen1.positions_qwen import prompt_lengths
 
@@ -67,6 +70,20 @@ def test_continuous_batching_has_one_alpha_for_each_request(tiny_model, use_dyna
     prompts += [begun[:, :20], begun[:, :150], begun]
     assert written_in_batches(model, prompts, max_batch_tokens=2048) == written_alone(model, prompts)
     assert "engine" not in caplog.text and "chunks" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="this release of transformers adds to the cache in its attention")
+def test_continuous_batching_reads_by_the_kernels(tiny_model, monkeypatch):
+    model, counted = tiny_model("sdpa", num_key_value_heads=2), []
+    attend = prompt_qwen._attend
+    monkeypatch.setattr(prompt_qwen, "_attend", lambda *args: counted.append(args[1].shape[2]) or attend(*args))
+    prompts = [tokens(length, length) for length in range(12, 30)]
+    alone = written_alone(model, prompts)
+    counted.clear()
+    assert written_in_batches(model, prompts, max_batch_tokens=2048) == alone
+    assert counted and max(counted) == sum(range(12, 30)) and min(counted) == len(prompts)
 
 
 @pytest.mark.slow
