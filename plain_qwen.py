@@ -90,11 +90,14 @@ class Unchanged:
         )
 
 
-def asks_for_sdpa(config: Any) -> bool:
-    """Whether a configuration asks for torch's attention, and the name stands for what transformers registers."""
-    if config._attn_implementation != "sdpa":
-        return False
+def sdpa_is_torchs() -> bool:
+    """Whether "sdpa" stands for what transformers registers, and nobody has put an attention of their own there."""
     return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", sdpa_attention_forward) is sdpa_attention_forward
+
+
+def asks_for_sdpa(config: Any) -> bool:
+    """Whether a configuration asks for torch's attention."""
+    return config._attn_implementation == "sdpa" and sdpa_is_torchs()
 
 
 def length_held(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int | None:

@@ -20,7 +20,7 @@ from .arguments_qwen import one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
-from .plain_qwen import Plain, asks_for_sdpa, is_bare, length_held
+from .plain_qwen import Plain, is_bare, length_held, sdpa_is_torchs
 from .preparing_qwen import prepare, steps_ready
 from .products_qwen import (
     DTYPES,
@@ -87,7 +87,7 @@ def steps_of_blocks(
     if not few or not given(arguments) <= BLOCK_ARGUMENTS:
         return None
     cache, seen = one_cache(arguments.get("past_key_values"), arguments.get("cache")), arguments.get("attention_mask")
-    if not asks_for_sdpa(first.attn.config):
+    if not sdpa_is_torchs():
         return None
     if native is None:
         if not steps_ready(blocks, states, arguments["position_embeddings"]):

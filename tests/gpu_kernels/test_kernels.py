@@ -188,8 +188,8 @@ def test_logits_are_torchs(monkeypatch, shape, rows, padding):
     assert steps_of(cache).taken == 4 and steps_of(other) is None
     assert error(got, expected) < BOUNDS[torch.float32]
     for layer, plain in zip(cache.layers, other.layers, strict=True):
-        assert error(layer.keys, plain.keys) < BOUNDS[torch.float32]
-        assert error(layer.values, plain.values) < BOUNDS[torch.float32]
+        for ours, theirs in ((layer.keys, plain.keys), (layer.values, plain.values)):
+            assert error(ours[:, :, padding:], theirs[:, :, padding:]) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
