@@ -20,20 +20,8 @@ from .steps_qwen import BLOCK_ARGUMENTS, given, steps_of_blocks
 _LEAST_SHARE = 1 / 16
 """Of padding in a prompt, from which on leaving it out saves more than the moving of numbers costs."""
 
-_COMPUTING = (
-    "",
-    "ln_1",
-    "attn",
-    "attn.c_attn",
-    "attn.c_proj",
-    "ln_2",
-    "mlp",
-    "mlp.w1",
-    "mlp.w2",
-    "mlp.act_fn",
-    "mlp.c_proj",
-)
-"""What a block is made of; dropouts do nothing here."""
+_COMPUTING = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.w1", "mlp.w2", "mlp.act_fn", "mlp.c_proj")
+"""What a block with our attention and MLP is made of; dropouts do nothing here."""
 
 _MOST_TOKENS = 8192
 """Laid end to end, their mask takes 64 MB."""
@@ -138,6 +126,8 @@ def _texts(blocks: nn.ModuleList, plain: Plain, states: torch.Tensor, arguments:
 
 def _is_plain(block: Any, plain: Plain) -> bool:
     """Whether a block computes nothing else, and no hook or class of somebody's own counts on rows."""
+    if not plain(block) or not plain(block.attn, block.mlp):  # first: another class may have nothing of what follows
+        return False
     return asks_for_sdpa(block.attn.config) and all(plain(block.get_submodule(name)) for name in _COMPUTING)
 
 

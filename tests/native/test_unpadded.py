@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import DynamicCache
 
@@ -110,7 +111,30 @@ def hooked(part):
     return lambda model: model.transformer.h[1].get_submodule(part).register_forward_hook(lambda *args: None)
 
 
+class Wrapped(nn.Module):
+    """Somebody's own around one of ours, with nothing of what ours has."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def wrapped(name):
+    return lambda model: model.transformer.h[1].set_submodule(name, Wrapped(model.transformer.h[1].get_submodule(name)))
+
+
+def wrap_block(model):
+    model.transformer.h[1] = Wrapped(model.transformer.h[1])
+
+
 CHANGES = {
+    "another attention": wrapped("attn"),
+    "another MLP": wrapped("mlp"),
+    "another linear": wrapped("mlp.w1"),
+    "another block": wrap_block,
     "hook of a linear": hooked("attn.c_attn"),
     "hook of a norm": hooked("ln_2"),
     "hook of a block": hooked(""),
