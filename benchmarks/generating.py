@@ -177,7 +177,7 @@ def conversation(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results
         partial(theirs.generate, ids, **settings),
     ]
     report(
-        compare(f"first token of turn 10, {ids.shape[1]} tokens in all, {ours.dtype}", *runs, rounds, aim=0.2), results
+        compare(f"first token of turn 10, {ids.shape[1]} tokens in all, {ours.dtype}", *runs, rounds, aim=0.08), results
     )
     token = Decoder(ours, random_cache(new_cache(ours.transformer), 1, 512, ours.dtype), 1, 1)
     looking = partial(fingerprint, ours)
@@ -223,4 +223,4 @@ def batch(rounds: Rounds = 3, dtype: Dtype = "bfloat16", results: Results = RESU
         partial(model.batch_chat, tokenizer, queries, **settings),
         lambda: [model.chat(tokenizer, query, **settings) for query in queries],
     ]
-    report(compare(f"batch_chat of 16 prompts / one at a time, {model.dtype}", *runs, rounds, aim=0.25), results)
+    report(compare(f"batch_chat of 16 prompts / one at a time, {model.dtype}", *runs, rounds, aim=0.21), results)

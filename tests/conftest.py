@@ -249,6 +249,21 @@ def tiny_model(tiny_config):
     return make
 
 
+@pytest.fixture(scope="session")
+def somebodys_own():
+    """A class of module around one of ours, with none of its attributes."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    return Wrapped
+
+
 @pytest.fixture
 def each_read(monkeypatch):
     """Watch what a model is given from now on: model -> list of the number of tokens of each call, which grows."""

@@ -147,6 +147,7 @@ def test_a_token_whose_blocks_are_not_plain_is_normed_and_turned_by_kernels(monk
     monkeypatch.setattr(modeling_qwen, "normed", passes_qwen.normed)
     monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
     model, turned = model_of(), []
+    talk(model, rows=2, steps=0, padding=3)  # begins to compile, which waits here
     model.transformer.h[0].register_forward_hook(lambda *given: None)
     expected, _ = torch_alone(monkeypatch, lambda: talk(model, rows=2, steps=2, padding=3))
     kernel = passes_qwen.turn_prompt
@@ -396,21 +397,10 @@ def test_changes_between_tokens_count(monkeypatch, change):
     assert (steps_of(cache) is not None and steps_of(cache).taken >= 2) == kept
 
 
-class Wrapped(nn.Module):
-    """An attention of somebody else, which has none of the published attributes."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-def test_an_attention_of_another_class(monkeypatch):
+def test_an_attention_of_another_class(monkeypatch, somebodys_own):
     model = model_of()
     for block in model.transformer.h:
-        block.attn = Wrapped(block.attn)
+        block.attn = somebodys_own(block.attn)
     expected, _ = torch_alone(monkeypatch, lambda: talk(model))
     got, cache = talk(model)
     assert steps_of(cache) is None and error(got, expected) < BOUNDS[torch.float32]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import DynamicCache
 
@@ -111,30 +110,7 @@ def hooked(part):
     return lambda model: model.transformer.h[1].get_submodule(part).register_forward_hook(lambda *args: None)
 
 
-class Wrapped(nn.Module):
-    """Somebody's own around one of ours, with nothing of what ours has."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-def wrapped(name):
-    return lambda model: model.transformer.h[1].set_submodule(name, Wrapped(model.transformer.h[1].get_submodule(name)))
-
-
-def wrap_block(model):
-    model.transformer.h[1] = Wrapped(model.transformer.h[1])
-
-
 CHANGES = {
-    "another attention": wrapped("attn"),
-    "another MLP": wrapped("mlp"),
-    "another linear": wrapped("mlp.w1"),
-    "another block": wrap_block,
     "hook of a linear": hooked("attn.c_attn"),
     "hook of a norm": hooked("ln_2"),
     "hook of a block": hooked(""),
@@ -163,6 +139,16 @@ CALLS = {
     "transformers' cache": lambda model: batch(model) | dict(cache=DynamicCache()),
     "an int8 cache": lambda model: batch(model) | dict(cache=QWenInt8Cache(model.config)),
 }
+
+
+@pytest.mark.parametrize("part", ["h.1", "h.1.attn", "h.1.mlp", "h.1.mlp.w1"])
+@torch.no_grad()
+def test_a_class_of_somebodys_own_is_given_whole_rows(tiny_model, laid, somebodys_own, part):
+    """Which has nothing of what the kernels would look at."""
+    model = tiny_model("sdpa")
+    model.transformer.set_submodule(part, somebodys_own(model.transformer.get_submodule(part)))
+    model(**batch(model))
+    assert not laid
 
 
 @pytest.mark.parametrize("call", CALLS)
