@@ -26,9 +26,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .fingerprint_qwen import runs_foreign_code
-from .native_qwen import SWITCH
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria
 from .streaming_qwen import Stopped
+from .translating_qwen import SWITCH
 
 DEVICE = "cuda"
 """Type of the devices that are asked late; tests have a CPU asked so."""

@@ -87,6 +87,7 @@ from .steps_qwen import logits_of_head, product_of_linear, projected
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
+from .translating_qwen import library_of as library_of
 from .turning_qwen import turned as turned
 from .unpadded_qwen import through_blocks
 from .warming_qwen import is_ready as is_ready

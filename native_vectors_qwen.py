@@ -1,8 +1,8 @@
 """The C++ text of what all kernels for a CPU have in common: numbers, vectors of them, and their sums.
 
-It is text in a Python file because transformers takes along nothing else with the code of a model; `native_qwen` has
-the machine's own compiler translate it. It uses vectors as long as the processor's registers, in the notation that GCC
-and Clang share: longer ones would lie in memory.
+It is text in a Python file because transformers takes along nothing else with the code of a model; `translating_qwen`
+has the machine's own compiler translate it. It uses vectors as long as the processor's registers, in the notation that
+GCC and Clang share: longer ones would lie in memory.
 """
 
 VECTORS = r"""

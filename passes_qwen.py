@@ -16,8 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from .native_qwen import SWITCH
 from .products_qwen import is_watched
+from .translating_qwen import SWITCH
 from .warming_qwen import is_ready
 
 DEVICE = "cuda"

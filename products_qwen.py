@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .native_qwen import SWITCH, library, wait
+from .native_qwen import library, wait
+from .translating_qwen import SWITCH
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels compute with, and how they call it."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .native_qwen import SWITCH, cache_folder
+from .translating_qwen import SWITCH, cache_folder
 
 logger = logging.get_logger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qwen1.cache_qwen import QWenCache, QWenGrowingLayer
-from qwen1.native_qwen import SWITCH
+from qwen1.translating_qwen import SWITCH
 
 ROWS, HEADS, SIZE = 2, 3, 4
 

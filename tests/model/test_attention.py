@@ -18,7 +18,7 @@ from qwen1.attention_qwen import (
     mask_scores,
     repeat_kv,
 )
-from qwen1.native_qwen import SWITCH
+from qwen1.translating_qwen import SWITCH
 
 TOLERANCE = 1e-6
 

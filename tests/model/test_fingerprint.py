@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.modeling_qwen import QWenMLP
-from qwen1.native_qwen import SWITCH
+from qwen1.translating_qwen import SWITCH
 
 IDS = torch.arange(12)[None]
 

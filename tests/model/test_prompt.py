@@ -11,8 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qwen1 import QWenAttention, products_qwen, prompt_qwen
 from qwen1.arguments_qwen import CACHE_NAME
 from qwen1.attention_qwen import PROMPT_IMPLEMENTATION, choose_implementation, eager_attention_forward
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
 from qwen1.prompt_qwen import prompt_attention
+from qwen1.translating_qwen import SWITCH
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
 

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen1 import gradients_qwen, prompt_qwen
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
 from qwen1.prompt_qwen import prompt_attention
+from qwen1.translating_qwen import SWITCH
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
 

@@ -8,8 +8,9 @@ from transformers.cache_utils import DynamicCache
 
 from qwen1 import products_qwen, steps_qwen
 from qwen1.cache_qwen import QWenInt8Cache
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
 from qwen1.steps_qwen import projected
+from qwen1.translating_qwen import SWITCH
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qwen1 import native_qwen
+from qwen1 import native_qwen, translating_qwen
 
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo "compiler 1.0"; exit; fi
@@ -21,10 +21,10 @@ def home(tmp_path, monkeypatch):
     """A cache of one's own, and no library yet in this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.delenv(native_qwen.SWITCH, raising=False)
-    native_qwen._translation.cache_clear()
+    monkeypatch.delenv(translating_qwen.SWITCH, raising=False)
+    translating_qwen.translation.cache_clear()
     yield tmp_path
-    native_qwen._translation.cache_clear()
+    translating_qwen.translation.cache_clear()
 
 
 def compiler(home, monkeypatch, then):
@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_is_asked_once(home, monkeypatch):
     assert native_qwen.wait() is None
     (failure,) = (home / "cache" / "qwen1").iterdir()
     assert failure.suffix == ".failed" and "no such flag" in failure.read_text()
-    native_qwen._translation.cache_clear()
+    translating_qwen.translation.cache_clear()
     assert native_qwen.wait() is None
     assert calls(home) == 1
 
@@ -78,7 +78,7 @@ def test_a_folder_that_others_write_to_is_not_trusted(home, monkeypatch):
 
 
 def test_the_switch(home, monkeypatch):
-    monkeypatch.setenv(native_qwen.SWITCH, "0")
+    monkeypatch.setenv(translating_qwen.SWITCH, "0")
     assert native_qwen.wait() is None and native_qwen.library() is None
     assert not (home / "cache").exists()
 
@@ -89,7 +89,7 @@ def test_a_process_that_ends_soon_leaves_the_library_behind(home):
     """A reply of two seconds ends before the compiler does; the next process finds what it made."""
     script = "from qwen1 import native_qwen; native_qwen.library(); import time; time.sleep(0.5)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert native_qwen.SWITCH in done.stderr and "cache" in done.stderr
+    assert translating_qwen.SWITCH in done.stderr and "cache" in done.stderr
     folder = home / "cache" / "qwen1"
     for _ in range(600):
         made = list(folder.glob("native-*.so"))
@@ -99,4 +99,4 @@ def test_a_process_that_ends_soon_leaves_the_library_behind(home):
     assert [file.suffix for file in folder.iterdir()] == [".so"]
     script = "from qwen1 import native_qwen; assert native_qwen.wait() is not None"
     again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert native_qwen.SWITCH not in again.stderr
+    assert translating_qwen.SWITCH not in again.stderr

@@ -6,7 +6,8 @@ from torch.autograd import forward_ad
 
 from qwen1 import products_qwen
 from qwen1.bits_qwen import LANES, QWenBitsLinear, fixed
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
+from qwen1.translating_qwen import SWITCH
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
 

@@ -13,7 +13,8 @@ from qwen1 import QWenLMHeadModel, products_qwen, steps_qwen
 from qwen1.attention_qwen import eager_attention_forward
 from qwen1.cache_qwen import QWenInt8Cache, new_cache
 from qwen1.modeling_qwen import QWenAttention, QWenMLP
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
+from qwen1.translating_qwen import SWITCH
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux")
 

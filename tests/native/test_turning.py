@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
 from qwen1.rotary_qwen import apply_rotary_pos_emb
+from qwen1.translating_qwen import SWITCH
 from qwen1.turning_qwen import turned
 
 pytestmark = pytest.mark.skipif(wait() is None, reason="needs g++ or clang++")

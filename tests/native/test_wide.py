@@ -6,9 +6,10 @@ from torch import nn
 
 from qwen1 import products_qwen
 from qwen1.bits_qwen import QWenBitsLinear
-from qwen1.native_qwen import SWITCH, wait
+from qwen1.native_qwen import wait
 from qwen1.products_qwen import FEW, multiplies, wide_product
 from qwen1.steps_qwen import projected
+from qwen1.translating_qwen import SWITCH
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qwen1.bits_qwen import QWenBitsEmbedding, QWenBitsLinear, pack, pack_groups, quantised, unpack, unpack_groups
-from qwen1.native_qwen import SWITCH
+from qwen1.translating_qwen import SWITCH
 
 
 @pytest.fixture(autouse=True)

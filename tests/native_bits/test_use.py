@@ -13,7 +13,7 @@ from qwen1 import QWenLMHeadModel
 from qwen1.bits_qwen import QWenBitsEmbedding, QWenBitsLinear
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.loss_qwen import gives_its_weight
-from qwen1.native_qwen import SWITCH
+from qwen1.translating_qwen import SWITCH
 
 IDS = torch.randint(0, 256, (2, 60), generator=torch.Generator().manual_seed(0))
 
