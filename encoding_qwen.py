@@ -254,6 +254,12 @@ class EncodingMixin(LengthsMixin):
 
     # Ids to text
 
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
+        """As in transformers, which takes longer to see that a list has only ids than to decode them. See `_decode`."""
+        if type(token_ids) is list and set(map(type, token_ids)) == {int}:
+            return self._decode(token_ids, skip_special_tokens, **kwargs)
+        return super().decode(token_ids, skip_special_tokens, **kwargs)
+
     def _decode(
         self,
         token_ids: int | list[int],
@@ -283,7 +289,10 @@ class EncodingMixin(LengthsMixin):
     def _joined_bytes(self, ids: list[int]) -> bytes:
         """The bytes of tokens; an id that no token has counts as one that is not UTF-8."""
         known = self._token_bytes
-        return b"".join([known.get(i, b"\xff") for i in ids])
+        try:
+            return b"".join(map(known.__getitem__, ids))
+        except KeyError:
+            return b"".join([known.get(i, b"\xff") for i in ids])
 
 
 def _is_ids(sequence: Any) -> bool:
