@@ -576,6 +576,9 @@ class QWenTokenizerFast(QWenTokenizerMixin, _CheckedIds):  # type: ignore[misc]
     ) -> tuple[str, ...]:
         """Write `tokenizer.json`, and the files that `QWenTokenizer` reads if it has these control tokens."""
         names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        for name in names:
+            if name.endswith("tokenizer.json"):  # with a line for each word, it is more than twice as large
+                self._tokenizer.save(name, pretty=False)
         if fits_vocabulary_files(self.mergeable_ranks, self.special_tokens):
             return names + self.save_vocabulary(os.fspath(save_directory), filename_prefix)
         return names

@@ -153,6 +153,9 @@ def test_fast_class_loads_from_tokenizer_json_alone(tmp_path, small_vocabulary):
     (tmp_path / "qwen.tiktoken").unlink()
     assert state(QWenTokenizerFast.from_pretrained(tmp_path)) == state(tokenizer)
     assert QWenTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode(TEXT) == tokenizer.encode(TEXT)
+    assert (tmp_path / "tokenizer.json").read_text().count(
+        "\n"
+    ) <= 1  # with a line for each word, the file is twice as large
 
 
 @pytest.mark.parametrize("cls", [QWenTokenizer, QWenTokenizerFast])
