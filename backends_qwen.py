@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AddedToken
 
+from .native_tokens_qwen import NativeTokens, NativeVocabulary
 from .pieces_qwen import NFC, cut_text, has_long_blank, is_long, jobs_of, normalise, split_long_blanks, split_pattern
 from .properties_qwen import kept
 from .vocabulary_qwen import SPECIAL_TOKENS, VOCAB_FILES_NAMES, require_file
@@ -41,6 +42,8 @@ GROUPED_PAT_STR = f"(?:{_WORDS})|{_BLANKS}"
 class TiktokenBackend:
     """Texts to ids by tiktoken, whatever their length, with as many threads as are of use.
 
+    Once it has had much text a library of our own does that, where it can be made, in half of the time.
+
     Args:
         bpe: made with `GROUPED_PAT_STR` and what follows.
         ranks, special_tokens: as `load_vocabulary` gives them.
@@ -50,6 +53,7 @@ class TiktokenBackend:
         self._bpe = bpe
         self.ranks = ranks
         self.special_tokens = special_tokens
+        self._native = NativeTokens()
 
     @kept
     def _whole_piece_bpe(self) -> tiktoken.Encoding:
@@ -67,14 +71,17 @@ class TiktokenBackend:
     def encode_chunks(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
         """Encode texts, long ones already cut, with as many threads as are of use."""
         jobs = jobs_of(chunks)
-        encode = functools.partial(self._encode_job, allowed=allowed)
+        native = self._native.vocabulary(sum(map(len, chunks)), self.ranks, self.special_tokens)
+        encode = functools.partial(self._encode_job, allowed=allowed, native=native)
         if len(jobs) < 2:
             return [ids for job in jobs for ids in encode(job)]
         with ThreadPoolExecutor(min(8, _cores(), len(jobs))) as pool:  # more would wait for the interpreter's lock
             return list(itertools.chain.from_iterable(pool.map(encode, jobs)))
 
-    def _encode_job(self, chunks: list[str], allowed: frozenset[str]) -> list[list[int]]:
-        """Encode chunks by one call of tiktoken, as every call makes its thread wait for the interpreter's lock.
+    def _encode_job(
+        self, chunks: list[str], allowed: frozenset[str], native: NativeVocabulary | None
+    ) -> list[list[int]]:
+        """Encode chunks by one call, as every call makes its thread wait for the interpreter's lock.
 
         For that they are joined by a special token that none of them holds.
         """
@@ -83,9 +90,11 @@ class TiktokenBackend:
             whole = "".join(chunks)
             mark = next((token for token in reversed(self.special_tokens) if token not in whole), "")
             if not mark:
-                return [self._encode_job([chunk], allowed)[0] for chunk in chunks]
+                return [self._encode_job([chunk], allowed, native)[0] for chunk in chunks]
             known = allowed | {mark}
         text = normalise(mark.join(chunks), split_pattern(known))
+        if native and (ids := native.encode(text, known)) is not None:
+            return _split_list(ids, self.special_tokens[mark]) if mark else [ids]
         if has_long_blank(text):
             chunks = text.split(mark) if mark else [text]
             return [self._encode_with_long_blanks(chunk, allowed) for chunk in chunks]

@@ -10,10 +10,12 @@ from tokenizers import normalizers
 
 NFC = normalizers.NFC()  # of the library that the fast class uses, so that Unicode versions cannot differ
 
-# White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n. tiktoken's regex engine
-# keeps one stack entry per character of such a run, unless the run ends in a line break, and overflows between 100,000
-# and 1,000,000 entries.
-LONG_BLANK = re.compile("[\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
+# White space (Unicode White_Space, which is what \s means to tiktoken) other than \r and \n.
+BLANKS = "\t\x0b\x0c \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
+# tiktoken's regex engine keeps one stack entry per character of such a run, unless the run ends in a line break, and
+# overflows between 100,000 and 1,000,000 entries.
+LONG_BLANK = re.compile(f"[{BLANKS}]{{10000,}}")
 
 # Where long text may be cut without a change of ids, also before it is normalised: `PAT_STR` lets no piece go on from a
 # letter or digit into what is none, and the character behind the cut composes with none before it. Special tokens hold

@@ -15,8 +15,8 @@ Text encoded with `allowed_special=set()` never gives a control token; `apply_ch
 the caller passes in that way.
 
 Here are the two classes, how they are loaded and saved. The rest is in three rooms: vocabulary files and what makes ids
-with them (`vocabulary_qwen.py`, `backends_qwen.py`), text to ids and back (`pieces_qwen.py`, `tokens_qwen.py`,
-`encoding_qwen.py`), chat templates and their safety (`templates_qwen.py`).
+with them (`vocabulary_qwen.py`, `backends_qwen.py`, `native_tokens_qwen.py`), text to ids and back (`pieces_qwen.py`,
+`tokens_qwen.py`, `encoding_qwen.py`), chat templates and their safety (`templates_qwen.py`).
 """
 
 import os
@@ -56,12 +56,14 @@ from .backends_qwen import (
 )
 from .chat_template_qwen import CHAT_TEMPLATE
 from .encoding_qwen import is_plain_batch, map_texts
+from .native_tokens_qwen import NativeTokens as NativeTokens
 from .offsets_qwen import LazyEncodings, locate
 from .pieces_qwen import repair_surrogates, split_pattern
 from .properties_qwen import kept
 from .saving_qwen import saved_as_published
 from .templates_qwen import TemplatesMixin
 from .tokens_qwen import ID_SUFFIX, SortedBytes
+from .translating_qwen import library_of as library_of
 from .vocabulary_qwen import (
     ENDOFTEXT,
     EXTRA_VOCAB_FILES_NAMES,

@@ -21,7 +21,9 @@ from measuring import RESULTS, Results, Rounds, compare, report
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qwen1.native_tokens_qwen import TOKENS
 from qwen1.tokenization_qwen import CHAT_TEMPLATE, PAT_STR, QWenTokenizer, QWenTokenizerFast, load_vocabulary
+from qwen1.translating_qwen import wait_for
 
 ROOT = Path(__file__).parent.parent
 SIZE, CHATS = 10_000_000, 10_000  # bytes of the long text, conversations of the batch
@@ -190,6 +192,7 @@ def tokenizer(rounds: Rounds = 5, results: Results = RESULTS) -> None:
     The other sides are the detour of 2023 in one thread, and bare tiktoken: `encode` in one thread for the long text,
     `encode_batch` with a thread for each core for the chats.
     """
+    wait_for(TOKENS)
     vocabulary = os.environ.get("QWEN_TIKTOKEN", "")
     if not os.path.isfile(vocabulary):
         raise typer.BadParameter("Set QWEN_TIKTOKEN to the path of the published qwen.tiktoken.")

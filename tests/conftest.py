@@ -39,6 +39,8 @@ from qwen1 import (  # noqa: E402
     QWenTokenizer,
     native_qwen,
 )
+from qwen1.native_tokens_qwen import TOKENS  # noqa: E402
+from qwen1.translating_qwen import wait_for  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,13 +73,14 @@ CASES_COUNTED = 3
 
 
 def pytest_configure(config):
-    """Have the kernels made before the first test.
+    """Have the libraries made before the first test.
 
     Some tests compare, bit for bit, what two processes compute: a process that began while the compiler was at work
     computes through torch, and one that began later by the kernels.
     """
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
         native_qwen.wait()
+        wait_for(TOKENS)
 
 
 def pytest_collection_finish():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qwen1.native_tokens_qwen import PAYS, NativeTokens
 from qwen1.pieces_qwen import normalise, split_pattern
 
 from .conftest import SPECIALS, encodable, objects, texts
@@ -27,6 +28,18 @@ def test_round_trip(tokenizers, text, allowed_special):
     assert slow.decode(encoded) == fast.decode(encoded) == expected
     literal = [part for part in split_pattern(known).split(encodable(text)) if part in known]
     assert [i for i in encoded if i >= slow.eod_id] == [slow.special_tokens[token] for token in literal]
+
+
+@given(texts, allowed)
+def test_the_library_gives_the_ids_of_tiktoken_or_none(tokenizers, text, allowed_special):
+    slow, _ = tokenizers
+    known = resolved(slow, allowed_special)
+    native = NativeTokens().vocabulary(PAYS, slow.mergeable_ranks, slow.special_tokens)
+    if native is None:
+        pytest.skip("needs g++ or clang++ on Linux")
+    text = normalise(encodable(text), split_pattern(known))
+    ids = native.encode(text, known)
+    assert ids is None or ids == slow._bpe.encode(text, allowed_special=known, disallowed_special=())
 
 
 @given(texts, allowed)

@@ -1,0 +1,1 @@
+../native_tokens_qwen.py
