@@ -15,6 +15,7 @@ print(json.dumps([{{"avg_ns": 5e8}}]))
 """
 
 
+@pytest.mark.slow
 def test_without_llama_cpp_it_says_so(repository, warm, tmp_path):
     command = [*warm, "speed.py", "llama-cpp", "--bench", str(tmp_path / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository / "benchmarks")

@@ -15,6 +15,7 @@ def peak(repository, monkeypatch):
     return runpy.run_path(str(repository / "benchmarks" / "peak.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_product_is_faster(peak, dtype):

@@ -235,6 +235,7 @@ def test_visitors_over_http_call_and_have_each_their_own(serve, looking):
     assert model.read[-2][1] == [] and model.read[-1][1] == [("mine", WHOLE)]
 
 
+@pytest.mark.slow
 def test_no_call_is_made_over_http_once_stopped(serve, looking, calling_model):
     calling_model.go_on.clear()
     client = Client(serve(calling_model, tools=[looking.tool()]))
@@ -251,6 +252,7 @@ def test_no_call_is_made_over_http_once_stopped(serve, looking, calling_model):
     assert looking.made == []
 
 
+@pytest.mark.slow
 def test_a_function_that_runs_is_not_interrupted_and_nothing_follows_it(serve, calling_model):
     runs, go_on = threading.Event(), threading.Event()
 

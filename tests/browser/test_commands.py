@@ -99,6 +99,7 @@ def test_the_space_has_what_the_package_needs(repository, pyproject):
     assert [line for line in lines if not line.startswith("#")] == pyproject["project"]["dependencies"]
 
 
+@pytest.mark.slow
 def test_what_the_guide_uploads_runs_by_itself(repository, tmp_path):
     """The files that docs/browser.md names, without the package installed beside them."""
     guide = (repository / "docs" / "browser.md").read_text(encoding="utf-8")

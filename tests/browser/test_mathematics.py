@@ -82,6 +82,7 @@ def test_katex_looks_for_each_kind():
     assert {(d["left"], d["right"], d["display"]) for d in DELIMITERS} == {(*INLINE, False), (*DISPLAY, True)}
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_many_openings_without_an_end_take_no_time():
     for opening in ("$", "$$\n", "\\(", "\\[\n", "https://"):

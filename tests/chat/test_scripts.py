@@ -135,19 +135,23 @@ def run_script(tmp_path, warm_with):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_three_turns_and_a_stream(checkpoint_folder, run_script):
     run_script(THREE_TURNS, checkpoint_folder)
 
 
+@pytest.mark.slow
 def test_three_turns_and_a_stream_of_the_shipped_model(repository, run_script):
     run_script(THREE_TURNS, repository / "qwen-tiny-chat")
 
 
+@pytest.mark.slow
 def test_the_first_lines_of_the_demos(checkpoint_folder, run_script):
     assert run_script(DEMO, checkpoint_folder).count("resume_download is left out") == 2, "of tokenizer and model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("exit", 3), ("error", 1)])
 @pytest.mark.no_cover
 def test_a_script_may_end_with_open_streams(checkpoint_folder, run_script, how, code):
@@ -157,6 +161,7 @@ def test_a_script_may_end_with_open_streams(checkpoint_folder, run_script, how, 
     assert said.count("Traceback") == (how == "error")
 
 
+@pytest.mark.slow
 def test_golden_checkpoint_with_the_published_vocabulary(
     golden, published_vocabulary, repository, run_script, tmp_path
 ):

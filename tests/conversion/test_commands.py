@@ -239,6 +239,7 @@ def test_progress_is_counted_per_tensor_and_per_byte(golden, tmp_path, monkeypat
     assert "19 of 19" in shown and f"{written} of {written}" in shown
 
 
+@pytest.mark.slow
 def test_the_program_runs_by_its_path(repository, golden, tmp_path):
     """In a folder that has another name than the package, whatever other package of that name is installed."""
     folder = tmp_path / "somewhere"

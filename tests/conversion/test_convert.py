@@ -397,6 +397,7 @@ def published_tokenizers(published_chat_as_qwen2):
     return AutoTokenizer.from_pretrained(folder), QWenTokenizerFast.from_pretrained(source)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_written_tokenizer_json_gives_identical_ids(published_tokenizers, golden):
     theirs, ours = published_tokenizers
@@ -424,6 +425,7 @@ def test_converted_chat_template_gives_the_tokens_of_chat(published_chat_as_qwen
     assert "generation %}" not in (published_chat_as_qwen2[1] / "chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_extra_vocabulary_is_in_tokenizer_json(converted, qwen_folder, golden):
     shutil.copy(golden / "tokenizer" / "qwen_extra.tiktoken", qwen_folder)
@@ -449,6 +451,7 @@ def test_the_end_of_text_is_right_for_chat_models(published_chat_as_qwen2):
     assert ends_as(published_chat_as_qwen2[1], [151645, 151643], 151645)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_the_end_of_text_is_right_for_base_models(converted, published_chat_as_qwen2, tmp_path):
     base = tmp_path / "base"
@@ -458,6 +461,7 @@ def test_the_end_of_text_is_right_for_base_models(converted, published_chat_as_q
     assert ends_as(converted(base, "qwen2")[0], 151643, 151643)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_vocabulary_comes_back_from_qwen2_byte_for_byte(converted, published_chat_as_qwen2):
     source, there = published_chat_as_qwen2
@@ -485,6 +489,7 @@ def qwen2_5_tokenizer(folder, published_vocabulary, golden):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.slow
 def test_other_control_tokens_of_qwen2_are_kept(tmp_path, converted, golden, published_vocabulary):
     source = tmp_path / "qwen2.5"
     qwen2_5_tokenizer(source, published_vocabulary, golden)

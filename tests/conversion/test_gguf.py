@@ -511,6 +511,7 @@ def test_values_beyond_a_type_are_refused(save, tmp_path, outtype, value, named)
     assert not list(tmp_path.glob("a.gguf*"))
 
 
+@pytest.mark.slow
 def test_the_package_is_named_where_it_is_missing(save, warm):
     code = (
         "import sys; sys.modules['gguf'] = None\n"

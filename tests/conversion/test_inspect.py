@@ -593,6 +593,7 @@ def test_progress_of_a_scan(folder, meta_folder):
 WRONG = ("abc", "", None, 0, -1, 1.5, True, [1], {"a": 1}, float("nan"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["model/dec_ntk_logn", "native/llama_gqa", "native/qwen2_gqa_tied"])
 @pytest.mark.no_cover
 def test_any_value_in_a_configuration_is_reported_on(golden, tmp_path, case):

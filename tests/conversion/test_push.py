@@ -149,6 +149,7 @@ def facts(card: str) -> dict:
 # --- upload ---
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_a_pushed_checkpoint_comes_back_as_it_was(checkpoint_folder, hub, run, tmp_path):
     before = contents(checkpoint_folder)

@@ -186,6 +186,7 @@ def loading_problems(folder):
 # --- the journey of a user ---
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_a_folder_of_2023_chats_once_it_is_upgraded(release, golden, tmp_path):
     """Sharded pickles, the old code, no template; then remote code in a process that knows nothing of this package."""
@@ -354,6 +355,7 @@ def test_the_vocabulary_comes_along_and_the_tokenizer_loads(release, upgraded, b
     assert text.endswith("<|im_start|>user\nhi<|im_end|>")
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_published_ids_are_those_of_the_published_vocabulary(release, upgraded, published_vocabulary):
     source = release()
@@ -365,6 +367,7 @@ def test_published_ids_are_those_of_the_published_vocabulary(release, upgraded, 
     assert AutoTokenizer.from_pretrained(target)("你好<|im_end|>").input_ids == [108386, 151645]
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_extra_words_come_along(release, upgraded, golden, published_vocabulary):
     source = release()
@@ -443,6 +446,7 @@ def imported_by(path):
     return found
 
 
+@pytest.mark.slow
 def test_the_code_is_all_that_the_model_and_the_tokenizer_import(repository):
     needed = imported_by(repository / "modeling_qwen.py") | imported_by(repository / "tokenization_qwen.py")
     assert needed == set(CODE_FILES) and len(set(CODE_FILES)) == len(CODE_FILES)

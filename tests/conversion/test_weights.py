@@ -574,6 +574,7 @@ def zeros_file(path, count, nbytes):
     os.truncate(path, 8 + len(header) + count * nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_reading_one_tensor_at_a_time_takes_little_memory(tmp_path, name):

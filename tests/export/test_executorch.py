@@ -46,6 +46,7 @@ def run(program, ids, chunks):
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.no_cover
 def test_a_token_at_a_time_over_every_edge(model, text, strict):
@@ -92,6 +93,7 @@ class NotExported:
         self.named_buffers = module.named_buffers
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_generate_of_a_program_writes_what_it_does_of_the_module(model, text):

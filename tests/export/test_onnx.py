@@ -51,6 +51,7 @@ def call(program, *tensors):
     return [torch.from_numpy(array) for array in program.run(None, feed)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_prompt_and_steps_over_every_edge(tiny_model, text, tmp_path):

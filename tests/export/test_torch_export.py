@@ -115,6 +115,7 @@ def test_steps_on_given_keys_keep_the_given_alpha_over_an_edge(tiny_model, text,
             torch.testing.assert_close(logits, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_a_program_that_cannot_know_alpha_says_so(tiny_model, text, warnings_of, strict):

@@ -62,6 +62,7 @@ def settings():
     return GenerationConfig(do_sample=False, pad_token_id=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True}], ids=str)
 @torch.no_grad()
 @pytest.mark.no_cover
@@ -73,6 +74,7 @@ def test_prompt_and_steps_over_every_edge(tiny_model, text, settings, changes):
         torch.testing.assert_close(run(programs, model, ids, settings), eager(model, ids, settings), **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_a_step_of_several_tokens(tiny_model, text, settings):
@@ -89,6 +91,7 @@ def test_a_step_of_several_tokens(tiny_model, text, settings):
     torch.testing.assert_close(programs["decode"](**inputs)["logits"], expected, **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_a_static_cache(tiny_model, text):

@@ -254,6 +254,7 @@ def follow(model, cache, tokens):
     return torch.cat([model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(len(tokens))], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 @pytest.mark.no_cover
 def test_copies_go_on_apart(monkeypatch, copied):

@@ -234,6 +234,7 @@ def test_a_model_reads_the_same(tiny_model, monkeypatch, chunk):
     torch.testing.assert_close(ours, read(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiling_and_exporting_keep_the_kernel(tiny_model):
     model, ids = tiny_model(attn_implementation="sdpa"), torch.arange(1, 41)[None]
     graphs = []

@@ -154,6 +154,7 @@ def test_each_packed_document_has_its_own_length():
     assert text_lengths(positions[:, -1:]).tolist() == [[1], [6], [15]]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_dynamic_scaling_compiles_into_one_graph(tiny_model):

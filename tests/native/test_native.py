@@ -84,6 +84,7 @@ def test_the_switch(home, monkeypatch):
 
 
 @needs_linux
+@pytest.mark.slow
 @pytest.mark.skipif(native_qwen.wait() is None, reason="needs g++ or clang++")
 def test_a_process_that_ends_soon_leaves_the_library_behind(home):
     """A reply of two seconds ends before the compiler does; the next process finds what it made."""
@@ -98,5 +99,5 @@ def test_a_process_that_ends_soon_leaves_the_library_behind(home):
         subprocess.run(["sleep", "0.2"], check=True)
     assert [file.suffix for file in folder.iterdir()] == [".so"]
     script = "from qwen1 import native_qwen; assert native_qwen.wait() is not None"
-    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert translating_qwen.SWITCH not in again.stderr
+    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (0, "")

@@ -129,6 +129,7 @@ def test_the_trainer_trains_adapters_and_refuses_codes(whole, load, bits, tmp_pa
     assert Trainer(peft_model, arguments, train_dataset=data).train().training_loss > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.no_cover
 def test_compiled_it_gives_the_same(whole, load, bits):
@@ -173,6 +174,7 @@ assert isinstance(model.transformer.wte, kind) and not isinstance(mine.transform
 """
 
 
+@pytest.mark.slow
 def test_remote_code_alone_quantises_saves_and_loads(whole, bits, warm_with, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [*warm_with(environment, "torch"), "-c", FRESH, whole(), tmp_path / "saved", str(bits)]

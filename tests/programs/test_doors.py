@@ -86,11 +86,13 @@ def test_help_of_one_command_at_once(run_light, command):
     assert f"qwen1-checkpoint {command}" in run_light("qwen1-checkpoint", command, "--help")
 
 
+@pytest.mark.slow
 def test_what_is_done_finds_the_whole_package(run_python):
     code = "import sys, qwen1_commands; sys.argv = ['qwen1-chat', '12+34=?']; qwen1_commands.chat()"
     assert run_python(code) == "2+4=6, 1+3=4. 12+34=46\n"
 
 
+@pytest.mark.slow
 def test_a_door_leaves_the_import_to_others(run_python):
     code = """
 import sys, qwen1_commands
@@ -104,6 +106,7 @@ assert door.DataError is DataError
     assert run_python(code) == "['qwen1_commands']\n"
 
 
+@pytest.mark.slow
 def test_a_door_of_a_package_that_is_imported_already(run_python):
     code = """
 import qwen1, qwen1_commands, sys

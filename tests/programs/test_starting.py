@@ -27,6 +27,7 @@ print("libtorch_cpu" in maps or sys.platform != "linux" or torch.version.cuda or
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_collected_while_a_program_imports():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     first, second, third = done.stdout.splitlines()

@@ -56,6 +56,7 @@ def setup_script(repository):
     return runpy.run_path(str(repository / "setup.py"))
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_the_repository(built, repository):
     source, _ = built
     assert [name for name in tracked(repository) if not (source / name).is_file()] == []

@@ -151,6 +151,7 @@ def test_every_module_is_type_checked(pyproject):
         assert [name for name in names if name != "setup.py"] == []
 
 
+@pytest.mark.slow
 def test_import_registers_auto_classes_without_remote_code():
     printed = run_python(
         """
@@ -184,6 +185,7 @@ def test_saving_after_a_direct_import_copies_the_code(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy_of_its_own():
     code = """
 import sys, torch

@@ -99,6 +99,7 @@ def python_files(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.glob("*.py")}
 
 
+@pytest.mark.slow
 def test_every_auto_class_saves_and_loads_remote_code(run, checkpoint_folder, tmp_path, repository):
     run(REMOTE_CODE, checkpoint_folder, tmp_path / "first", tmp_path / "second")
     needed = {name for name in python_files(checkpoint_folder) if "_qwen" in name or name.startswith("qwen_")}
@@ -116,6 +117,7 @@ def test_helpers_can_be_imported_from_a_folder_that_is_no_package(run, repositor
     run(HELPERS_ALONE, tmp_path, byte_vocabulary)
 
 
+@pytest.mark.slow
 def test_a_folder_of_2023_loads_with_the_installed_package(run, golden, checkpoint_folder, tmp_path):
     """The old .py files are still there and would fail; without trust_remote_code they are not run."""
     folder = tmp_path / "2023"
@@ -152,6 +154,7 @@ BROUGHT = {"filelock", "huggingface_hub", "psutil", "pyyaml", "rich", "safetenso
 """What README says that remote code needs, and what comes along with these."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["accelerate"]], ids=["device_map", "without-accelerate"])
 def test_remote_code_needs_no_more_than_the_readme_says(repository, pyproject, tmp_path, more):
     names = {line.partition(">")[0] for line in pyproject["project"]["dependencies"]} - ASKED - BROUGHT

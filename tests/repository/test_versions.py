@@ -119,8 +119,11 @@ case "$(basename "$0") $*" in
 "python -") echo "$environment: $("$PYTHON" -)" ;; # what it is asked on standard input runs
 "pytest "*)
     [[ "$*" != *tests/bits* ]] || environment=bits
+    [[ "$*" != *"slow and "* || "$*" == *"not slow"* ]] || environment=slow
     echo "$environment: pytest $*" >>"$LOG"
-    [[ -z "$SKIP" ]] || echo "SKIPPED [2] tests/model/test_it.py:7: $SKIP"
+    [[ -z "$PYTEST_ADDOPTS" ]] || echo "$environment: $PYTEST_ADDOPTS" >>"$LOG.options"
+    [[ "$*" != *--cov-append* ]] || echo "TOTAL      21000    400    97%"
+    [[ -z "$SKIP" || "$environment" != "$SKIPPER" ]] || echo "SKIPPED [2] tests/model/test_it.py:7: $SKIP"
     [[ " $FAIL " != *" $environment "* ]] && echo "=== 5 passed in $environment ===" && echo a last word && exit
     echo "FAILED tests/model/test_$environment.py::test_it"
     echo "=== 1 failed in $environment ===" && exit 1 ;;
@@ -160,7 +163,7 @@ def ci(tmp_path):
     def run(newest: str, fail: str = "", **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(repository / ".ci" / "run")],
-            env={**environment, "NEWEST": newest, "TORCH": "", "FAIL": fail, "SKIP": "", **changes},
+            env={**environment, "NEWEST": newest, "TORCH": "", "FAIL": fail, "SKIP": "", "SKIPPER": ".venv", **changes},
             capture_output=True,
             text=True,
         )
@@ -174,20 +177,24 @@ def pin():
     return version
 
 
-def test_ci_ends_with_the_summary_of_all_tests(ci, pin):
+def test_ci_ends_with_the_summary_of_the_command_of_the_readme(ci, pin):
     done = ci(pin)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "=== 5 passed in .venv ==="
     assert f"CI: the newest transformers is the pin, {pin}: not run twice" in done.stdout.splitlines()
     told = f"torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
-    assert f"CI: all tests on .venv: Python {platform.python_version()}, {told}: 5 passed in .venv" in done.stdout
+    lines = done.stdout.splitlines()
+    assert f"CI: the README's command on .venv: Python {platform.python_version()}, {told}: 5 passed in .venv" in lines
+    assert "CI: what is slow: 5 passed in slow" in lines and "CI: lines reached by both: 97%" in lines
 
 
 def test_ci_runs_the_command_of_the_readme_and_the_core_on_the_oldest(ci, pin, tmp_path):
     ci(pin)
-    all_tests, core, bits = (tmp_path / "log").read_text().splitlines()
+    quick, slow, core, bits = (tmp_path / "log").read_text().splitlines()
     (command,) = README_COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert all_tests == f".venv: pytest {command.partition('.venv/bin/pytest ')[2]}"
+    assert quick == f".venv: pytest {command.partition('.venv/bin/pytest ')[2]}"
+    assert slow.startswith("slow: pytest ") and slow.endswith("--cov --cov-append")
+    assert (tmp_path / "log.options").read_text() == ".venv: --cov --cov-report= --cov-fail-under=0\n"
     assert core.startswith("oldest: pytest ") and "tests/conversion" in core and "tests/model" in core
     assert bits.startswith("bits: pytest ") and "tests/bits" in bits
 
@@ -214,7 +221,7 @@ def test_ci_makes_environments_with_pip_where_uv_finds_no_way(ci, pin, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "part, name", [(".venv", "tests"), ("oldest", "oldest"), ("linters", "linters"), ("bits", "bits")]
+    "part, name", [(".venv", "tests"), ("slow", "slow"), ("oldest", "oldest"), ("linters", "linters"), ("bits", "bits")]
 )
 def test_ci_fails_where_a_part_does(ci, pin, part, name):
     done = ci(pin, fail=part)
@@ -232,6 +239,7 @@ def test_ci_fails_where_tests_would_skip_for_want_of_a_program(ci, pin, tmp_path
         "cat",
         "cp",
         "dirname",
+        "env",
         "git",
         "grep",
         "id",
@@ -261,9 +269,9 @@ def test_ci_fails_where_llama_cpp_cannot_be_had(ci, pin):
 WANTED = ["could not import 'peft'", "needs a compiler", "chromium is not installed", "QWEN_LLAMA_CPP names no Python"]
 
 
-@pytest.mark.parametrize("reason", WANTED)
-def test_ci_fails_where_a_test_skips_that_should_run(ci, pin, reason):
-    done = ci(pin, SKIP=reason)
+@pytest.mark.parametrize(("reason", "part"), [*((reason, ".venv") for reason in WANTED), (WANTED[0], "slow")])
+def test_ci_fails_where_a_test_skips_that_should_run(ci, pin, reason, part):
+    done = ci(pin, SKIP=reason, SKIPPER=part)
     assert done.returncode == 1
     assert f"CI: tests that should have run skipped:\nCI: {reason}\n" in done.stdout
     assert "CI: failed: skipped" in done.stdout.splitlines()

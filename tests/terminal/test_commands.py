@@ -35,6 +35,7 @@ def test_one_question_to_the_shipped_model(capsys):
     assert capsys.readouterr() == ("2+4=6, 1+3=4. 12+34=46\n", "")
 
 
+@pytest.mark.slow
 def test_one_question_loads_nothing_for_conversations():
     code = """
 import sys

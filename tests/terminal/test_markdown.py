@@ -90,6 +90,7 @@ def test_one_thread_draws_a_reply(make_screen):
     assert set(writers) == {threading.main_thread()}
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_shown_as_it_grows(make_screen):
     screen = make_screen(40, 10)
     console = Console(file=TerminalFile(screen), force_terminal=True, width=40, height=10, color_system=None)
@@ -224,6 +225,7 @@ def test_blocks_that_nothing_can_change(text, complete):
     assert text[: complete_blocks(text)] == complete
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_complete_blocks_never_change_as_a_text_goes_on():
     pieces = ["a\n", "\n", "- b\n", "  c\n", "```\n", "---\n", "| f |\n", "|---|\n"]

@@ -555,6 +555,7 @@ def test_single_messages(small):
     assert render(small, history) + list(ids) == render(small, [*history, assistant("<|im_end|>")])
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_both_classes_agree(slow, fast):
     messages = [user(INJECTION + "\u0338é 你好"), assistant(" \n"), user("\ud83d\ude00 \ud800")]

@@ -147,20 +147,18 @@ def test_published_vocabulary(published_both, golden_json):
 
 @needs_compiler
 @pytest.mark.parametrize("kind", [QWenTokenizer, QWenTokenizerFast])
-def test_tokenizers_give_the_same_with_it(published_vocabulary, kind, monkeypatch):
-    text = "The quick brown fox, isn't it? 敏捷的狐狸跳过了懒狗，12345。\n\n  café e\u0301 ሰላም <|im_end|>\ud83d " * 4000
+def test_tokenizers_give_the_same_with_it(small_vocabulary, kind, monkeypatch):
+    text = "hello world, isn't it? 敏捷的狐狸，12345。\n\n  café e\u0301 ሰላም <|im_end|>\ud83d " * 3000
     batch = [text[n : n + 700] for n in range(0, len(text), 700)]
     monkeypatch.setenv(translating_qwen.SWITCH, "0")
-    plain = kind(published_vocabulary)
-    plain(text * 6)  # as much as the fast class needs to go to tiktoken
+    plain = kind(small_vocabulary)
     expected = [plain(given)["input_ids"] for given in (text, batch)]
     monkeypatch.delenv(translating_qwen.SWITCH)
     used = count_calls(monkeypatch)
     monkeypatch.setattr(native_tokens_qwen, "PAYS", 1000)
-    tokenizer = kind(published_vocabulary)
-    tokenizer(text * 6)
+    tokenizer = kind(small_vocabulary)
     assert [tokenizer(given)["input_ids"] for given in (text, batch)] == expected
-    assert sum(used) > 20
+    assert sum(used) > 10
 
 
 def count_calls(monkeypatch):

@@ -105,6 +105,7 @@ def test_mapped_by_two_processes(tokenizer):
     assert run_in_thread(mapped) == [tokenizer(text, **options)["input_ids"] for text in data["t"]]
 
 
+@pytest.mark.slow
 def test_sent_to_a_process_that_begins_anew(small_vocabulary):
     tokenizer = QWenTokenizerFast(small_vocabulary)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -57,6 +57,7 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_the_ids_are_those_of_the_backend(published_vocabulary, monkeypatch):
     monkeypatch.setattr(backends_qwen, "SHORT", 0)

@@ -110,6 +110,7 @@ def test_the_prompt_is_that_of_chat(tokenizer, tools):
     assert 20 < results < 80
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_the_prompt_is_that_of_chat_in_the_published_vocabulary(published_vocabulary):
     tokenizer = QWenTokenizerFast(published_vocabulary)

@@ -220,6 +220,7 @@ def test_what_a_killed_stream_left_is_taken_away(options, tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--packing", "--eval_fraction", 0.2]], ids=["rows", "packed"])
 def test_streaming_learns_what_memory_does(options, tmp_path, data, more_data, more):
     words = [*more, "--max_steps", 3, "--data_path", data, more_data, "--data_weights", 1, 1.5]
@@ -241,6 +242,7 @@ def killed(monkeypatch):
     return run_until_then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6], ids=["amid an epoch", "at its end"])
 def test_a_stream_with_weights_is_taken_up_exactly(options, tmp_path, data, killed, step):
     words = ["--data_weights", 0.5, "--streaming", "--max_steps", 8, "--save_strategy", "steps", "--save_steps", step]
@@ -259,6 +261,7 @@ def test_weights_take_other_rows_in_each_epoch(options, data, monkeypatch):
     assert len(seen) == 12 and len({len(row["input_ids"]) for row in seen}) == 12  # of twelve lengths
 
 
+@pytest.mark.slow
 def test_other_data_are_noticed(options, data, killed, capsys):
     words = options("--max_steps", 2, *EACH_STEP)
     killed(words)

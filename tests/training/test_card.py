@@ -58,6 +58,7 @@ def test_the_card_of_a_run(options, tmp_path, monkeypatch, words):
     assert run_code(text, tmp_path, monkeypatch).endswith("\n")
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_that_goes_on_has_its_own_settings(options, tmp_path):
     main(options("--max_steps", 1, *LORA, output="first"))
     main(options("--max_steps", 1, "--use_lora", "--lora_weight_path", tmp_path / "first"))
@@ -82,6 +83,7 @@ def test_a_text_of_an_author_is_kept(options, tmp_path, words):
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["# Model Card for Model ID\n\n[More Information Needed]\n", None])
 def test_what_no_author_wrote_gives_way(options, tmp_path, before):
     if before is None:
@@ -125,6 +127,7 @@ def test_a_picture_is_shown_where_there_is_one(card, tmp_path):
 # --- the last words ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], LORA], ids=["full", "lora"])
 def test_the_command_of_the_last_words_chats(options, tmp_path, repository, monkeypatch, capfd, words):
     """As it is printed, with names relative to the working directory, in a shell that finds the programs."""

@@ -227,6 +227,7 @@ def test_what_is_rounded_for_few_bits_is_trained_in_full_precision(words, tmp_pa
     assert any((value != value.bfloat16()).any() for value in adapter.values())
 
 
+@pytest.mark.slow
 def test_tiny_chat_learns_to_prefer(tmp_path, repository, words, byte_tokenizer):
     """From end to end on the model that ships: the margin rises, and so does what held-out prompts get."""
     names = ["Tom", "Ann", "Bob", "Eva", "Max", "Ida", "Leo", "Mia"]
@@ -249,6 +250,7 @@ def test_tiny_chat_learns_to_prefer(tmp_path, repository, words, byte_tokenizer)
 # --- checkpoints and files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora", "continued"])
 @pytest.mark.no_cover
 def test_resumed_training_is_bit_identical(words, tmp_path, monkeypatch, kind):

@@ -106,6 +106,7 @@ def test_weights_that_are_nan_are_not_saved(options, tmp_path, failed, during):
     assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_a_good_model_stays(options, tmp_path, failed, during):
     main(options("--max_steps", 1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -115,6 +116,7 @@ def test_a_good_model_stays(options, tmp_path, failed, during):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_new_model_takes_the_place_of_an_old_one_leaves_none_of_both(options, tmp_path, monkeypatch):
     """The weights of one with the configuration of the other would load."""
     main(options("--max_steps", 1))
@@ -134,6 +136,7 @@ def test_a_kill_while_a_new_model_takes_the_place_of_an_old_one_leaves_none_of_b
     assert "config.json" in names(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_nan(options, tmp_path, failed, during):
     during(At(3, spoil, behind=True))
     said = failed(options("--max_steps", 4, *EACH_STEP, "--use_lora", "--lora_r", 2))
@@ -178,6 +181,7 @@ def test_all_finite(dtype):
 # --- finished runs ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [["--max_steps", 2], ["--num_train_epochs", 1, "--gradient_accumulation_steps", 3]])
 def test_a_finished_run_is_not_trained_on(options, tmp_path, capsys, length):
     words = options(*length, *EACH_STEP)
@@ -195,6 +199,7 @@ def test_a_finished_run_is_not_trained_on(options, tmp_path, capsys, length):
     assert names(tmp_path / "out") == sorted({*names(tmp_path / "out")} - {"checkpoint-3"})
 
 
+@pytest.mark.slow
 def test_a_finished_adapter_is_evaluated_and_saved(options, tmp_path):
     words = options("--max_steps", 1, *EACH_STEP, "--use_lora", "--lora_r", 2, "--eval_fraction", 0.2)
     main(words)
@@ -212,6 +217,7 @@ def test_a_run_without_a_batch(options, tmp_path, failed):
     assert "--num_train_epochs 0.0 must be above 0" in failed(options("--num_train_epochs", 0), status=2)
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_the_checkpoint_has(options, tmp_path, capsys):
     main(options("--max_steps", 3, *EACH_STEP))
     trainer = run(parse_arguments(options("--max_steps", 2, *EACH_STEP, "--resume_from_checkpoint", "True")))
@@ -219,6 +225,7 @@ def test_fewer_steps_than_the_checkpoint_has(options, tmp_path, capsys):
     assert trainer.state.global_step == 3
 
 
+@pytest.mark.slow
 def test_more_steps_go_on(options, tmp_path):
     main(options("--max_steps", 1, *EACH_STEP))
     trainer = run(parse_arguments(options("--max_steps", 2, *EACH_STEP, "--resume_from_checkpoint", "True")))
@@ -375,6 +382,7 @@ def test_no_space_for_a_checkpoint(options, tmp_path, failed, monkeypatch, error
     assert names(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_no_space_for_the_first_checkpoint_or_the_result(options, tmp_path, failed, monkeypatch):
     save = transformers.modeling_utils.safe_save_file
     with monkeypatch.context() as patch:
@@ -409,6 +417,7 @@ def test_packing_says_what_it_leaves(options, capsys):
     )
 
 
+@pytest.mark.slow
 def test_enough_rows_are_no_reason_to_warn(options, capsys):
     main(options("--packing", "--num_train_epochs", 1))
     said = capsys.readouterr().err

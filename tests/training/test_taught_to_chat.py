@@ -90,6 +90,7 @@ def test_a_merged_folder_chats(options, tmp_path, base, has_file):
     assert reply(model, merged_tokenizer) == expected
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_trained_on(options, tmp_path, base, tokenizer):
     main(options(*LORA, output="first"))
     config = read_json(tmp_path / "first" / "adapter_config.json")
@@ -116,6 +117,7 @@ def test_a_chat_model_keeps_its_settings(options, tmp_path, checkpoint_folder, e
     assert model.generation_config.max_window_size == 777 and model.generation_config.eos_token_id == [258, 256, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_q_lora_on_a_base_model_warns(options, tmp_path, base, capsys):
     main(options(*LORA, "--q_lora"))

@@ -56,6 +56,7 @@ def test_the_card_gives_the_figures_of_the_examination(folder):
     assert float(rows["all"]) == pytest.approx(100 * figures["share"], abs=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_it_passes_an_examination_on_a_sample(folder, tmp_path):
     # All conversations of the training are drawn for minutes: of what is held out by its hash, few are among them.

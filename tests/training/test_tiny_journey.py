@@ -80,6 +80,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_model(whole, tmp_path, monkeypatch):
     killed = []
 

@@ -40,6 +40,7 @@ def refinement() -> list[Dialogue]:
     return refinement_dialogues(2500, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_a_seed_gives_the_same_conversations_and_another_seed_others(part, drawn, refinement):
     draw, shares, _ = part

@@ -80,6 +80,7 @@ def test_the_real_names_are_two_hundred_and_all_examined():
     assert {name for _, name in REAL_NAMES if any(name in reply for _, reply in prompts)} == {n for _, n in REAL_NAMES}
 
 
+@pytest.mark.slow
 def test_no_real_name_is_trained(learnt):
     generator = Generator(0)
     generator.latin_name = lambda: generator.random.choice(["Björk", "Zoe"])
