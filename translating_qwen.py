@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 SWITCH = "QWEN_NATIVE"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+_LAST = ("-lstdc++",)  # behind the text: libraries may have named a compiler of C in CXX, which leaves it out
 _COMPILERS = ("g++", "clang++")
 _SCRIPT = """
 nice -n 19 "$@" -o "$FOLDER/made" 2> "$FOLDER/said" && mv "$FOLDER/made" "$FILE" || mv "$FOLDER/said" "$FAILED"
@@ -146,7 +147,7 @@ def _key(source: Source, compiler: str) -> str:
     processor = [line for line in _processor().splitlines() if line.startswith(("model name", "flags", "Features"))]
     parts = [
         source.text,
-        repr((*_FLAGS, *source.flags)),
+        repr((*_FLAGS, *source.flags, *_LAST)),
         platform.machine(),
         compiler,
         status.st_size,
@@ -178,7 +179,7 @@ def _translate(source: Source, file: Path) -> None:
         text = Path(folder, "library.cpp")
         text.write_text(source.text, encoding="utf-8")
         names = {"FOLDER": folder, "FILE": str(file), "FAILED": str(failure)}
-        command = ["sh", "-c", _SCRIPT, "sh", compiler, *_FLAGS, *source.flags, str(text)]
+        command = ["sh", "-c", _SCRIPT, "sh", compiler, *_FLAGS, *source.flags, str(text), *_LAST]
         subprocess.run(command, env=os.environ | names, start_new_session=True, stdin=subprocess.DEVNULL, check=True)
     if not file.exists():
         said = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines()

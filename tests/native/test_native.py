@@ -1,5 +1,6 @@
 """The library of kernels: made once, kept, told about; and whatever is in its way leaves everything to torch."""
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from qwen1 import native_qwen, translating_qwen
+from qwen1.native_tokens_qwen import TOKENS
 
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo "compiler 1.0"; exit; fi
@@ -81,6 +83,15 @@ def test_the_switch(home, monkeypatch):
     monkeypatch.setenv(translating_qwen.SWITCH, "0")
     assert native_qwen.wait() is None and native_qwen.library() is None
     assert not (home / "cache").exists()
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a compiler")
+def test_a_compiler_of_c_will_do(home, monkeypatch):
+    """Some libraries set CC and CXX to `gcc`, which links nothing that C++ needs."""
+    monkeypatch.setenv("CXX", "gcc")
+    assert translating_qwen.wait_for(TOKENS) is not None
 
 
 @needs_linux

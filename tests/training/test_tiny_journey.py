@@ -100,6 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_model(whole, tmp_path, monkeypatch):
         assert (resumed / name).read_bytes() == (whole / "model" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_model_lies_between_the_stages_before_and_the_last(whole):
     files = [whole / stage for stage in journey.STAGES[-3:]] + [whole / "model"]
     refined, sharpened, equipped, found = (load_file(folder / "model.safetensors") for folder in files)
