@@ -12,6 +12,7 @@ import re
 import unicodedata
 import weakref
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 import numpy as np
 
@@ -25,7 +26,10 @@ TOKENS = Source(
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first bytes of a token are the low ones of a number");
 
 namespace {
 
@@ -279,19 +283,23 @@ Special next_special(const Vocabulary &known, const uint8_t *place, const uint8_
 extern "C" {
 
 // Tokens and special tokens: their bytes one after another, lengths in bytes, ids (of a special token its number) and
-// how many there are; kinds of the first 2^17 characters.
+// how many there are; kinds of the first 2^17 characters. Null where there is no room.
 void *tokens_new(const uint8_t *words, const int64_t *lengths, const uint32_t *ids, int64_t count,
                  const uint8_t *specials, const int64_t *special_lengths, const uint32_t *numbers,
                  int64_t special_count, const uint8_t *kinds) {
-    auto *made = new Vocabulary{Table(words, lengths, ids, count),
-                                Table(specials, special_lengths, numbers, special_count),
-                                std::vector<uint8_t>(kinds, kinds + KNOWN), std::vector<uint32_t>(65536)};
-    for (int first = 0; first < 256; first++)
-        for (int second = 0; second < 256; second++) {
-            const uint8_t pair[10] = {(uint8_t)first, (uint8_t)second};
-            made->pairs[first << 8 | second] = made->words.find(pair, 2);
-        }
-    return made;
+    try {
+        auto *made = new Vocabulary{Table(words, lengths, ids, count),
+                                    Table(specials, special_lengths, numbers, special_count),
+                                    std::vector<uint8_t>(kinds, kinds + KNOWN), std::vector<uint32_t>(65536)};
+        for (int first = 0; first < 256; first++)
+            for (int second = 0; second < 256; second++) {
+                const uint8_t pair[10] = {(uint8_t)first, (uint8_t)second};
+                made->pairs[first << 8 | second] = made->words.find(pair, 2);
+            }
+        return made;
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
 }
 
 void tokens_free(void *known) { delete (Vocabulary *)known; }
@@ -352,7 +360,8 @@ class NativeTokens:
         if not self._is_known:
             self._is_known = True
             if _can_be_told(ranks, special_tokens):
-                self._vocabulary = NativeVocabulary(library, ranks, special_tokens)
+                with suppress(MemoryError):
+                    self._vocabulary = NativeVocabulary(library, ranks, special_tokens)
         return self._vocabulary
 
 
@@ -363,6 +372,9 @@ class NativeVocabulary:
         library: made of `TOKENS`.
         ranks: token bytes -> id, every byte among them.
         special_tokens: token -> id, each of the form <|...|>.
+
+    Raises:
+        MemoryError: there is no room for it.
     """
 
     def __init__(self, library: ctypes.CDLL, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]):
@@ -377,6 +389,8 @@ class NativeVocabulary:
         library.tokens_new.restype, library.tokens_free.argtypes = pointer, [pointer]
         specials = {token.encode(): number for number, token in enumerate(special_tokens)}
         self._handle = ctypes.c_void_p(library.tokens_new(*_columns(ranks), *_columns(specials), _kinds()))
+        if not self._handle:
+            raise MemoryError("No room for a second copy of the vocabulary.")
         weakref.finalize(self, library.tokens_free, self._handle).atexit = False  # other threads may still be at work
 
     def encode(self, text: str, allowed: Collection[str]) -> list[int] | None:

@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -240,6 +241,16 @@ def test_other_vocabularies_are_left_to_tiktoken(tokens, first, special):
 
     assert told(BYTES, 0, "<|a|>")
     assert not told(tokens, first, special)
+
+
+@needs_compiler
+def test_without_room_tiktoken_does_it(small_vocabulary, monkeypatch):
+    monkeypatch.setattr(native_tokens_qwen, "PAYS", 0)
+    full = SimpleNamespace(tokens_new=lambda *_: None, tokens_encode=SimpleNamespace(), tokens_free=SimpleNamespace())
+    monkeypatch.setattr(native_tokens_qwen, "library_of", lambda _: full)
+    used = count_calls(monkeypatch)
+    tokenizer = QWenTokenizer(small_vocabulary)
+    assert tokenizer.encode("hello") == tokenizer.encode("hello") == [259] and not used
 
 
 @needs_linux
