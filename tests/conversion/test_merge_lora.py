@@ -80,6 +80,18 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.fixture(autouse=True)
+def compilers():
+    """peft's BOFT names compilers in the environment, and leaves them there where it can't compile."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture
 def base(tmp_path, tiny_model):
     """Save a tiny model: (dtype, **configuration) -> folder."""

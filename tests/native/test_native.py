@@ -1,5 +1,6 @@
 """The library of kernels: made once, kept, told about; and whatever is in its way leaves everything to torch."""
 
+import functools
 import shutil
 import stat
 import subprocess
@@ -24,9 +25,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv(translating_qwen.SWITCH, raising=False)
-    translating_qwen.translation.cache_clear()
-    yield tmp_path
-    translating_qwen.translation.cache_clear()
+    forget_libraries(monkeypatch)
+    return tmp_path
+
+
+def forget_libraries(monkeypatch):
+    """Have libraries looked for again in this test; other tests go on with those that were found."""
+    monkeypatch.setattr(translating_qwen, "translation", functools.cache(translating_qwen.translation.__wrapped__))
 
 
 def compiler(home, monkeypatch, then):
@@ -51,7 +56,7 @@ def test_a_compiler_that_fails_is_asked_once(home, monkeypatch):
     assert native_qwen.wait() is None
     (failure,) = (home / "cache" / "qwen1").iterdir()
     assert failure.suffix == ".failed" and "no such flag" in failure.read_text()
-    translating_qwen.translation.cache_clear()
+    forget_libraries(monkeypatch)
     assert native_qwen.wait() is None
     assert calls(home) == 1
 
