@@ -77,9 +77,10 @@ def pytest_configure(config):
 
     Some tests compare, bit for bit, what two processes compute: a process that began while the compiler was at work
     computes through torch, and one that began later by the kernels. And options of CI's are for these tests, not for
-    those that a test runs.
+    those that a test runs, once the workers have read them.
     """
-    os.environ.pop("PYTEST_ADDOPTS", None)
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        os.environ.pop("PYTEST_ADDOPTS", None)
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
         native_qwen.wait()
         wait_for(TOKENS)
