@@ -1,6 +1,6 @@
 """The page with a long reply, code, a table and mathematics, on a desktop and a phone, in light and in dark.
 
-`QWEN_PICTURES=docs/images pytest tests/browser/test_pictures.py` draws the pictures of docs/browser.md anew.
+`QWEN_PICTURES=docs/images pytest -m slow tests/browser/test_pictures.py` draws the pictures of docs/browser.md anew.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Runs that are killed: at changes of the file system, after tensors, and from outside at any time.
 
-`QWEN_EVERY_KILL=1 pytest tests/conversion/test_interrupted.py` kills at every change and tensor, which takes minutes;
-without it at every third to eleventh.
+`QWEN_EVERY_KILL=1 pytest -m slow tests/conversion/test_interrupted.py` kills at every change and tensor, which takes
+minutes; without it at every third to eleventh.
 """
 
 import json
