@@ -1,6 +1,7 @@
 """Fixtures that several folders share: golden data, vocabularies, tiny models."""
 
 import base64
+import functools
 import gc
 import json
 import os
@@ -38,9 +39,9 @@ from qwen1 import (  # noqa: E402
     QWenLMHeadModel,
     QWenTokenizer,
     native_qwen,
+    translating_qwen,
 )
 from qwen1.native_tokens_qwen import TOKENS  # noqa: E402
-from qwen1.translating_qwen import wait_for  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,7 +84,7 @@ def pytest_configure(config):
         os.environ.pop("PYTEST_ADDOPTS", None)
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
         native_qwen.wait()
-        wait_for(TOKENS)
+        translating_qwen.wait_for(TOKENS)
 
 
 def pytest_collection_finish():
@@ -253,6 +254,13 @@ def tiny_model(tiny_config):
         return cls(config).eval()
 
     return make
+
+
+@pytest.fixture
+def forget_libraries(monkeypatch):
+    """Have libraries of C++ looked for again from here on; the tests behind go on with those that were found."""
+    look = translating_qwen.translation.__wrapped__
+    return lambda: monkeypatch.setattr(translating_qwen, "translation", functools.cache(look))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -83,13 +84,8 @@ def edit_json(path, **changes):
 @pytest.fixture(autouse=True)
 def compilers():
     """peft's BOFT names compilers in the environment, and leaves them there where it can't compile."""
-    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

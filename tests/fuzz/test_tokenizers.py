@@ -30,13 +30,18 @@ def test_round_trip(tokenizers, text, allowed_special):
     assert [i for i in encoded if i >= slow.eod_id] == [slow.special_tokens[token] for token in literal]
 
 
+@pytest.fixture(scope="module")
+def native(tokenizers):
+    """The library with the vocabulary of both."""
+    slow, _ = tokenizers
+    found = NativeTokens().vocabulary(PAYS, slow.mergeable_ranks, slow.special_tokens)
+    return found or pytest.skip("needs g++ or clang++ on Linux")
+
+
 @given(texts, allowed)
-def test_the_library_gives_the_ids_of_tiktoken_or_none(tokenizers, text, allowed_special):
+def test_the_library_gives_the_ids_of_tiktoken_or_none(tokenizers, native, text, allowed_special):
     slow, _ = tokenizers
     known = resolved(slow, allowed_special)
-    native = NativeTokens().vocabulary(PAYS, slow.mergeable_ranks, slow.special_tokens)
-    if native is None:
-        pytest.skip("needs g++ or clang++ on Linux")
     text = normalise(encodable(text), split_pattern(known))
     ids = native.encode(text, known)
     assert ids is None or ids == slow._bpe.encode(text, allowed_special=known, disallowed_special=())

@@ -1,6 +1,5 @@
 """The library of kernels: made once, kept, told about; and whatever is in its way leaves everything to torch."""
 
-import functools
 import shutil
 import stat
 import subprocess
@@ -20,18 +19,13 @@ for last; do :; done
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, forget_libraries):
     """A cache of one's own, and no library yet in this process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv(translating_qwen.SWITCH, raising=False)
-    forget_libraries(monkeypatch)
+    forget_libraries()
     return tmp_path
-
-
-def forget_libraries(monkeypatch):
-    """Have libraries looked for again in this test; other tests go on with those that were found."""
-    monkeypatch.setattr(translating_qwen, "translation", functools.cache(translating_qwen.translation.__wrapped__))
 
 
 def compiler(home, monkeypatch, then):
@@ -51,12 +45,12 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are ma
 
 
 @needs_linux
-def test_a_compiler_that_fails_is_asked_once(home, monkeypatch):
+def test_a_compiler_that_fails_is_asked_once(home, monkeypatch, forget_libraries):
     compiler(home, monkeypatch, "echo 'no such flag' >&2; exit 1")
     assert native_qwen.wait() is None
     (failure,) = (home / "cache" / "qwen1").iterdir()
     assert failure.suffix == ".failed" and "no such flag" in failure.read_text()
-    forget_libraries(monkeypatch)
+    forget_libraries()
     assert native_qwen.wait() is None
     assert calls(home) == 1
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 
 import pytest
 
@@ -37,6 +38,29 @@ def write_vocabulary():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def any_vocabulary():
+    """Make a vocabulary of bytes and words of two or three letters, which have one of several cuts, in half of the
+    seeds with ranks in any order: (seed, tries, longest word in bytes) -> (ranks, letters, generator for texts).
+    """
+
+    def make(seed, tries, longest):
+        generator = random.Random(seed)
+        letters = "abc"[: 2 + seed % 2]
+        known, new = [letter.encode() for letter in letters], []
+        for _ in range(tries):
+            token = generator.choice(known) + generator.choice(known)
+            if token not in known and len(token) <= longest:
+                known.append(token)
+                new.append(token)
+        if seed % 4 > 1:
+            generator.shuffle(new)
+        tokens = [bytes([byte]) for byte in range(256)] + new
+        return {token: i for i, token in enumerate(tokens)}, letters, generator
+
+    return make
 
 
 @pytest.fixture(scope="session")

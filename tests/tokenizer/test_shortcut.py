@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import pickle
-import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -73,22 +72,11 @@ def test_the_ids_are_those_of_the_backend(published_vocabulary, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_vocabulary_has_the_ids_of_its_backend(seed):
-    """Learnt in order or not, with tokens that can be cut in several ways."""
-    generator = random.Random(seed)
-    tokens, letters = [bytes([byte]) for byte in range(256)], [b"a", b"b", b"c"][: 2 + seed % 2]
-    known, new = list(letters), []
-    for _ in range(20):
-        token = generator.choice(known) + generator.choice(known)
-        if token not in known and len(token) < 9:
-            known.append(token)
-            new.append(token)
-    if seed % 4 > 1:
-        generator.shuffle(new)
-    ranks = {token: i for i, token in enumerate(tokens + new)}
+def test_any_vocabulary_has_the_ids_of_its_backend(any_vocabulary, seed):
+    ranks, letters, generator = any_vocabulary(seed, tries=20, longest=8)
     backend = build_backend(ranks, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
     bpe = tiktoken.Encoding("any", pat_str=GROUPED_PAT_STR, mergeable_ranks=ranks, special_tokens={})
-    texts = ["".join(generator.choices("abc"[: len(letters)], k=generator.randrange(25))) for _ in range(1000)]
+    texts = ["".join(generator.choices(letters, k=generator.randrange(25))) for _ in range(1000)]
     assert [row.ids for row in backend.encode_batch(texts)] == [bpe.encode_ordinary(text) for text in texts]
 
 
