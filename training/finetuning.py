@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import sys
@@ -135,6 +136,9 @@ class FinetuningArguments(TrainingArguments):
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "png (curves as a picture, beside the result), tensorboard, wandb ...; several, or none."},
+    )
+    ddp_find_unused_parameters: bool | None = _option(
+        "Look in every step for weights without a gradient; every step uses all.", False
     )
     dpo_beta: float = _option("With --dpo: how closely to keep to the model from before.", 0.1)
     dpo_loss: Literal["sigmoid", "hinge", "ipo"] = _option("With --dpo: the loss.", "sigmoid")
@@ -445,6 +449,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
+        status = _attempt(arguments)
+    finally:
+        _leave_group()
+    if status:
+        sys.exit(status)
+
+
+def _attempt(arguments: Arguments) -> int:
+    """Run the program, and tell its exit status; what nobody foresaw is raised."""
+    try:
         run(arguments)
     except Exception as error:
         if not isinstance(error, (DataError, TrainingError, ImportError, OSError)) and not is_of_machine(error):
@@ -452,10 +466,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[-1].process_index == 0 or isinstance(error, SavingError):
             said = explain(error) if isinstance(error, ImportError) else told(error, LESS_MEMORY)
             print(f"qwen1-finetune: {said}", file=sys.stderr)
-        sys.exit(FAILED)
+        return FAILED
     except KeyboardInterrupt:
         print("Interrupted. --resume_from_checkpoint True goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        return INTERRUPTED
+    return 0
+
+
+def _leave_group() -> None:
+    """End this process's part in the group of all, and the threads that worked for it.
+
+    The trainer and its model refer to each other and to the group, whose threads would outlive the interpreter: one
+    that lets go of a tensor then ends the process with SIGABRT, behind a training that succeeded.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 Started as a program this file is one of them: `processes.py FILE FUNCTION FOLDER`, with the variables of torchrun.
 """
 
+import gc
 import importlib.util
 import os
 import socket
@@ -81,6 +82,7 @@ def _main(file, name, folder):
     result = getattr(module, name)(*torch.load(Path(folder) / "arguments.pt", weights_only=False))
     torch.save(result, Path(folder) / f"{dist.get_rank()}.pt")
     dist.barrier()
+    gc.collect()  # what still holds the group: its threads are to end before the interpreter does
     dist.destroy_process_group()
 
 
