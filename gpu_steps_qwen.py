@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -73,10 +74,11 @@ def steps_on_gpu(
     """
     steps = getattr(cache, "steps", None)
     if steps is None or not steps.fits(cache, blocks, states, seen, position_embeddings):
-        held = length_held(cache, len(blocks), states, seen)
+        keys = keys_of(cache, len(blocks))
+        held = None if keys is None else keys.length(cache, states, seen)
         shape = None if held is None else _shape(blocks, plain, states, seen, position_embeddings)
         steps = None if shape is None else Steps(blocks, plain, shape, cache, states)
-        if type(cache) is QWenCache:
+        if keys is not None:
             cache.steps = steps
     if steps is None or not (steps.claim(cache, seen) or steps.make_room(cache, states, seen)):
         return None
@@ -143,6 +145,93 @@ def _is_plain(block: Any, shape: Shape, plain: Plain, states: torch.Tensor) -> b
     )
 
 
+class Keys(ABC):
+    """Where the keys and values of a cache lie, and how a token comes behind them.
+
+    Args:
+        count: of layers.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    @abstractmethod
+    def length(self, cache: Any, states: torch.Tensor, seen: Any) -> int | None:
+        """Tokens that the cache holds; None where this, or the mask of a call, isn't what the kernels know."""
+
+    @abstractmethod
+    def mask_room(self, cache: Any) -> int:
+        """Columns that masks may come to have."""
+
+    @abstractmethod
+    def claim(self, cache: Any, held: int, seen: Any) -> bool:
+        """Whether a token may be written behind these, where `make_room` has said; it is asked before each."""
+
+    @abstractmethod
+    def make_room(self, cache: Any, states: torch.Tensor, chunk: tuple[int, ...]) -> list[Any] | None:
+        """Addresses, and strides of rows and heads, of the keys and of the values of each layer, with room for a chunk,
+        (B, K, 1, D); None where there is no room to be had.
+        """
+
+    @abstractmethod
+    def lengthen(self, held: int) -> None:
+        """The token has been written: they are so many now."""
+
+
+class GrowingKeys(Keys):
+    """Those of a `QWenCache`, in buffers that copies of it share."""
+
+    def __init__(self, count: int):
+        super().__init__(count)
+        self.room = 0  # tokens for which there is room
+        self.frozen = False
+        self.layers: list[tuple[QWenGrowingLayer, Any, Any]] = []
+        self.claimed: list[QWenGrowingLayer] = []
+
+    def length(self, cache: Any, states: torch.Tensor, seen: Any) -> int | None:
+        return length_held(cache, self.count, states, seen)
+
+    def mask_room(self, cache: Any) -> int:
+        return int(cache.get_seq_length()) + _MASK_ROOM
+
+    def claim(self, cache: Any, held: int, seen: Any) -> bool:
+        self.claimed = []
+        if held >= self.room or self.frozen != torch.is_inference_mode_enabled():
+            return False
+        if cache.get_seq_length() != held or (seen is not None and seen.shape[-1] != held + 1):
+            return False
+        taken = []
+        for layer, (known, *buffers) in zip(cast(list[Any], cache.layers), self.layers, strict=False):
+            for buffer, view in zip(buffers, (layer.keys, layer.values), strict=True):
+                newest = buffer.take()
+                taken.append((buffer, newest))
+                if layer is not known or newest is not view:
+                    for other, view in taken:
+                        other.newest += [] if view is None else [view]
+                    return False
+        self.claimed = [layer for layer, *_ in self.layers]
+        return True
+
+    def make_room(self, cache: Any, states: torch.Tensor, chunk: tuple[int, ...]) -> list[Any] | None:
+        self.layers, places = [], []
+        for layer in cast(list[QWenGrowingLayer], cache.layers[: self.count]):
+            keys, values = layer.make_room(states, chunk)
+            places.append([(held.data_ptr(), *held.stride()[:2]) for held in (keys, values)])
+            self.layers.append((layer, *layer.buffers()))
+        rooms = [buffer.states.shape[-2] for _, *buffers in self.layers for buffer in buffers]
+        self.room, self.frozen = min(rooms), self.layers[0][1].states.is_inference()
+        return places
+
+    def lengthen(self, held: int) -> None:
+        for layer in self.claimed:
+            layer.lengthen(held)
+
+
+def keys_of(cache: Any, count: int) -> Keys | None:
+    """The keys of a cache, None for one of a kind that the kernels don't know."""
+    return GrowingKeys(count) if type(cache) is QWenCache else None
+
+
 class Steps:
     """The steps of one cache: the memory that they use, and their recording.
 
@@ -156,9 +245,8 @@ class Steps:
         self.blocks, self.shape, self.device, self.dtype = list(blocks), shape, states.device, states.dtype
         self.owner, self.known = weakref.ref(cache), list(map(id, blocks))
         self.unchanged = Unchanged(self.blocks, plain)
-        self.taken = self.held = self.room = 0  # steps; tokens in the cache, and for which there is room
-        self.frozen = False
-        self.layers: list[tuple[QWenGrowingLayer, Any, Any]] = []
+        self.taken = self.held = 0  # steps; tokens in the cache
+        self.keys = cast(Keys, keys_of(cache, len(blocks)))
         self.recording: Recording | None = None
         with torch.inference_mode(False):  # else it could be written to in that mode alone
             self._make_memory(cache, states)
@@ -173,7 +261,7 @@ class Steps:
     def _make_memory(self, cache: QWenCache, states: torch.Tensor) -> None:
         shape, of = self.shape, states.new_empty
         numbers: dict[str, Any] = {"dtype": torch.float32}
-        self.mask_room = cache.get_seq_length() + _MASK_ROOM
+        self.mask_room = self.keys.mask_room(cache)
         self.read, self.states = of((shape.rows, shape.width)), of((shape.rows, shape.width))
         self.normed = of((shape.rows, shape.width))
         self.product = of((shape.rows, (shape.heads + 2 * shape.kv_heads) * shape.size))
@@ -225,47 +313,27 @@ class Steps:
             self.run()
         else:
             self.recording.replay()
-        for layer in self.claimed:  # while the GPU is at work
-            layer.lengthen(self.held)
+        self.keys.lengthen(self.held)  # while the GPU is at work
         self.taken += 1
         if self.taken == _RECORDED_FROM:
             self.recording = record(self.run, self.device)
         return self.states[:, None]
 
-    def claim(self, cache: QWenCache, seen: Any) -> bool:
-        """Whether all buffers have room for one more token behind what this cache holds; if so, it is ours to write."""
-        self.claimed: list[QWenGrowingLayer] = []
-        if self.held >= self.room or self.frozen != torch.is_inference_mode_enabled():
-            return False
-        if cache.get_seq_length() != self.held or (seen is not None and seen.shape[-1] != self.held + 1):
-            return False
-        taken = []
-        for layer, (known, *buffers) in zip(cast(list[Any], cache.layers), self.layers, strict=False):
-            for buffer, view in zip(buffers, (layer.keys, layer.values), strict=True):
-                newest = buffer.take()
-                taken.append((buffer, newest))
-                if layer is not known or newest is not view:
-                    for other, view in taken:
-                        other.newest += [] if view is None else [view]
-                    return False
-        self.claimed = [layer for layer, *_ in self.layers]
-        return True
+    def claim(self, cache: Any, seen: Any) -> bool:
+        """Whether there is room for one more token behind what this cache holds; if so, it is ours to write."""
+        return self.keys.claim(cache, self.held, seen)
 
-    def make_room(self, cache: QWenCache, states: torch.Tensor, seen: Any) -> bool:
-        """Lengthen each layer, perhaps in new memory, and note where that is; False, and nothing done, where this cache
-        doesn't hold so many tokens as the call says.
+    def make_room(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
+        """See to that room, and note where it is; False, and nothing done, where this cache doesn't hold so many tokens
+        as the call says.
         """
-        shape, count = self.shape, len(self.blocks)
-        length = length_held(cache, count, states, seen)
+        length = self.keys.length(cache, states, seen)
         if length is None:
             return False
-        self.held, self.layers, places = length, [], []
-        for layer in cast(list[QWenGrowingLayer], cache.layers[:count]):
-            keys, values = layer.make_room(states, (shape.rows, shape.kv_heads, 1, shape.size))
-            places.append([(held.data_ptr(), *held.stride()[:2]) for held in (keys, values)])
-            self.layers.append((layer, *layer.buffers()))
-        rooms = [buffer.states.shape[-2] for _, *buffers in self.layers for buffer in buffers]
-        self.room, self.frozen = min(rooms), self.layers[0][1].states.is_inference()
+        self.held = length
+        places = self.keys.make_room(cache, states, (self.shape.rows, self.shape.kv_heads, 1, self.shape.size))
+        if places is None:
+            return False
         self.places.copy_(torch.tensor(places))
         return True
 
