@@ -113,7 +113,7 @@ class Late(StoppingCriteria):
         """What `generate` returns, (B, S), without a token too many, which the cache forgets too."""
         if self.overran:
             sequences = sequences[:, :-1]
-            for layer in cache.layers:
+            for layer in () if cache is None else cache.layers:
                 layer.forget_last()
         else:
             self._stream()
@@ -212,13 +212,11 @@ def asked_late(
     Args:
         model: a `QWenLMHeadModel`.
         prompts: token ids, (B, T), or None where only embeddings are given.
-        cache: of the call.
+        cache: of the call; None where transformers makes one for it.
         settings: `GenerationSettings` of the call.
         arguments: of the call, by name. What is returned stands among its criteria, in the place of its streamer.
     """
-    if prompts is None or prompts.device.type != DEVICE or type(cache) is not QWenCache or cache.offloading:
-        return None
-    if any(type(layer) is not QWenGrowingLayer for layer in cache.layers):
+    if prompts is None or prompts.device.type != DEVICE or not _forgets(model, cache, settings):
         return None
     if os.environ.get(SWITCH) == "0" or runs_foreign_code(model):
         return None
@@ -236,6 +234,16 @@ def asked_late(
     late = Late(prompts, arguments["streamer"])
     arguments |= {"stopping_criteria": StoppingCriteriaList([*criteria, late]), "streamer": None}
     return late
+
+
+def _forgets(model: Any, cache: Any, settings: Any) -> bool:
+    """Whether nobody finds a token too many in the cache of a call: it can be taken back, or ends with the call."""
+    if cache is None:
+        compiled = settings["compile_config"] is not None
+        return settings["cache_implementation"] == "static" and not compiled and model.transformer.takes_static_cache()
+    if type(cache) is not QWenCache or cache.offloading:
+        return False
+    return all(type(layer) is QWenGrowingLayer for layer in cache.layers)
 
 
 def with_late_answers(criteria: StoppingCriteriaList) -> StoppingCriteriaList:

@@ -20,7 +20,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
@@ -33,6 +33,12 @@ from .tensor_parallel_qwen import shares_of_process
 
 _EXTRAS = ("stop_words_ids", "seed")
 """Settings that `generate` knows beyond those of transformers."""
+
+_COMPILED = (
+    *("compile_config", "prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit"),
+    *("output_attentions", "output_hidden_states"),
+)
+"""Settings under which a static cache has the model compiled by transformers, on a GPU, as if there were no kernels."""
 
 if TYPE_CHECKING:
     _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
@@ -258,6 +264,18 @@ class QWenGenerationMixin(_GenerativeModel):
             return None
         projection = self.transformer.h[0].attn.c_attn
         return *shares_of_process(projection, self.config.num_key_value_heads), self.config.kv_channels
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        """As in transformers, but where kernels are quicker than what would be compiled: not if a `compile_config` asks
+        for that, nor where several tokens are read at once, or more is returned than kernels tell.
+        """
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        static = type(cache) is StaticCache and not cache.offloading and len(cache.layers) == len(self.transformer.h)
+        plain = static and all(type(layer) is StaticLayer for layer in cache.layers)
+        if plain and not any(getattr(generation_config, name, None) for name in _COMPILED):
+            if self.transformer.takes_static_cache():
+                return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """As in transformers; on a GPU they may be asked late."""

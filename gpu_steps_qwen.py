@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import StaticCache, StaticLayer
 
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import chosen, is_beside
 from .plain_qwen import Plain, Unchanged, length_held
-from .recording_qwen import Recording, record
+from .recording_qwen import Recording, is_recorded, record
 from .triton_qwen import (
     PARTS,
     attend_parts,
@@ -62,25 +63,28 @@ class Shape(NamedTuple):
 
 
 def steps_on_gpu(
-    blocks: Any, plain: Plain, states: torch.Tensor, cache: QWenCache, seen: Any, position_embeddings: Any
+    blocks: Any, plain: Plain, states: torch.Tensor, cache: Any, seen: Any, position_embeddings: Any
 ) -> torch.Tensor | None:
     """What plain blocks make of one token of each row, (B, 1, E) -> (B, 1, E); None, and nothing done, if one isn't.
 
     Args:
         plain: of the classes of block, attention, MLP and norm.
-        cache: of growing layers, which gets the token's keys and values, and holds what has been recorded.
-        seen: (B, 1, 1, S) bool, which keys are read, or None for all.
+        cache: a `QWenCache` or `StaticCache`, which gets the token's keys and values, and holds what has been recorded.
+        seen: (B, 1, 1, S) bool, which keys are read, or None for all; of all the room of a static cache.
         position_embeddings: cosine and sine, (B or 1, 1, 1, R), LogN factors (B or 1, 1, 1, 1) or None.
     """
-    steps = getattr(cache, "steps", None)
+    holder = _holder_of(cache)
+    if holder is None or is_recorded(states.device):  # a graph of the caller's would outlive this memory
+        return None
+    steps = getattr(holder, "steps", None)
     if steps is None or not steps.fits(cache, blocks, states, seen, position_embeddings):
-        keys = keys_of(cache, len(blocks))
-        held = None if keys is None else keys.length(cache, states, seen)
-        shape = None if held is None else _shape(blocks, plain, states, seen, position_embeddings)
-        steps = None if shape is None else Steps(blocks, plain, shape, cache, states)
-        if keys is not None:
-            cache.steps = steps
-    if steps is None or not (steps.claim(cache, seen) or steps.make_room(cache, states, seen)):
+        keys = GrowingKeys(len(blocks)) if holder is cache else StaticKeys(len(blocks))
+        shape = None
+        if keys.serves(cache, states, seen):
+            shape = _shape(blocks, plain, states, seen, position_embeddings)
+        steps = None if shape is None else Steps(blocks, plain, shape, keys, cache, states)
+        holder.steps = steps
+    if steps is None or not (steps.keys.claim(cache, seen) or steps.make_room(cache, states, seen)):
         return None
     with chosen(states.device):
         return steps.step(states, seen, position_embeddings)
@@ -101,6 +105,16 @@ def warm_steps(block: Any, plain: Plain, states: torch.Tensor, angles: torch.Ten
         if steps_on_gpu([block], plain, states, cache, seen, (angles, angles, logn)) is None:
             return False
     return True
+
+
+def are_plain(blocks: Any, plain: Plain, states: torch.Tensor, rotated: int) -> bool:
+    """Whether tokens of such states, (B, 1, E), would go through these blocks so, with a cache of a known kind.
+
+    Args:
+        rotated: channels of a head.
+    """
+    angle = states.new_empty((1, 1, 1, rotated), dtype=torch.float32)
+    return _shape(blocks, plain, states, None, (angle, angle, None)) is not None
 
 
 def _shape(blocks: Any, plain: Plain, states: torch.Tensor, seen: Any, position_embeddings: Any) -> Shape | None:
@@ -156,26 +170,30 @@ class Keys(ABC):
         self.count = count
 
     @abstractmethod
-    def length(self, cache: Any, states: torch.Tensor, seen: Any) -> int | None:
-        """Tokens that the cache holds; None where this, or the mask of a call, isn't what the kernels know."""
+    def serves(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
+        """Whether cache and mask of a call are of a kind that the kernels know, told without waiting for the GPU."""
 
     @abstractmethod
     def mask_room(self, cache: Any) -> int:
         """Columns that masks may come to have."""
 
     @abstractmethod
-    def claim(self, cache: Any, held: int, seen: Any) -> bool:
-        """Whether a token may be written behind these, where `make_room` has said; it is asked before each."""
+    def claim(self, cache: Any, seen: Any) -> bool:
+        """Whether a token may be written where `make_room` has said; it is asked before each."""
 
     @abstractmethod
-    def make_room(self, cache: Any, states: torch.Tensor, chunk: tuple[int, ...]) -> list[Any] | None:
+    def make_room(self, cache: Any, states: torch.Tensor, seen: Any, chunk: tuple[int, ...]) -> list[Any] | None:
         """Addresses, and strides of rows and heads, of the keys and of the values of each layer, with room for a chunk,
-        (B, K, 1, D); None where there is no room to be had.
+        (B, K, 1, D); None, and nothing done, where there is none to be had.
         """
 
     @abstractmethod
-    def lengthen(self, held: int) -> None:
-        """The token has been written: they are so many now."""
+    def count_into(self, lengths: torch.Tensor) -> None:
+        """Tokens of each layer with the one that comes, (L,) int32."""
+
+    @abstractmethod
+    def lengthen(self) -> None:
+        """The token has been written."""
 
 
 class GrowingKeys(Keys):
@@ -183,22 +201,22 @@ class GrowingKeys(Keys):
 
     def __init__(self, count: int):
         super().__init__(count)
-        self.room = 0  # tokens for which there is room
+        self.held = self.room = 0  # tokens in the cache, and for which there is room
         self.frozen = False
         self.layers: list[tuple[QWenGrowingLayer, Any, Any]] = []
         self.claimed: list[QWenGrowingLayer] = []
 
-    def length(self, cache: Any, states: torch.Tensor, seen: Any) -> int | None:
-        return length_held(cache, self.count, states, seen)
+    def serves(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
+        return length_held(cache, self.count, states, seen) is not None
 
     def mask_room(self, cache: Any) -> int:
         return int(cache.get_seq_length()) + _MASK_ROOM
 
-    def claim(self, cache: Any, held: int, seen: Any) -> bool:
+    def claim(self, cache: Any, seen: Any) -> bool:
         self.claimed = []
-        if held >= self.room or self.frozen != torch.is_inference_mode_enabled():
+        if self.held >= self.room or self.frozen != torch.is_inference_mode_enabled():
             return False
-        if cache.get_seq_length() != held or (seen is not None and seen.shape[-1] != held + 1):
+        if cache.get_seq_length() != self.held or (seen is not None and seen.shape[-1] != self.held + 1):
             return False
         taken = []
         for layer, (known, *buffers) in zip(cast(list[Any], cache.layers), self.layers, strict=False):
@@ -212,8 +230,11 @@ class GrowingKeys(Keys):
         self.claimed = [layer for layer, *_ in self.layers]
         return True
 
-    def make_room(self, cache: Any, states: torch.Tensor, chunk: tuple[int, ...]) -> list[Any] | None:
-        self.layers, places = [], []
+    def make_room(self, cache: Any, states: torch.Tensor, seen: Any, chunk: tuple[int, ...]) -> list[Any] | None:
+        length = length_held(cache, self.count, states, seen)
+        if length is None:
+            return None
+        self.held, self.layers, places = length, [], []
         for layer in cast(list[QWenGrowingLayer], cache.layers[: self.count]):
             keys, values = layer.make_room(states, chunk)
             places.append([(held.data_ptr(), *held.stride()[:2]) for held in (keys, values)])
@@ -222,14 +243,89 @@ class GrowingKeys(Keys):
         self.room, self.frozen = min(rooms), self.layers[0][1].states.is_inference()
         return places
 
-    def lengthen(self, held: int) -> None:
+    def count_into(self, lengths: torch.Tensor) -> None:
+        self.held += 1
+        lengths.fill_(self.held)
+
+    def lengthen(self) -> None:
         for layer in self.claimed:
-            layer.lengthen(held)
+            layer.lengthen(self.held)
 
 
-def keys_of(cache: Any, count: int) -> Keys | None:
-    """The keys of a cache, None for one of a kind that the kernels don't know."""
-    return GrowingKeys(count) if type(cache) is QWenCache else None
+class StaticKeys(Keys):
+    """Those of transformers' `StaticCache`, whose room is there from the first.
+
+    Its layers count on the device, and nobody asks them what: others may write to the counters, in a graph too.
+    """
+
+    def __init__(self, count: int):
+        super().__init__(count)
+        self.room = 0
+        self.places: list[Any] = []
+        self.counters: list[torch.Tensor] = []
+
+    def serves(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
+        layers, rows = cache.layers[: self.count], states.shape[0]
+        if len(layers) < self.count or cache.offloading:
+            return False
+        if any(type(layer) is not StaticLayer or not layer.is_initialized for layer in layers):
+            return False
+        room = layers[0].max_cache_len
+        held = [held for layer in layers for held in (layer.keys, layer.values)]
+        if not all(is_beside(one, states) and one.shape[::2] == (rows, room) for one in held):
+            return False
+        # Without a mask, the room behind the tokens would be read as well.
+        return seen is not None and seen.dtype == torch.bool and seen.shape == (rows, 1, 1, room)
+
+    def mask_room(self, cache: Any) -> int:
+        return int(cache.layers[0].max_cache_len)
+
+    def claim(self, cache: Any, seen: Any) -> bool:
+        layers = cache.layers[: self.count]
+        counted = all(layer.cumulative_length is one for layer, one in zip(layers, self.counters, strict=False))
+        return counted and seen.shape[-1] == self.room and self._places_of(layers) == self.places
+
+    def make_room(self, cache: Any, states: torch.Tensor, seen: Any, chunk: tuple[int, ...]) -> list[Any] | None:
+        layers = cache.layers[: self.count]
+        held = [held for layer in layers for held in (layer.keys, layer.values)]
+        counters = [layer.cumulative_length for layer in layers]
+        shape = *chunk[:2], layers[0].max_cache_len, chunk[3]
+        if not self.serves(cache, states, seen) or any(one.shape != shape or one.data_ptr() % 16 for one in held):
+            return None
+        if any(one.is_inference() for one in (*held, *counters)) and not torch.is_inference_mode_enabled():
+            return None  # where nothing may write to them, which torch says
+        self.room, self.counters, self.places = shape[2], counters, self._places_of(layers)
+        addresses = [(one.data_ptr(), *one.stride()[:2]) for one in held]
+        return [list(both) for both in zip(addresses[::2], addresses[1::2], strict=True)]
+
+    def count_into(self, lengths: torch.Tensor) -> None:
+        counts = torch.stack([counter.view(()) for counter in self.counters])
+        fitting = (counts >= 0) & (counts < self.room)
+        torch._assert_async(fitting.all(), f"The static cache is full: max_cache_len={self.room}. Make a larger one.")
+        lengths.copy_(counts.clamp(0, self.room - 1) + 1)
+
+    def lengthen(self) -> None:
+        torch._foreach_add_(self.counters, 1)
+
+    @staticmethod
+    def _places_of(layers: Any) -> list[Any]:
+        return [
+            (held.data_ptr(), held.shape, held.stride(), held.dtype)
+            for layer in layers
+            for held in (layer.keys, layer.values)
+        ]
+
+
+def _holder_of(cache: Any) -> Any:
+    """What the steps of a cache are kept on, None for a cache of a kind that the kernels don't know.
+
+    That of a `StaticCache` is a counter: what is an attribute of the cache, its exporters take for a part of it.
+    """
+    if type(cache) is QWenCache:
+        return cache
+    if type(cache) is not StaticCache or not cache.layers or type(cache.layers[0]) is not StaticLayer:
+        return None
+    return cache.layers[0].cumulative_length
 
 
 class Steps:
@@ -237,16 +333,16 @@ class Steps:
 
     Args:
         blocks: plain ones, of this shape.
+        keys: of the cache.
         cache: that they go on with.
         states: (B, 1, E), for its dtype and device.
     """
 
-    def __init__(self, blocks: Any, plain: Plain, shape: Shape, cache: QWenCache, states: torch.Tensor):
+    def __init__(self, blocks: Any, plain: Plain, shape: Shape, keys: Keys, cache: Any, states: torch.Tensor):
         self.blocks, self.shape, self.device, self.dtype = list(blocks), shape, states.device, states.dtype
         self.owner, self.known = weakref.ref(cache), list(map(id, blocks))
         self.unchanged = Unchanged(self.blocks, plain)
-        self.taken = self.held = 0  # steps; tokens in the cache
-        self.keys = cast(Keys, keys_of(cache, len(blocks)))
+        self.taken, self.keys = 0, keys
         self.recording: Recording | None = None
         with torch.inference_mode(False):  # else it could be written to in that mode alone
             self._make_memory(cache, states)
@@ -258,7 +354,7 @@ class Steps:
         """Likewise what is loaded again."""
         return type(None), ()
 
-    def _make_memory(self, cache: QWenCache, states: torch.Tensor) -> None:
+    def _make_memory(self, cache: Any, states: torch.Tensor) -> None:
         shape, of = self.shape, states.new_empty
         numbers: dict[str, Any] = {"dtype": torch.float32}
         self.mask_room = self.keys.mask_room(cache)
@@ -273,22 +369,23 @@ class Steps:
         self.cosine, self.sine = (of((shape.angle_rows, shape.rotated), **numbers) for _ in range(2))
         self.logn = of((max(1, shape.logn_rows),), **numbers)
         self.seen = of((shape.rows, self.mask_room if shape.masked else 1), dtype=torch.bool)
-        self.length = of((1,), dtype=torch.int32)
+        self.lengths = of((len(self.blocks),), dtype=torch.int32)
         self.places = of((len(self.blocks), 2, 3), dtype=torch.int64)
 
     # --- whether they may go on ---
 
-    def fits(self, cache: QWenCache, blocks: Any, states: torch.Tensor, seen: Any, position_embeddings: Any) -> bool:
+    def fits(self, cache: Any, blocks: Any, states: torch.Tensor, seen: Any, position_embeddings: Any) -> bool:
         """Whether these steps are those of this cache and call, and nothing of the model has changed."""
         cosine, _, logn = position_embeddings
         shape = self.shape
         given = (states.shape[0], cosine.shape[0], seen is not None, 0 if logn is None else logn.shape[0])
         wanted = (shape.rows, shape.angle_rows, shape.masked, shape.logn_rows)
+        mask = None if seen is None else (seen.dtype, *seen.shape[:3])
         return (
             self.owner() is cache
             and given == wanted
             and (states.device, states.dtype) == (self.device, self.dtype)
-            and (seen is None or (seen.dtype == torch.bool and seen.shape[-1] <= self.mask_room))
+            and (mask is None or (mask == (torch.bool, shape.rows, 1, 1) and seen.shape[-1] <= self.mask_room))
             and list(map(id, blocks)) == self.known
             and self.unchanged()
         )
@@ -300,38 +397,30 @@ class Steps:
         and values has just been claimed or made.
         """
         cosine, sine, logn = position_embeddings
-        self.held += 1
-        self.length.fill_(self.held)
+        self.keys.count_into(self.lengths)
         self.read.copy_(states[:, 0])
         self.cosine.copy_(cosine[:, 0, 0])
         self.sine.copy_(sine[:, 0, 0])
         if logn is not None:
             self.logn.copy_(logn[:, 0, 0, 0])
         if seen is not None:
-            self.seen[:, : self.held].copy_(seen[:, 0, 0])
+            self.seen[:, : seen.shape[-1]].copy_(seen[:, 0, 0])
         if self.recording is None:
             self.run()
         else:
             self.recording.replay()
-        self.keys.lengthen(self.held)  # while the GPU is at work
+        self.keys.lengthen()  # while the GPU is at work
         self.taken += 1
         if self.taken == _RECORDED_FROM:
             self.recording = record(self.run, self.device)
         return self.states[:, None]
 
-    def claim(self, cache: Any, seen: Any) -> bool:
-        """Whether there is room for one more token behind what this cache holds; if so, it is ours to write."""
-        return self.keys.claim(cache, self.held, seen)
-
     def make_room(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
-        """See to that room, and note where it is; False, and nothing done, where this cache doesn't hold so many tokens
-        as the call says.
+        """See to room for one more token, and note where it is; False, and nothing done, where there is none, or this
+        cache doesn't hold so many tokens as the call says.
         """
-        length = self.keys.length(cache, states, seen)
-        if length is None:
-            return False
-        self.held = length
-        places = self.keys.make_room(cache, states, (self.shape.rows, self.shape.kv_heads, 1, self.shape.size))
+        chunk = self.shape.rows, self.shape.kv_heads, 1, self.shape.size
+        places = self.keys.make_room(cache, states, seen, chunk)
         if places is None:
             return False
         self.places.copy_(torch.tensor(places))
@@ -353,7 +442,7 @@ class Steps:
         shape = self.shape
         parts = {"SIZE": shape.size, "WIDTH": power_of_two(shape.size), "PARTS": PARTS}
         attend_parts[(shape.heads, PARTS, shape.rows)](
-            *(self.product, self.places, number, self.length, self.seen, self.cosine, self.sine, self.logn),
+            *(self.product, self.places, number, self.lengths, self.seen, self.cosine, self.sine, self.logn),
             *(self.sums, self.best, self.weights, shape.heads, shape.heads // shape.kv_heads),
             *(shape.rotated if shape.angle_rows > 1 else 0, int(shape.logn_rows > 1), self.seen.stride(0), scale),
             ROTATED=shape.rotated,

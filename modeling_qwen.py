@@ -76,6 +76,7 @@ from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
 from .qwen_generation_utils import make_context as make_context
+from .recording_qwen import record as record
 from .rotary_qwen import RotaryEmbedding as RotaryEmbedding
 from .rotary_qwen import apply_rotary_pos_emb as apply_rotary_pos_emb
 from .rotary_qwen import logn_scale
@@ -83,7 +84,7 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import logits_of_head, product_of_linear, projected
+from .steps_qwen import logits_of_head, product_of_linear, projected, takes_static_cache
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
@@ -94,7 +95,6 @@ from .warming_qwen import is_ready as is_ready
 
 if TYPE_CHECKING:  # read when they are wanted, for Triton takes its time
     from .gpu_steps_qwen import steps_on_gpu as steps_on_gpu
-    from .recording_qwen import record as record
     from .triton_qwen import norm_rows as norm_rows
 
 
@@ -434,6 +434,7 @@ class QWenModel(QWenPreTrainedModel):
     """The stack of blocks without a head: token ids to hidden states."""
 
     _keys_to_ignore_on_load_unexpected = LEFTOVERS  # not the head: vLLM puts one of its own onto this class
+    plain, takes_static_cache = _PLAIN, takes_static_cache  # asked by `generate`, which knows no classes
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)

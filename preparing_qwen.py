@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .passes_qwen import LEAST_TOKENS, gate_prompt, kind, norm_prompt, turn_prompt
-from .warming_qwen import Key, begin, is_ready
+from .warming_qwen import Key, begin, is_ready, may_come
 
 
 def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: Any) -> None:
@@ -25,7 +25,7 @@ def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: 
     """
     attention, rotated = blocks[0].attn, position_embeddings[0].shape[-1]
     number, kv_number, size = attention.num_heads, attention.num_key_value_heads, attention.head_dim
-    key = (*kind(states), states.shape[-1], number, kv_number, size, rotated, position_embeddings[2] is not None)
+    key = _key(blocks, states, rotated, position_embeddings[2] is not None)
 
     def warm() -> Iterator[Key]:
         from .gpu_steps_qwen import warm_steps
@@ -47,6 +47,19 @@ def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: 
 
 def steps_ready(blocks: Any, states: torch.Tensor, position_embeddings: Any) -> bool:
     """Whether the kernels for a token through these blocks are there."""
-    attention, rotated = blocks[0].attn, position_embeddings[0].shape[-1]
+    cosine, _, logn = position_embeddings
+    return is_ready("steps", *_key(blocks, states, cosine.shape[-1], logn is not None))
+
+
+def steps_may_come(blocks: Any, states: torch.Tensor, rotated: int, grown: bool) -> bool:
+    """Whether they are there, or may still be: that of channels of a head so many are rotated, and LogN makes queries
+    larger.
+    """
+    key = _key(blocks, states, rotated, grown)
+    return may_come(key, "steps", *key)
+
+
+def _key(blocks: Any, states: torch.Tensor, rotated: int, grown: bool) -> Key:
+    attention = blocks[0].attn
     heads = attention.num_heads, attention.num_key_value_heads, attention.head_dim
-    return is_ready("steps", *kind(states), states.shape[-1], *heads, rotated, position_embeddings[2] is not None)
+    return (*kind(states), states.shape[-1], *heads, rotated, grown)

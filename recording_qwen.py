@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+_DRIVER = "cuda.bindings.driver"
 
 
 class Recording:
@@ -32,15 +35,30 @@ class Recording:
             self._driver.cuGraphExecDestroy(self._graph)
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether what is started now is being recorded, by whomever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether there is what it takes; on a processor nothing is recorded, for nothing is gained."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    try:
+        return find_spec(_DRIVER) is not None
+    except ModuleNotFoundError:  # nor the package that it would be in
+        return False
+
+
 def record(run: Callable[[], None], device: torch.device) -> Recording | None:
     """Record what a function starts on a GPU, of which nothing may allocate memory or wait; None where that can't be.
 
     The function is also run for its own sake, so that all that it needs is there when it is recorded.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or is_recorded(device):
         return None
     try:
-        driver = importlib.import_module("cuda.bindings.driver")
+        driver = importlib.import_module(_DRIVER)
         return _recorded(run, device, driver)
     except (ImportError, RuntimeError) as error:  # slower, and as right
         logger.warning_once(f"Steps on the GPU aren't recorded, but started one by one: {error}")

@@ -21,7 +21,7 @@ from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
 from .plain_qwen import Plain, is_bare, length_held, sdpa_is_torchs
-from .preparing_qwen import prepare, steps_ready
+from .preparing_qwen import prepare, steps_may_come, steps_ready
 from .products_qwen import (
     DTYPES,
     Matrix,
@@ -32,6 +32,7 @@ from .products_qwen import (
     product,
     wide_product,
 )
+from .recording_qwen import can_record
 
 BLOCK_ARGUMENTS = frozenset(
     ("attention_mask", "position_embeddings", "position_ids", "use_cache", "past_key_values", "cache")
@@ -177,6 +178,23 @@ def _matrix(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype)
     ):
         return None
     return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
+
+
+def takes_static_cache(model: Any) -> bool:
+    """Whether a GPU takes a token of each row through the blocks by kernels, which are recorded, with a static cache
+    too: there is nothing that compiling a `QWenModel` would save then.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or not sdpa_is_torchs():
+        return False
+    states, blocks, config = weight.new_empty((1, 1, weight.shape[-1])), model.h, model.config
+    if not runs_on(states) or not model.plain(blocks[0], blocks[0].attn):
+        return False
+    if not can_record(states.device) or not steps_may_come(blocks, states, config.rotary_dim, config.use_logn_attn):
+        return False
+    from .gpu_steps_qwen import are_plain
+
+    return are_plain(blocks, model.plain, states, config.rotary_dim)
 
 
 def _steps(

@@ -21,7 +21,7 @@ except ImportError:
 PARTS = 32
 """Into which the keys of a text are cut, so that all of the GPU reads them."""
 
-_COUNTED = ("layer", "count")
+_COUNTED = ("layer", "count", "seen_row")
 """Arguments for whose values nothing is compiled anew."""
 
 
@@ -162,7 +162,7 @@ def _finish(total, row, inside, bias, residual, result, BIASED: tl.constexpr, AD
 
 @kernel
 def attend_parts(
-    product, places, layer, length, seen, cosine, sine, logn, sums, best, weights, heads, groups, angle_row, logn_row,
+    product, places, layer, lengths, seen, cosine, sine, logn, sums, best, weights, heads, groups, angle_row, logn_row,
     seen_row, scale, SIZE: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, GROWN: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def attend_parts(
     Args:
         product: (B, (H + 2 K) D), the new token's query, key and value, not yet rotated.
         places: (L, 2, 3) int64, for keys and values, (B, K, S, D), of a layer: address, and strides of rows and heads.
-        length: (1,) int32, tokens with the new one.
+        lengths: (L,) int32, tokens of a layer with the new one.
         seen: (B, S) bool, which keys are read; cosine, sine: (B or 1, R); logn: (B or 1,) factors of queries.
         sums, best, weights: (B, H, P, D), (B, H, P), (B, H, P) float32: weighted values of a part, the highest score,
             the sum of the weights.
@@ -189,7 +189,7 @@ def attend_parts(
     query = query.to(tl.float32) * scale
     keys = _head_of_cache(places + layer * 6, batch, head // groups, dtype, ALIGNED)
     values = _head_of_cache(places + layer * 6 + 3, batch, head // groups, dtype, ALIGNED)
-    end = tl.load(length) - 1
+    end = tl.load(lengths + layer) - 1
     share = tl.cdiv(tl.cdiv(end + 1, PARTS), KEYS) * KEYS
     first, last = part * share, tl.minimum(part * share + share, end)
     high, total, summed = _older_keys(query, keys, values, seen, first, last, channel, SIZE, WIDTH, KEYS, MASKED)

@@ -25,12 +25,18 @@ Key = tuple[Any, ...]
 
 _ready: set[Key] = set()
 _begun: set[Key] = set()
+_ended: set[Key] = set()
 _threads: list[threading.Thread] = []
 
 
 def is_ready(*key: Any) -> bool:
     """Whether a kernel is there."""
     return key in _ready
+
+
+def may_come(key: Key, *kernel: Any) -> bool:
+    """Whether a kernel is there, or those that depend on `key` are still to be compiled."""
+    return is_ready(*kernel) or key not in _ended
 
 
 def begin(key: Key, device: torch.device, warm: Callable[[], Iterable[Key]]) -> None:
@@ -45,13 +51,13 @@ def begin(key: Key, device: torch.device, warm: Callable[[], Iterable[Key]]) -> 
     _begun.add(key)
     mark = _mark(key, device)
     if mark is not None and mark.exists():
-        _warm(warm, device, mark)
+        _warm(key, warm, device, mark)
         return
     logger.warning(
         f"Compiling QWen's kernels for this GPU, once, in the background ({SWITCH}=0 in the environment does without)."
     )
     # No daemon: Python would end it inside of the compiler, and with it the whole process by SIGABRT.
-    _threads.append(threading.Thread(target=_warm, args=(warm, device, mark), name="qwen1-kernels"))
+    _threads.append(threading.Thread(target=_warm, args=(key, warm, device, mark), name="qwen1-kernels"))
     _threads[-1].start()
 
 
@@ -73,19 +79,21 @@ def _mark(key: Key, device: torch.device) -> Path | None:
         return None
 
 
-def _warm(warm: Callable[[], Iterable[Key]], device: torch.device, mark: Path | None) -> None:
+def _warm(key: Key, warm: Callable[[], Iterable[Key]], device: torch.device, mark: Path | None) -> None:
     try:
         with torch.no_grad(), _stream_of_its_own(device):
-            for key in warm():
+            for kernel in warm():
                 if not threading.main_thread().is_alive():  # the process ends, and waits for this thread
                     return
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
-                _ready.add(key)
+                _ready.add(kernel)
         if mark is not None:
             mark.touch()
     except Exception as error:  # whatever it is, torch does without
         logger.warning(f"No kernels for the GPU, which torch does without: {type(error).__name__}: {error}")
+    finally:
+        _ended.add(key)
 
 
 @contextmanager

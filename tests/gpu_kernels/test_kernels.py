@@ -12,54 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from qwen1 import QWenConfig, QWenLMHeadModel, modeling_qwen, passes_qwen, preparing_qwen, rotary_qwen, warming_qwen
+from qwen1 import modeling_qwen, passes_qwen, preparing_qwen, rotary_qwen, warming_qwen
 from qwen1.cache_qwen import QWenCache
 from qwen1.rotary_qwen import apply_rotary_pos_emb
 
+from .conftest import BOUNDS, DEVICE, ON_GPU, PROMPT, error, ids_of, model_of, torch_alone
+
 pytest.importorskip("triton", reason="Triton is not installed")
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
-BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-PROMPT = 12
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Kernels wherever the tests run, compiled at once; prompts are torch's, if a test doesn't say otherwise."""
-    if not ON_GPU:
-        monkeypatch.setattr(passes_qwen, "DEVICE", "cpu")
-        monkeypatch.setattr("qwen1.gpu_steps_qwen.PARTS", 2)
-        monkeypatch.setattr("qwen1.gpu_steps_qwen._TILES", {"ROWS": 64, "BLOCK": 64})
-        monkeypatch.setattr(modeling_qwen, "normed", lambda *given: None)
-        monkeypatch.setattr(rotary_qwen, "turned_on_gpu", lambda *given: None)
-    monkeypatch.setattr(preparing_qwen, "LEAST_TOKENS", 2)
-    monkeypatch.setattr(warming_qwen, "_mark", lambda key, device: None)
-    begin = warming_qwen.begin
-    monkeypatch.setattr(preparing_qwen, "begin", lambda *arguments: (begin(*arguments), warming_qwen.wait()))
-
-
-def torch_alone(monkeypatch, run):
-    """What comes out without the kernels."""
-    with monkeypatch.context() as patch:
-        patch.setenv("QWEN_NATIVE", "0")
-        return run()
-
-
-def model_of(dtype=torch.float32, **changes):
-    torch.manual_seed(1)
-    shape = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, kv_channels=16)
-    other = dict(ffn_hidden_size=128, seq_length=64, eos_token_id=63, use_flash_attn=False)
-    model = QWenLMHeadModel(QWenConfig(**shape | other | changes)).to(DEVICE, dtype).eval()
-    for name, weight in model.named_parameters():
-        if name.endswith("bias") or "ln_" in name:
-            weight.data.add_(torch.randn_like(weight) / 4)
-    return model
-
-
-def ids_of(rows=1, length=PROMPT, seed=3):
-    return torch.randint(0, 60, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+pytestmark = [pytest.mark.usefixtures("kernels")] + [pytest.mark.gpu] * ON_GPU
 
 
 @torch.no_grad()
@@ -79,10 +40,6 @@ def talk(model, rows=1, steps=4, padding=0, **arguments):
         )
         logits.append(found.logits)
     return torch.cat(logits, dim=1), found.past_key_values
-
-
-def error(got, expected):
-    return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
 def steps_of(cache):
