@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,12 +35,17 @@ BASE_IMPORT = "import torch, transformers; from transformers import PreTrainedMo
 
 
 def load_one(side: str, folder: str, bits: int | None) -> None:
-    """Print seconds, peak memory and size of the weights of a load in this process; of numbers, seconds of another."""
-    loaded = []
+    """Print seconds, peak memory and size of the weights of a load in this process; of numbers, seconds of another, and
+    of `from_pretrained` alone.
+    """
+    loaded: list[Any] = []
     settings = {} if bits is None else {"quantization_config": QWenBitsConfig(bits=bits)}
 
-    def load_and_read() -> None:
+    def load_alone() -> None:
         loaded[:] = [CLASSES[side].from_pretrained(folder, **settings)]
+
+    def load_and_read() -> None:
+        load_alone()
         # Mapped files are read when they are used first. Looking for the largest weight touches all of them without
         # another copy, which a sum of whole numbers would make, in eight bytes each.
         with torch.inference_mode():
@@ -51,9 +56,11 @@ def load_one(side: str, folder: str, bits: int | None) -> None:
     forget_peak()
     seconds, grown = seconds_of(load_and_read), peak() - before
     weights = sum(weight.nbytes for weight in loaded[0].parameters())
-    loaded.clear()
-    again = seconds_of(load_and_read) if bits is None else None
-    print(json.dumps({"seconds": seconds, "again": again, "peak": grown, "weights": weights}))
+    found = {"seconds": seconds, "peak": grown, "weights": weights}
+    for name, way in (("again", load_and_read), ("unread", load_alone)) if bits is None else ():
+        loaded.clear()  # which takes its time, too
+        found[name] = seconds_of(way)
+    print(json.dumps(found))
 
 
 def load(
@@ -67,7 +74,7 @@ def load(
     """`from_pretrained` of a checkpoint of 1 GB, until each weight has been read: time, and peak memory.
 
     The first load of a process has transformers build a table of what all of its models call their weights; so a second
-    one is measured, too.
+    one is measured, too, and one until `from_pretrained` returns, when the file is mapped and no weight has been read.
     """
     if side:
         load_one(side, folder, bits)
@@ -78,18 +85,18 @@ def load(
         model = None
         time = Comparison(f"load 0.5 B parameters, torch.{dtype}", aim=0.89)
         again = Comparison(f"load 0.5 B parameters again, torch.{dtype}")
+        unread = Comparison(f"load 0.5 B parameters again, until from_pretrained returns, torch.{dtype}")
         memory = Comparison(f"peak memory of loading / the weights, torch.{dtype}", aim=1.1, unit="B")
         for number in range(rounds + 1):
             for name in sorted(CLASSES, reverse=bool(number % 2)):
                 run = alone(Path(sys.argv[0]), "load", "--side", name, "--folder", str(Path(parent, name)))
-                if number:
-                    getattr(time, name).append(run["seconds"])
-                    getattr(again, name).append(run["again"])
+                for found, what in ((time, "seconds"), (again, "again"), (unread, "unread")) if number else ():
+                    getattr(found, name).append(run[what])
                 if number and name == "ours":
                     memory.ours.append(run["peak"])
                     memory.theirs.append(run["weights"])
         few = [found for form in FEW_BITS for found in load_in_few_bits(Path(parent, "ours"), form, rounds)]
-    for found in (time, again, memory, *few):
+    for found in (time, again, unread, memory, *few):
         report(found, results)
 
 
