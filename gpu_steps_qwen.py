@@ -23,7 +23,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import chosen, is_beside
-from .plain_qwen import Plain, Unchanged, length_held
+from .plain_qwen import Plain, Unchanged, is_plain_mask, length_held
 from .recording_qwen import Recording, is_recorded, record
 from .triton_qwen import (
     PARTS,
@@ -275,7 +275,7 @@ class StaticKeys(Keys):
         if not all(is_beside(one, states) and one.shape[::2] == (rows, room) for one in held):
             return False
         # Without a mask, the room behind the tokens would be read as well.
-        return seen is not None and seen.dtype == torch.bool and seen.shape == (rows, 1, 1, room)
+        return is_plain_mask(seen) and seen.shape == (rows, 1, 1, room)
 
     def mask_room(self, cache: Any) -> int:
         return int(cache.layers[0].max_cache_len)
@@ -380,12 +380,13 @@ class Steps:
         shape = self.shape
         given = (states.shape[0], cosine.shape[0], seen is not None, 0 if logn is None else logn.shape[0])
         wanted = (shape.rows, shape.angle_rows, shape.masked, shape.logn_rows)
-        mask = None if seen is None else (seen.dtype, *seen.shape[:3])
+        masks = seen is None or (is_plain_mask(seen) and seen.shape[:3] == (shape.rows, 1, 1))
         return (
             self.owner() is cache
             and given == wanted
             and (states.device, states.dtype) == (self.device, self.dtype)
-            and (mask is None or (mask == (torch.bool, shape.rows, 1, 1) and seen.shape[-1] <= self.mask_room))
+            and masks
+            and (seen is None or seen.shape[-1] <= self.mask_room)
             and list(map(id, blocks)) == self.known
             and self.unchanged()
         )

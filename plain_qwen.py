@@ -100,6 +100,11 @@ def asks_for_sdpa(config: Any) -> bool:
     return config._attn_implementation == "sdpa" and sdpa_is_torchs()
 
 
+def is_plain_mask(seen: Any) -> bool:
+    """Whether a mask says of each key whether it is read, and no more: flex attention's are no tensors."""
+    return isinstance(seen, torch.Tensor) and seen.dtype == torch.bool and seen.dim() == 4 and seen.stride(-1) == 1
+
+
 def length_held(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int | None:
     """Tokens that a growing cache holds, if all layers hold keys of this kind; None for any other cache or mask."""
     if type(cache) is not QWenCache or len(cache.layers) < blocks or cache.offloading or not blocks:
@@ -113,5 +118,5 @@ def length_held(cache: Any, blocks: int, states: torch.Tensor, seen: Any) -> int
             return None
     rows, tokens = states.shape[:2]
     shape = (rows, 1, tokens, length + tokens)
-    plain = seen is None or (seen.dtype == torch.bool and seen.shape == shape and seen.stride(-1) == 1)
+    plain = seen is None or (is_plain_mask(seen) and seen.shape == shape)
     return length if plain else None
