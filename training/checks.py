@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -19,7 +20,51 @@ from .errors import DataError, TrainingError
 _ADAPTER_CONFIG = "adapter_config.json"
 _READ = (".txt", ".json", ".jsonl")
 _NOT_READ = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".zip", ".gz", ".bz2", ".zst")
+_PACKAGES = {
+    "galore": "galore_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "apollo": "apollo_torch",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "apex": "apex",
+    "torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "8bit": "bitsandbytes",
+    "bnb": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes",
+}
+"""Part of an optimizer's name -> the module that has it; the first that fits."""
+
+_PIP = {"optimi": "torch-optimi"}
+_MIN_RATES = dict.fromkeys(("cosine_with_min_lr", "cosine_warmup_with_min_lr"), ("min_lr", "min_lr_rate"))
 _LEFT_OUT = ("flyte",)  # of the reports, by transformers' list of installed ones
+
+
+def problems_of_numbers(args: TrainingArguments) -> dict[str, bool]:
+    """What is wrong with the numbers of a training, by what is to be said of it: whether it is so."""
+    whole = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    shares = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+    needed = _MIN_RATES.get(str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)), ())
+    return {
+        f"--learning_rate {args.learning_rate} must be a number of at least 0": not 0 <= args.learning_rate < math.inf,
+        **{f"--{name} {getattr(args, name)} must be at least 1": getattr(args, name) < 1 for name in whole},
+        **{
+            f"--{name} {getattr(args, name)} must be from 0 to below 1": not 0 <= getattr(args, name) < 1
+            for name in shares
+        },
+        **{
+            f"--{name} {getattr(args, name)} must be a number of at least 0": not 0 <= getattr(args, name) < math.inf
+            for name in ("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps")
+        },
+        f"--lr_scheduler_type {args.lr_scheduler_type} needs the least rate: --lr_scheduler_kwargs "
+        """'{"min_lr_rate": 0.1}'""": bool(needed) and not {*needed} & {*(args.lr_scheduler_kwargs or {})},
+        "--save_strategy best needs --metric_for_best_model, such as eval_loss": args.save_strategy == "best"
+        and args.metric_for_best_model is None,
+    }
 
 
 def check_before_loading(model: Any, data: Any, lora: Any, args: TrainingArguments) -> None:
@@ -42,6 +87,7 @@ def check_before_loading(model: Any, data: Any, lora: Any, args: TrainingArgumen
     if lora.lora_weight_path:
         _check_adapter(Path(lora.lora_weight_path))
     _check_attention(model.attn_implementation)
+    _check_optimizer(args)
     _check_folder(Path(str(args.output_dir)))
     check_reports(args)
 
@@ -126,6 +172,20 @@ def _check_attention(name: str | None) -> None:
     )
 
 
+def _check_optimizer(args: TrainingArguments) -> None:
+    name = str(getattr(args.optim, "value", args.optim))
+    for part, package in _PACKAGES.items():
+        if part in name:
+            _require(package, f"--optim {name}")
+            break
+    if name.startswith(("galore", "apollo")) and not args.optim_target_modules:
+        raise TrainingError(f"--optim {name} needs --optim_target_modules, such as c_attn c_proj w1 w2.")
+    if args.use_liger_kernel:
+        raise TrainingError(
+            "--use_liger_kernel has no kernels for QWen models: leave it out. Their losses need no logits as they are."
+        )
+
+
 def _check_folder(folder: Path) -> None:
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
@@ -142,7 +202,7 @@ def _require_for_bits(name: str) -> None:
 
 def _require(package: str, option: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise TrainingError(f"{option} needs {package}: pip install {package}")
+        raise TrainingError(f"{option} needs {package}: pip install {_PIP.get(package, package)}")
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

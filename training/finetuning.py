@@ -6,9 +6,9 @@ import gc
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from ..programs.packages import explain, require
 from ..programs.version import add_version
 from .card import describe, farewell, model_card
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
-from .checks import check_before_loading, check_layers, check_reports
+from .checks import check_before_loading, check_layers, check_reports, problems_of_numbers
 from .errors import DataError, SavingError, TrainingError
 from .examples import Example
 from .loop import QWenTrainer, WatchedTrainer
@@ -137,6 +137,9 @@ class FinetuningArguments(TrainingArguments):
         default_factory=lambda: ["none"],
         metadata={"help": "png (curves as a picture, beside the result), tensorboard, wandb ...; several, or none."},
     )
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = _option(
+        "Count the tokens that are read.", "no"
+    )
     ddp_find_unused_parameters: bool | None = _option(
         "Look in every step for weights without a gradient; every step uses all.", False
     )
@@ -166,34 +169,39 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         SystemExit: wrong usage, with status 2.
     """
     parser = make_parser()
-    pairs = [(name, equals, value) for name, equals, value in (item.partition("=") for item in argv)]
+    pairs = [(_option_of(word), equals, value) for word, equals, value in (item.partition("=") for item in argv)]
     words = [_RENAMED.get(name, name) + equals + value for name, equals, value in pairs]
+    given = {name for name, _, _ in pairs}
     try:
         model, data, lora, training = parser.parse_args_into_dataclasses(words)
     except (ValueError, ImportError) as error:  # combinations that TrainingArguments refuses
         parser.error(str(error))
-    if all(name != "--learning_rate" for name, _, _ in pairs):
+    if "--learning_rate" not in given:
         rates = (1e-6, 1e-5) if data.dpo else (1e-5, 3e-4)  # TRL's, and as published
         training.learning_rate = rates[lora.use_lora]
     training.plots = PNG in training.report_to
     training.report_to = [name for name in training.report_to if name not in (PNG, "none")]
-    if data.dpo and all(name != "--lora_dropout" for name, _, _ in pairs):
+    if data.dpo and "--lora_dropout" not in given:
         lora.lora_dropout = 0.0
-    if problem := _find_problem(model, data, lora, training):
+    if problem := _find_problem(model, data, lora, training, given):
         parser.error(problem)
     return model, data, lora, training
 
 
+def _option_of(word: str) -> str:
+    """The name of an option, which may be written with dashes; any other word as it is."""
+    return "--" + word[2:].replace("-", "_") if word.startswith("--") else word
+
+
 def _find_problem(
-    model: ModelArguments, data: DataArguments, lora: LoraArguments, training: FinetuningArguments
+    model: ModelArguments, data: DataArguments, lora: LoraArguments, training: FinetuningArguments, given: Set[str]
 ) -> str | None:
-    """What is wrong with the options together."""
+    """What is wrong with the options together, of which these were given."""
     evaluated = data.eval_data_path is not None or data.eval_fraction > 0
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
     output, source = Path(training.output_dir).resolve(), Path(model.model_name_or_path).resolve()
     problems = {
-        "--q_lora needs --use_lora": lora.q_lora and not lora.use_lora,
-        "--lora_weight_path needs --use_lora": bool(lora.lora_weight_path) and not lora.use_lora,
+        **_problems_of_lora(lora, given),
         "--q_lora works neither with FSDP nor with DeepSpeed's ZeRO 3: leave one of them out": lora.q_lora
         and (bool(training.fsdp) or is_deepspeed_zero3_enabled()),
         "--fsdp shards over several processes: start the program with accelerate launch, or leave --fsdp out": bool(
@@ -211,8 +219,10 @@ def _find_problem(
         f"--dpo_beta {training.dpo_beta} must be above 0": training.dpo_beta <= 0,
         "--dpo_beta and --dpo_loss need --dpo": not data.dpo
         and (training.dpo_beta, training.dpo_loss) != (0.1, "sigmoid"),
-        f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
-        f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
+        f"--warmup_ratio {training.warmup_steps:g} must be below 1; --warmup_steps takes a number of steps": (
+            "--warmup_ratio" in given and training.warmup_steps >= 1
+        ),
+        **problems_of_numbers(training),
         f"--model_max_length {data.model_max_length} must be at least 2": data.model_max_length < 2,
         f"--eval_fraction {data.eval_fraction} must be from 0 to below 1": not 0 <= data.eval_fraction < 1,
         **_problems_of_weights(data),
@@ -223,6 +233,20 @@ def _find_problem(
         f"--output_dir {training.output_dir} is the folder of the model: name another one": output == source,
     }
     return next((text for text, wrong in problems.items() if wrong), None)
+
+
+def _problems_of_lora(lora: LoraArguments, given: Set[str]) -> dict[str, bool]:
+    own = [f"--{one.name}" for one in fields(LoraArguments) if one.name != "use_lora" and f"--{one.name}" in given]
+    kept = [name for name in own if name not in ("--q_lora", "--lora_weight_path")]
+    return {
+        f"{own[0] if own else ''} needs --use_lora: without it all weights are trained": bool(own)
+        and not lora.use_lora,
+        f"{kept[0] if kept else ''} has no effect with --lora_weight_path, whose adapter goes on as it is: leave it "
+        "out": bool(kept) and bool(lora.lora_weight_path),
+        f"--lora_r {lora.lora_r} must be at least 1": lora.lora_r < 1,
+        f"--lora_alpha {lora.lora_alpha} must be above 0": lora.lora_alpha <= 0,
+        f"--lora_dropout {lora.lora_dropout} must be from 0 to below 1": not 0 <= lora.lora_dropout < 1,
+    }
 
 
 def _problems_of_weights(data: DataArguments) -> dict[str, bool]:

@@ -20,7 +20,6 @@ from qwen1 import QWenConfig, QWenLMHeadModel
 from qwen1.conversion.command_line.merge_lora import merge_lora
 from qwen1.conversion.writing.progress import Progress
 from qwen1.training import checks, finetuning, models
-from qwen1.training import commands as door
 from qwen1.training.checkpoints import last_checkpoint
 from qwen1.training.errors import TrainingError
 from qwen1.training.finetuning import main, parse_arguments, run
@@ -345,38 +344,6 @@ def test_a_model_is_overwritten_on_request(options, tmp_path):
     main(options("--max_steps", 1, "--overwrite_output_dir"))
     assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
     assert not (out / "checkpoint-9").exists() and (out / "notes.txt").read_text() == "kept"
-
-
-@pytest.mark.parametrize(
-    "words, reason",
-    [
-        (["--q_lora"], "--q_lora needs --use_lora"),
-        (["--lora_weight_path", "x"], "--lora_weight_path needs --use_lora"),
-        (["--lora_r", "0"], "--lora_r 0 must be at least 1"),
-        (["--lora_dropout", "1"], "--lora_dropout 1.0 must be from 0 to below 1"),
-        (["--model_max_length", "1"], "--model_max_length 1 must be at least 2"),
-        (["--eval_fraction", "1"], "--eval_fraction 1.0 must be from 0 to below 1"),
-        (
-            ["--eval_fraction", "0.1", "--eval_data_path", "x"],
-            "--eval_data_path and --eval_fraction exclude each other",
-        ),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_strategy steps needs --eval_data_path or"),
-        (["--no_such_option"], "unrecognized arguments|not used by the HfArgumentParser"),
-        (["--eval_strategy", "sometimes"], "sometimes"),
-        (["--lora_bias", "some"], "invalid choice: 'some'"),
-    ],
-)
-def test_wrong_usage(options, failed, words, reason):
-    said = failed(options(*words), status=2)
-    assert any(part in said for part in reason.split("|"))
-    assert said.startswith("usage: qwen1-finetune MODEL --data_path FILE")
-    assert len(said) < 600
-
-
-def test_the_model_may_come_first(options, failed, checkpoint_folder):
-    words = options("--lora_r", "0")[1:]
-    assert words[0] == str(checkpoint_folder)
-    assert "--lora_r 0 must be at least 1" in failed(words, status=2, program=door.main)
 
 
 @pytest.mark.parametrize(
