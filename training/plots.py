@@ -45,9 +45,10 @@ class Plots(TrainerCallback):
             return
         try:
             draw_curves(state.log_history, Path(str(args.output_dir)) / PICTURE)
-        except OSError as error:
+        except Exception as error:  # whatever it is, it must not stand in the place of why a training has ended
             if not self._failed:
-                print(f"Warning: {PICTURE} can't be written ({error.strerror or error}).", file=sys.stderr)
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                print(f"Warning: {PICTURE} can't be written ({reason}).", file=sys.stderr)
             self._failed = True
 
 
@@ -57,6 +58,8 @@ def plotted(trainer: Trainer) -> Iterator[None]:
     if not getattr(trainer.args, "plots", False):
         yield
         return
+    import matplotlib.figure  # noqa: F401  # now: an interruption would leave it half loaded for the last picture
+
     plots = Plots()
     trainer.add_callback(plots)
     try:

@@ -114,6 +114,22 @@ def test_a_picture_that_cannot_be_written_is_said_once(options, tmp_path, capsys
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_what_hinders_the_picture_is_not_why_a_training_ends(options, failed, capsys, monkeypatch):
+    """An interruption within matplotlib's import left it half loaded, and its error stood in place of the reason."""
+
+    def interrupt(*given, **more):
+        raise KeyboardInterrupt
+
+    def half_loaded(*given, **more):
+        raise AttributeError("module 'matplotlib' has no attribute 'get_data_path'")
+
+    monkeypatch.setattr("qwen1.training.plots.draw_curves", half_loaded)
+    monkeypatch.setattr("qwen1.training.loop.QWenTrainer.train", interrupt)
+    said = failed(options(*PNG), 130)
+    assert "training.png can't be written (AttributeError: module 'matplotlib'" in said
+    assert "Interrupted. --resume_from_checkpoint True goes on" in said
+
+
 def test_beside_others(options):
     *_, training = parse_arguments(options("--report_to", "png", "tensorboard"))
     assert training.plots and training.report_to == ["tensorboard"]
