@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 from .errors import DataError
 from .files import Advanced, records_in, texts_in
-from .records import Item, Messages, ToolConversation, parse_conversation, parse_text
+from .records import Item, Messages, ToolConversation, parse_conversation, parse_text, unread_keys
 
 __all__ = ["Messages", "parse_conversation", "read_conversations", "read_items", "read_records", "read_texts"]
 
 Record = TypeVar("Record")
+
+_MOST_KEYS = 6  # that are told of; each record may have others
 
 
 def read_conversations(path: str | os.PathLike) -> list[Messages | ToolConversation]:
@@ -53,28 +55,40 @@ def read_texts(path: str | os.PathLike) -> list[str]:
 
 
 def read_items(
-    path: str | os.PathLike, *, plain_texts: bool, advanced: Advanced = lambda count: None
+    path: str | os.PathLike,
+    *,
+    plain_texts: bool,
+    advanced: Advanced = lambda count: None,
+    unread: dict[str, int] | None = None,
 ) -> Iterator[tuple[int, Item]]:
     """(line, item) of a file, a piece of it at a time; a bad record is raised when the file is at its end.
 
     Args:
         plain_texts: as `read_texts`, else as `read_conversations`.
         advanced: is told how many bytes more have been read.
+        unread: gets keys of records that nothing is read from, with the line of the first one.
 
     Raises:
         DataError, OSError: as these.
     """
     path = Path(path)
-    if not plain_texts:
-        return parsed(path, records_in(path, advanced), parse_conversation)
     suffix = path.suffix.lower()
-    if suffix in (".json", ".jsonl"):
-        return parsed(path, records_in(path, advanced), parse_text)
+    if not plain_texts or suffix in (".json", ".jsonl"):
+        records = _noted(records_in(path, advanced), plain_texts, {} if unread is None else unread)
+        return parsed(path, records, parse_text if plain_texts else parse_conversation)
     if suffix != ".txt":
         raise DataError(
             f"{path} is neither .txt (texts with blank lines between them) nor .jsonl: rename or convert it."
         )
     return texts_in(path, advanced)
+
+
+def _noted(records: Iterable[tuple[int, Any]], plain_texts: bool, unread: dict[str, int]) -> Iterator[tuple[int, Any]]:
+    for line, record in records:
+        for key in unread_keys(record, plain_texts):
+            if len(unread) < _MOST_KEYS:
+                unread.setdefault(key, line)
+        yield line, record
 
 
 def read_records(path: Path, parse: Callable[[Any], Record]) -> list[Record]:

@@ -45,6 +45,13 @@ _ROLES = {
 }
 _TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 _FORMS = (*_TURNS, "instruction")
+_READ = {
+    **{form: (form, "system", "tools", "functions") for form in _TURNS},
+    "instruction": ("instruction", "input", "output", "history", "system"),
+    "text": ("text",),
+}
+_NO_LOSS = {"weight": (None, 1), "loss": (None, True), "train": (None, True)}
+"""Keys by which others ask for no loss, or less of it -> the values that don't."""
 _FOLLOWS = {_USER: (_ASSISTANT, _CALL), _CALL: (_TOOL,), _TOOL: (_ASSISTANT, _CALL), _ASSISTANT: (_USER,)}
 _MUST = {
     _USER: ("user", "user and assistant take turns"),
@@ -65,6 +72,7 @@ def parse_conversation(record: Any) -> Messages | ToolConversation:
     if len(keys) != 1:
         found = " and ".join(map(repr, keys)) if keys else f"none of them, but {shown(list(record))}"
         raise DataError(f"a record has either 'conversations', 'messages' or 'instruction'; found {found}")
+    _refuse_no_loss(record, "the record")
     if keys == ["instruction"]:
         return _parse_alpaca(record)
     turns = record[keys[0]]
@@ -90,11 +98,20 @@ def parse_text(record: Any) -> str:
     """
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise DataError(f"a record must be an object with a text under 'text', got {shown(record)}")
+    _refuse_no_loss(record, "the record")
     if not record["text"].strip():
         raise DataError("the text is empty: leave the record out")
     if "\0" in record["text"]:
         raise DataError("the text holds a NUL character: take it out")
     return record["text"]
+
+
+def unread_keys(record: Any, plain_texts: bool) -> list[str]:
+    """Keys of a record of which nothing becomes of what is under them; `id` is none."""
+    if not isinstance(record, dict):
+        return []
+    form = "text" if plain_texts else next((key for key in _FORMS if key in record), "")
+    return [key for key in record if key not in (*_READ.get(form, record), *_NO_LOSS, "id")]
 
 
 def shown(value: Any) -> str:
@@ -114,8 +131,8 @@ def _parse_turn(turn: Any, number: int, role_key: str, content_key: str) -> tupl
         raise DataError(f"turn {number} has the unknown role {shown(role)}: use system, user, assistant or tool")
     kind = _ROLES[role]
     learnt = kind in (_ASSISTANT, _CALL)
-    if learnt and (turn.get("weight") not in (None, 1) or turn.get("loss") not in (None, True)):
-        raise DataError(f"turn {number} asks for no loss ('weight' or 'loss'), but every answer is learnt: take it out")
+    if learnt:
+        _refuse_no_loss(turn, f"turn {number}")
     if _has_call(turn):
         if kind != _ASSISTANT:
             raise DataError(f"turn {number} is the {kind}'s and has a call: only the assistant calls tools")
@@ -132,6 +149,12 @@ def _parse_turn(turn: Any, number: int, role_key: str, content_key: str) -> tupl
     if any("\0" in text for text in _strings(message)):
         raise DataError(f"turn {number} holds a NUL character: take it out")
     return kind, message
+
+
+def _refuse_no_loss(asking: dict[str, Any], name: str) -> None:
+    for key, harmless in _NO_LOSS.items():
+        if asking.get(key) not in harmless:
+            raise DataError(f"{name} asks for no loss ({key!r}), but every answer is learnt: take it out")
 
 
 def _check_order(kinds: list[str]) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .data import read_items
 from .errors import DataError
 from .examples import Encoder, Example
-from .records import Item, ToolConversation
+from .records import Item, ToolConversation, shown
 from .store import Chosen, ExampleStore
 
 _MOST_ITEMS, _MOST_CHARACTERS = 256, 2**18  # of a batch
@@ -77,6 +77,7 @@ class _File:
     Attributes:
         starts: the place of the first example of each item, and that behind the last one.
         left_out: items that don't fit, and the line of the first of them.
+        unread: keys of records that nothing is read from, and the line of the first of each.
     """
 
     name: str
@@ -87,6 +88,7 @@ class _File:
     split: int = 0
     left_out: int = 0
     first_left_out: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
 
     @property
     def items(self) -> int:
@@ -103,6 +105,9 @@ class _File:
             said += f" {self.shortened:,} without their last turns, which don't fit into {limit}."
         if self.split:
             said += f" {self.split:,} cut into pieces of {limit}."
+        if self.unread:
+            named = ", ".join(f"{shown(key)} (line {line})" for key, line in self.unread.items())
+            said += f" Keys that aren't read: {named}."
         return said
 
 
@@ -212,7 +217,7 @@ def _read_file(encoder: Encoder, path: Path, store: ExampleStore, plain_texts: b
         disable=not progress,
         file=sys.stderr,
     ) as bar:
-        for batch in _batches(read_items(path, plain_texts=plain_texts, advanced=bar.update)):
+        for batch in _batches(read_items(path, plain_texts=plain_texts, advanced=bar.update, unread=file.unread)):
             encoded = encoder.encode([item for _, item in batch])
             for (line, item), (examples, was_cut) in zip(batch, encoded, strict=True):
                 for example in examples:

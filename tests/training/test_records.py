@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qwen1.training.data import parse_conversation, read_conversations
+from qwen1.training.data import parse_conversation, read_conversations, read_items
 from qwen1.training.errors import DataError
-from qwen1.training.records import ToolConversation
+from qwen1.training.records import ToolConversation, parse_text
 
 WEATHER = {
     "name": "get_weather",
@@ -220,7 +220,7 @@ BAD_TOOLS = {
         with_tools(USER, ANSWER, tools=[WEATHER | {"description": "\0"}]),
         "'tools' holds a NUL character",
     ),
-    "no loss": ({"messages": [USER, ANSWER | {"weight": 0}]}, "turn 2 asks for no loss ('weight' or 'loss')"),
+    "no loss": ({"messages": [USER, ANSWER | {"weight": 0}]}, "turn 2 asks for no loss ('weight')"),
     "no loss either": ({"messages": [USER, ANSWER | {"loss": False}]}, "turn 2 asks for no loss"),
 }
 
@@ -230,3 +230,37 @@ def test_bad_records_with_tools(record, reason):
     with pytest.raises(DataError) as error:
         parse_conversation(record)
     assert reason in str(error.value)
+
+
+# --- keys that aren't read ---
+
+
+@pytest.mark.parametrize("key, value", [("weight", 0), ("weight", 0.5), ("loss", False), ("train", False)])
+@pytest.mark.parametrize("of", ["a turn", "the record", "alpaca", "a text"])
+def test_no_loss_is_refused(of, key, value):
+    records = {
+        "a turn": {"messages": [USER, ANSWER | {key: value}]},
+        "the record": {"messages": [USER, ANSWER], key: value},
+        "alpaca": ALPACA | {key: value},
+        "a text": {"text": "Once.", key: value},
+    }
+    parse = parse_text if of == "a text" else parse_conversation
+    with pytest.raises(DataError, match=f"asks for no loss \\('{key}'\\), but every answer is learnt"):
+        parse(records[of])
+
+
+def test_keys_that_are_not_read_are_told(tmp_path):
+    path, turns = tmp_path / "data.jsonl", [USER, ANSWER]
+    records = [
+        {"id": "a", "messages": turns, "system": "Be brief.", "weight": 1, "loss": True},
+        {"messages": turns, "sytem": "Be bad."},
+        {"instruction": "Hi", "output": "Ho", "prompt": "x", "sytem": ""},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    unread = {}
+    assert len(list(read_items(path, plain_texts=False, unread=unread))) == 3
+    assert unread == {"sytem": 2, "prompt": 3}
+    path.write_text(json.dumps({"text": "Once.", **{f"key{n}": n for n in range(9)}}))
+    unread = {}
+    list(read_items(path, plain_texts=True, unread=unread))
+    assert unread == {f"key{n}": 1 for n in range(6)}

@@ -98,7 +98,7 @@ def test_what_is_stored_is_read(tmp_path, on_disk):
         store.append(example)
     store.finish()
     assert plain(store) == plain(store[:]) == EXAMPLES and plain([store[-1]]) == EXAMPLES[-1:]
-    assert (len(store), store.tokens, store.learnt) == (3, 7, 3)
+    assert (len(store), store.tokens, store.learnt) == (3, 7, 2)
     assert store.lengths().tolist() == [4, 1, 2] and store.lengths(1, 2).tolist() == [1]
     assert plain(pickle.loads(pickle.dumps(store))) == EXAMPLES  # as workers get it
     with pytest.raises(IndexError):
@@ -185,6 +185,20 @@ def test_what_is_left_out_is_said(tmp_path, byte_tokenizer):
     texts.write_text("short\n\n" + "long " * 40)
     read_data(byte_tokenizer, [str(texts)], plain_texts=True, max_length=80, seed=0, say=said.append)
     assert said[1].startswith(f"{texts}: 2 texts, 20") and "1 cut into pieces of --model_max_length 80." in said[1]
+
+
+def test_the_first_token_of_a_text_has_no_loss(tmp_path, byte_tokenizer):
+    path, said = tmp_path / "texts.txt", []
+    path.write_text("a\n\nbc")
+    read_data(byte_tokenizer, [str(path)], plain_texts=True, max_length=8, seed=0, say=said.append)
+    assert said == [f"{path}: 2 texts, 5 tokens, 3 of them with a loss."]
+
+
+def test_keys_that_are_not_read_are_said(tmp_path, byte_tokenizer):
+    path, said = tmp_path / "data.jsonl", []
+    path.write_text(json.dumps(conversation("q", "a") | {"sytem": "Be brief."}))
+    read_data(byte_tokenizer, [str(path)], max_length=80, seed=0, say=said.append)
+    assert said[0].endswith("with a loss. Keys that aren't read: 'sytem' (line 1).")
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
