@@ -40,6 +40,9 @@ _COMPILED = (
 )
 """Settings under which a static cache has the model compiled by transformers, on a GPU, as if there were no kernels."""
 
+_OF_TOKENS = ("scores", "logits", "hidden_states", "attentions")
+"""What `generate` returns of each token that it has written, under `return_dict_in_generate`."""
+
 if TYPE_CHECKING:
     _GenerativeModel: Any  # transformers types `self` as a protocol that holds its own models only
 else:
@@ -143,17 +146,29 @@ def _under_both_names(output: Any) -> Any:
     return output
 
 
-def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt) -> Any:
-    """What `generate` returns, without what was drafted behind a stop word and accepted in one step with it."""
+def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt, cache: Any) -> Any:
+    """What `generate` returns, without what was drafted behind a stop word and accepted in one step with it.
+
+    Args:
+        cache: of the call, which forgets that too; None where transformers made one for it.
+    """
     sequences = sequences_of(output)
     if settings["stop_words_ids"] is None or len(sequences) > 1:  # only single texts are drafted
         return output
     written = sequences[0, prompt.length :].tolist()
     end = find_end(written, cut=(), kept=check_stop_words(settings["stop_words_ids"]))
-    kept = sequences if end is None else sequences[:, : prompt.length + end]
+    if end is None or end == len(written):
+        return output
+    cache = getattr(output, CACHE_NAME, cache)
+    if cache is not None:
+        cache.crop(end - len(written))
+    kept = sequences[:, : prompt.length + end]
     if isinstance(output, torch.Tensor):
         return kept
     output.sequences = kept
+    for name in _OF_TOKENS:
+        if getattr(output, name, None) is not None:
+            output[name] = output[name][:end]
     return output
 
 
@@ -240,7 +255,7 @@ class QWenGenerationMixin(_GenerativeModel):
         with _CacheOfCall.forgotten(), nullcontext() if late is None else late:
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
         finished = output if late is None else late.finish(output, cache)
-        return _without_drafts(_under_both_names(finished), settings, prompt)
+        return _without_drafts(_under_both_names(finished), settings, prompt, cache)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwen1 import Tool, ToolCall, make_context
+from qwen1.cache_qwen import new_cache
 from qwen1.qwen_generation_utils import StopWordsCriteria, check_stop_words
 
 EOD, IM_START, IM_END = 256, 257, 258
@@ -174,6 +175,38 @@ def test_assistant_model_stops(chat_model, written, forced):
     arguments = {"stop_words_ids": [list(b"STOP")], "assistant_model": chat_model, "max_new_tokens": 12}
     (tokens,) = written(b"prompt", logits_processor=forced(reply), **arguments)
     assert bytes(tokens) == b"ab STOP", "what was drafted behind the stop word is no part of the text"
+
+
+@pytest.mark.parametrize(
+    "drafts", [{"prompt_lookup_num_tokens": 8}, {"assistant_model": True}], ids=["lookup", "model"]
+)
+def test_all_that_is_returned_ends_with_the_stop_word(chat_model, forced, drafts):
+    """As without drafts: scores that go on behind it would be read as those of other tokens."""
+    chat_model.set_attn_implementation("eager")
+    prompt, reply = torch.tensor([list(b"abc one STOP two, again: abc one")]), "abc one STOP two"
+    names = ("scores", "logits", "hidden_states", "attentions")
+    asked = {f"output_{name}": True for name in names}
+    arguments = {"return_dict_in_generate": True, "stop_words_ids": [list(b"STOP")], "use_cache": True, **asked}
+    expected = chat_model.generate(prompt, logits_processor=forced(reply), **arguments)
+    drafts = {"assistant_model": chat_model} if "assistant_model" in drafts else drafts
+    output = chat_model.generate(prompt, logits_processor=forced(reply), **arguments, **drafts)
+    assert torch.equal(output.sequences, expected.sequences) and output.keys() == expected.keys()
+    assert output.cache.get_seq_length() == expected.cache.get_seq_length()
+    assert [len(output[name]) for name in names] == [len(expected[name]) for name in names]
+    # For drafts of the first step, here the assistant's, transformers returns states of the prompt's first tokens.
+    for name in names[:2] if "assistant_model" in drafts else names:
+        torch.testing.assert_close(output[name], expected[name])
+    gains = [chat_model.compute_transition_scores(one.sequences, one.logits) for one in (output, expected)]
+    torch.testing.assert_close(*gains)
+
+
+def test_a_cache_that_was_given_ends_with_the_stop_word(chat_model, written, forced):
+    """It can be continued with the sequences, whatever form they are returned in."""
+    cache = new_cache(chat_model.transformer)
+    arguments = {"stop_words_ids": [list(b"STOP")], "past_key_values": cache, "prompt_lookup_num_tokens": 8}
+    prompt = b"abc one STOP two, again: "
+    (tokens,) = written(prompt, logits_processor=forced("abc one STOP two"), **arguments)
+    assert bytes(tokens) == b"abc one STOP" and cache.get_seq_length() == len(prompt) + len(tokens) - 1
 
 
 def test_beams_stop(written, forced):
