@@ -20,7 +20,13 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAMES, cache_argument
-from .generation_qwen import GenerationSettings, cache_of_settings, eos_sequences, sequences_of
+from .generation_qwen import (
+    GenerationSettings,
+    cache_of_settings,
+    check_generation_config,
+    eos_sequences,
+    sequences_of,
+)
 from .kept_qwen import KEPT, KeptCache, cache_of_turn
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
@@ -107,6 +113,8 @@ class ChatCall:
         has_tools: bool = False,
     ) -> ChatCall:
         """From the arguments of `chat`, whose errors it raises."""
+        _check_tokenizer(tokenizer)
+        check_generation_config(choices.generation_config)
         # One configuration and no loose settings beside it, which transformers is about to refuse.
         settings: Any = copy.deepcopy(choices.generation_config or model.generation_config)
         other_kwargs = settings.update(**generate_kwargs)
@@ -336,12 +344,12 @@ class QWenChatMixin(_Model):
         Raises:
             ValueError: as `chat`, or lists of different lengths.
         """
+        choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
+        call = ChatCall.prepare(self, tokenizer, choices, generate_kwargs)
         queries, histories, systems = _lists_of_batch(queries, histories, system)
         if not queries:
             return [], []
         turns = [checked_history(history) for history in histories]
-        choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
-        call = ChatCall.prepare(self, tokenizer, choices, generate_kwargs)
         replies = call.answer_batch(list(zip(queries, turns, systems, strict=True)))
         if append_history:
             turns = [[*turns[row], (plain_text(query), replies[row])] for row, query in enumerate(queries)]
@@ -359,6 +367,15 @@ def _lists_of_batch(queries: Any, histories: Any, system: Any) -> tuple[list[str
         if len(values) != len(queries):
             raise ValueError(f"{name} has {len(values)} entries for {len(queries)} queries: give one for each.")
     return queries, histories, systems
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what doesn't know the control tokens of a chat, such as the query in the place of the tokenizer."""
+    if not all(hasattr(tokenizer, name) for name in ("eod_id", "im_start_id", "im_end_id")):
+        raise ValueError(
+            f"tokenizer={tokenizer!r:.80} must be a tokenizer of QWen, the first argument: load the checkpoint's by "
+            "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)."
+        )
 
 
 def _refuse_base_model(chat_format: str) -> None:

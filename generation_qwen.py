@@ -172,6 +172,15 @@ def _without_drafts(output: Any, settings: GenerationSettings, prompt: Prompt, c
     return output
 
 
+def check_generation_config(given: Any) -> None:
+    """Refuse a mapping or the name of one, of which transformers would say that it has no such attribute."""
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(
+            f"generation_config={given!r:.80} must be a GenerationConfig or None: give single settings as keyword "
+            "arguments, such as max_new_tokens=20."
+        )
+
+
 def _check_counts(settings: GenerationSettings) -> None:
     """Refuse numbers by which transformers would divide, or of which it would make nothing."""
     for name in ("num_beams", "num_return_sequences"):
@@ -232,8 +241,10 @@ class QWenGenerationMixin(_GenerativeModel):
             (the others): as in transformers.
 
         Raises:
-            ValueError: stop words or a seed of the wrong form; a seed with beams; no beam; two different caches.
+            ValueError: a configuration, stop words or a seed of the wrong form; a seed with beams; no beam; two
+                different caches.
         """
+        check_generation_config(generation_config)
         extras = {name: kwargs.pop(name) for name in _EXTRAS if name in kwargs}
         settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
         _check_counts(settings)

@@ -89,6 +89,7 @@ def test_single_and_no_conversation(chat_model, byte_tokenizer):
         ({"queries": ["q", None]}, "text of the user must be a str, got NoneType"),
         ({"queries": ["q", "r"], "histories": [None, ["ab"]]}, r"history\[0\]='ab' must be a pair"),
         ({"queries": ["q", "r"], "max_window_size": "90"}, "max_window_size='90' must be a whole number"),
+        ({"queries": ["q", "r"], "generation_config": {}}, "generation_config={} must be a GenerationConfig or None"),
     ],
 )
 def test_bad_input(chat_model, byte_tokenizer, arguments, message):

@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
-from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from qwen1 import make_context
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
@@ -159,11 +161,26 @@ def test_base_model_refuses_and_names_another(chat_model, byte_tokenizer, stream
         ({"query": "q", "input_ids": torch.ones(1, 3)}, "A chat makes input_ids from the conversation itself"),
         ({"query": "q", "attention_mask": None, "inputs": None}, "A chat makes inputs, attention_mask from"),
         ({"query": "q", "position_ids": torch.ones(1, 3)}, "A chat makes position_ids .* or use generate"),
+        *(
+            (
+                {"query": "q", "generation_config": given},
+                "generation_config=.* must be a GenerationConfig or None: give",
+            )
+            for given in ({"max_new_tokens": 5}, {}, "greedy", GenerationConfig)
+        ),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(chat_model, byte_tokenizer, stream, arguments, message):
     with pytest.raises(ValueError, match=message):
         chat_model.chat(byte_tokenizer, stream=stream, **arguments)
+
+
+@pytest.mark.parametrize("method", ["chat", "chat_stream", "batch_chat"])
+def test_a_tokenizer_of_another_kind_is_named(chat_model, byte_tokenizer, method):
+    others = ("What is 3+4?", None, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}))))
+    for given in others:
+        with pytest.raises(ValueError, match=r"^tokenizer=.* must be a tokenizer of QWen, the first argument"):
+            getattr(chat_model, method)(given, byte_tokenizer)
 
 
 def test_stopping_criteria_of_the_caller_count(chat_model, byte_tokenizer, forced):

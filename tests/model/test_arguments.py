@@ -70,6 +70,14 @@ def test_the_layers_take_either_name(tiny_model):
     torch.testing.assert_close(outputs[0], outputs[1], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("given", [{"max_new_tokens": 5}, {}, "greedy"])
+def test_settings_that_are_no_configuration(tiny_model, given):
+    with pytest.raises(
+        ValueError, match="generation_config=.* must be a GenerationConfig or None: give single settings"
+    ):
+        tiny_model().generate(ids(4), generation_config=given)
+
+
 @torch.no_grad()
 def test_two_caches_are_too_many(tiny_model):
     model = tiny_model()
