@@ -258,10 +258,12 @@ class QWenGenerationMixin(_GenerativeModel):
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(self, logits_processor, settings, prompt)
-        cache, named_by = _cache_of_generation(self, given, settings, assistant_model)
+        cache = _cache_of_generation(self, given, settings, assistant_model)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
-        kwargs |= named_by | self._alpha_argument(prompt, cache, named)
+        kwargs |= self._alpha_argument(prompt, cache, named)
+        if "cache_config" in kwargs:
+            kwargs["cache_config"] = copy.copy(kwargs["cache_config"])  # transformers 5.4 takes keys out of it
         late = asked_late(self, prompt.ids, cache, settings, arguments)
         with _CacheOfCall.forgotten(), nullcontext() if late is None else late:
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
@@ -290,6 +292,15 @@ class QWenGenerationMixin(_GenerativeModel):
             return None
         projection = self.transformer.h[0].attn.c_attn
         return *shares_of_process(projection, self.config.num_key_value_heads), self.config.kv_channels
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, which takes no cache beside the name of one, not even beside its own."""
+        wanted = cache_of_settings(self, GenerationSettings(self, generation_config))
+        if wanted is not None and continues(model_kwargs.get(CACHE_NAME), wanted):
+            generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
         """As in transformers, but where kernels are quicker than what would be compiled: not if a `compile_config` asks
@@ -343,22 +354,14 @@ class QWenGenerationMixin(_GenerativeModel):
         return {}
 
 
-def _cache_of_generation(
-    model: Any, given: Any, settings: GenerationSettings, assistant_model: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The cache of a call, None for one that transformers makes; and the settings of `generate` that go with it."""
-    wanted = cache_of_settings(model, settings)
-    cache = wanted if given is None else given
-    named_by: dict[str, Any] = {}
-    if settings["cache_config"] is not None:
-        named_by["cache_config"] = copy.copy(settings["cache_config"])  # transformers 5.4 takes keys out of it
-    if wanted is not None and continues(cache, wanted) and settings["cache_implementation"] is not None:
-        named_by["cache_implementation"] = None  # it is this cache
+def _cache_of_generation(model: Any, given: Any, settings: GenerationSettings, assistant_model: Any) -> Any:
+    """The cache of a call, None for one that transformers makes."""
+    cache = cache_of_settings(model, settings) if given is None else given
     if cache is not None or settings["cache_implementation"] == "quantized":
         drafted = any(settings[name] is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
         searched = drafted or assistant_model is not None or (settings["num_beams"] or 1) > 1
         refuse_quantized(model.config, cache, settings["cache_config"] or {}, searched)
-    return cache, named_by
+    return cache
 
 
 def cache_of_settings(model: Any, settings: GenerationSettings) -> Cache | None:

@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from qwen1 import make_context
+from qwen1.cache_qwen import GROUPED_BACKEND, INT8_BACKEND, QWenGroupedInt8Layer, QWenGrowingLayer, QWenInt8Layer
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 
 EOD, IM_START, IM_END = 256, 257, 258
@@ -116,6 +117,28 @@ def test_generation_config_beside_settings_gives_no_warning(chat_model, byte_tok
         stream = chat_model.chat_stream(byte_tokenizer, "q", generation_config=config, max_new_tokens=3)
         assert list(stream)[-1] == reply
     assert transformers_log.messages == []
+
+
+@pytest.mark.parametrize("by", ["arguments", "configuration", "settings of the model"])
+@pytest.mark.parametrize(
+    ("backend", "layer"),
+    [(None, QWenGrowingLayer), (INT8_BACKEND, QWenInt8Layer), (GROUPED_BACKEND, QWenGroupedInt8Layer)],
+)
+def test_a_cache_by_its_name_gives_no_warning(chat_model, byte_tokenizer, transformers_log, by, backend, layer):
+    named = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    named = named if backend else {"cache_implementation": "dynamic"}
+    chat_model.generation_config.return_dict_in_generate = True
+    settings = copy.deepcopy(chat_model.generation_config)
+    (chat_model.generation_config if by == "settings of the model" else settings).update(**named)
+    given = {"arguments": named, "configuration": {"generation_config": settings}}.get(by, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reply, history = chat_model.chat(byte_tokenizer, "q", **given)
+        assert list(chat_model.chat_stream(byte_tokenizer, "q", **given))[-1] == reply
+        assert chat_model.batch_chat(byte_tokenizer, ["q"], **given) == ([reply], [history])
+        prompt = torch.ones(1, 9, dtype=torch.long)
+        output = chat_model.generate(prompt, attention_mask=prompt, **given)
+    assert {type(one) for one in output.cache.layers} == {layer} and transformers_log.messages == []
 
 
 def test_window_of_call_then_configuration_then_model(chat_model, byte_tokenizer, forced):
