@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
-from .cache_qwen import continues, named_cache, new_cache, refuse_quantized
+from .cache_qwen import GROUPED_BACKEND, continues, named_cache, new_cache, refuse_quantized
 from .ending_qwen import asked_late, with_late_answers
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
 from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
@@ -181,12 +181,37 @@ def check_generation_config(given: Any) -> None:
         )
 
 
-def _check_counts(settings: GenerationSettings) -> None:
-    """Refuse numbers by which transformers would divide, or of which it would make nothing."""
+def check_settings(model: Any, settings: GenerationSettings) -> None:
+    """Refuse settings by which transformers would divide, or of which it would make nothing.
+
+    Raises:
+        ValueError: names the setting.
+    """
     for name in ("num_beams", "num_return_sequences"):
         count = settings[name]
         if count is not None and (not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
+    _check_cache_config(model.generation_config, settings)
+
+
+def _check_cache_config(own: Any, settings: GenerationSettings) -> None:
+    """Refuse settings of a cache that nobody would make.
+
+    Those of a model's `own` configuration stay behind where a call asks for another cache than that one names, and an
+    assistant is given those of the model that it helps.
+    """
+    named, config = settings["cache_implementation"], settings["cache_config"]
+    if config is not None and not isinstance(config, Mapping):
+        example = {"backend": GROUPED_BACKEND}
+        raise ValueError(f"cache_config={config!r:.80} must be a dictionary, such as {example}.")
+    if not config or named == "quantized" or settings["is_assistant"]:
+        return
+    if own.cache_implementation == "quantized" and config == own.cache_config:
+        return
+    raise ValueError(
+        f"cache_config={config!r:.80} is read with cache_implementation='quantized' alone, not with {named!r}: ask for "
+        "that too, or leave cache_config out."
+    )
 
 
 def _with_stop_words(
@@ -242,12 +267,12 @@ class QWenGenerationMixin(_GenerativeModel):
 
         Raises:
             ValueError: a configuration, stop words or a seed of the wrong form; a seed with beams; no beam; two
-                different caches.
+                different caches; settings of a cache that nobody would make.
         """
         check_generation_config(generation_config)
         extras = {name: kwargs.pop(name) for name in _EXTRAS if name in kwargs}
         settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
-        _check_counts(settings)
+        check_settings(self, settings)
         given = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         arguments = dict(generation_config=generation_config, synced_gpus=synced_gpus, assistant_model=assistant_model)
         arguments |= dict(prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, streamer=streamer)

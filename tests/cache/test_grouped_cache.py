@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticCache
 
 from qwen1 import QWenCache, QWenGroupedInt8Cache, QWenInt8Cache
 from qwen1.cache_qwen import (
@@ -283,6 +283,33 @@ def test_the_configuration_is_saved_and_loaded(tiny_model, tmp_path):
 def test_settings_that_it_does_not_know_are_refused(tiny_model, backend):
     settings = {"backend": backend, "nbits": 4}
     with pytest.raises(ValueError, match="has no nbits"):
+        tiny_model().generate(torch.arange(9)[None], cache_implementation="quantized", cache_config=settings)
+
+
+@pytest.mark.parametrize("name", [None, "dynamic", "static"])
+def test_settings_of_a_cache_that_nobody_would_make_are_refused(tiny_model, name):
+    model, prompt = tiny_model(), torch.arange(9)[None]
+    settings = {"cache_config": {"backend": GROUPED_BACKEND}, "cache_implementation": name}
+    message = (
+        rf"cache_config=.*{GROUPED_BACKEND}.* is read with cache_implementation='quantized' alone, not with {name!r}"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, **settings)
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, generation_config=GenerationConfig(**settings))
+
+
+def test_a_call_may_ask_for_another_cache_than_the_models_settings(tiny_model):
+    model = tiny_model()
+    model.generation_config.update(**NAMED)
+    settings = dict(max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True)
+    output = model.generate(torch.arange(9)[None], **settings)
+    assert isinstance(output.past_key_values, StaticCache)
+
+
+@pytest.mark.parametrize("settings", [GROUPED_BACKEND, [("backend", GROUPED_BACKEND)]])
+def test_settings_of_a_cache_are_a_dictionary(tiny_model, settings):
+    with pytest.raises(ValueError, match="cache_config=.* must be a dictionary, such as"):
         tiny_model().generate(torch.arange(9)[None], cache_implementation="quantized", cache_config=settings)
 
 
