@@ -23,6 +23,7 @@ from .arguments_qwen import CACHE_NAMES, cache_argument
 from .generation_qwen import (
     GenerationSettings,
     cache_of_settings,
+    check_generation,
     check_generation_config,
     eos_sequences,
     sequences_of,
@@ -168,6 +169,7 @@ class ChatCall:
             raise ValueError(f"num_beams={self.generation_config.num_beams} can't be streamed: use chat.")
         context = self.context(exchange, system)
         inputs = self.inputs([context])
+        check_generation(self.model, {**inputs, "logits_processor": logits_processor})
         cache = self.cache(history, context) if reuse_cache else None
         criteria = inputs.pop("stopping_criteria", None) or ()
         autocast = _callers_autocast(inputs["input_ids"].device.type)

@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
@@ -214,6 +215,35 @@ def _check_cache_config(own: Any, settings: GenerationSettings) -> None:
     )
 
 
+class _Checked(Exception):  # noqa: N818 (it says that nothing is wrong)
+    """Ends a call of `generate` that was only to check its arguments."""
+
+
+class _OnlyChecks(StoppingCriteria):
+    """Stands among the criteria of a call that is to end before its first step; after that, should it come to it."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, length) -> (B,), true for all rows."""
+        return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @classmethod
+    def is_in(cls, criteria: StoppingCriteriaList | None) -> bool:
+        """Whether it is among the criteria of a call."""
+        return any(isinstance(one, cls) for one in criteria or ())
+
+
+def check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise what `generate` would say of its arguments before the first step, which isn't made.
+
+    Transformers looks at names and values in many places, the last of them where it makes a processor of each setting.
+    """
+    if "generate" in vars(model) or isinstance(arguments.get("custom_generate"), str):
+        return  # another program, which may begin at once
+    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), _OnlyChecks()])
+    with suppress(_Checked):
+        model.generate(**{**arguments, "stopping_criteria": criteria})
+
+
 def _with_stop_words(
     criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
 ) -> StoppingCriteriaList | None:
@@ -224,11 +254,9 @@ def _with_stop_words(
 
 
 def _with_seed(
-    model: Any, processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
+    processors: LogitsProcessorList | None, settings: GenerationSettings, prompt: Prompt
 ) -> LogitsProcessorList | None:
     seed = settings["seed"]
-    if settings["do_sample"]:
-        draw_alike(model)
     if seed is None or not settings["do_sample"]:
         return processors
     if (settings["num_beams"] or 1) > 1:
@@ -282,13 +310,15 @@ class QWenGenerationMixin(_GenerativeModel):
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
         prompt = Prompt.read(inputs, kwargs, settings)
         arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
-        arguments["logits_processor"] = _with_seed(self, logits_processor, settings, prompt)
+        arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
         cache = _cache_of_generation(self, given, settings, assistant_model)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
         kwargs |= self._alpha_argument(prompt, cache, named)
         if "cache_config" in kwargs:
             kwargs["cache_config"] = copy.copy(kwargs["cache_config"])  # transformers 5.4 takes keys out of it
+        if settings["do_sample"] and not _OnlyChecks.is_in(stopping_criteria):
+            draw_alike(self)
         late = asked_late(self, prompt.ids, cache, settings, arguments)
         with _CacheOfCall.forgotten(), nullcontext() if late is None else late:
             output = super().generate(inputs, **arguments, **cache_argument(cache), **kwargs)
@@ -340,8 +370,11 @@ class QWenGenerationMixin(_GenerativeModel):
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        """As in transformers; on a GPU they may be asked late."""
-        return with_late_answers(super()._get_stopping_criteria(*args, **kwargs))
+        """As in transformers, which asks for them last before the first step; on a GPU they may be asked late."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        if _OnlyChecks.is_in(criteria):
+            raise _Checked
+        return with_late_answers(criteria)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Transformers puts temperature, top_k and so on behind what it is given; a seed draws from their result."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 
 from qwen1 import streaming_qwen
 from qwen1.qwen_generation_utils import find_end
@@ -251,21 +251,51 @@ def test_source_of_the_tokens_is_closed(byte_tokenizer, ended):
 
 
 def test_failure_reaches_the_consumer(chat_model, byte_tokenizer, stream_threads):
-    for arguments, error in [
-        ({"logits_processor": [Failing()]}, ZeroDivisionError),
-        ({"num_return_sequences": 2, "do_sample": True}, ValueError),
-        ({"no_such_argument": 1}, ValueError),
-    ]:
-        stream = chat_model.chat_stream(byte_tokenizer, "q", **arguments)
-        with pytest.raises(error):
-            list(stream)
-        assert stream_threads() == []
+    stream = chat_model.chat_stream(byte_tokenizer, "q", logits_processor=[Failing()])
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+    assert stream_threads() == []
 
 
-@pytest.mark.parametrize("arguments", [{"num_beams": 2}, {"streamer": TextStreamer}])
-def test_what_cannot_be_streamed_is_said_by_the_call(chat_model, byte_tokenizer, arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
+WRONG = [  # and the words of the error that names it
+    ({"num_beams": 2}, "num_beams=2 can't be streamed"),
+    ({"streamer": TextStreamer}, "leave out streamer"),
+    ({"max_new_token": 3}, "max_new_token"),
+    ({"max_new_token": 3, "stop_strings": ["x"]}, "max_new_token"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"temperature": -1.0, "do_sample": True}, "temperature"),
+    ({"top_p": -1.0, "do_sample": True}, "top_p"),
+    ({"seed": "x", "do_sample": True}, "seed='x'"),
+    ({"repetition_penalty": -1.0}, "penalty"),
+    ({"cache_implementation": "none"}, "cache_implementation"),
+    ({"cache_config": {"backend": "qwen_int8"}}, "cache_config"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_what_cannot_be_streamed_is_said_by_the_call(chat_model, byte_tokenizer, arguments, words):
+    with pytest.raises(ValueError, match=words):
         chat_model.chat_stream(byte_tokenizer, "q", **arguments)
+
+
+def test_a_prompt_without_room_for_a_reply_is_said_by_the_call(chat_model, byte_tokenizer):
+    chat_model.generation_config.max_new_tokens = None
+    with pytest.raises(ValueError, match="`max_length` is set to 20"):
+        chat_model.chat_stream(byte_tokenizer, "q" * 50, max_length=20)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_the_call_itself_reads_nothing_and_draws_nothing(chat_model, byte_tokenizer, settings):
+    class Asked(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise AssertionError("nothing has been written")
+
+    settings = {"do_sample": True, "stopping_criteria": [Asked()], "logits_processor": [Failing()], **settings}
+    hook = chat_model.transformer.h[0].register_forward_hook(lambda *args: pytest.fail("read"))
+    state = torch.random.get_rng_state()
+    chat_model.chat_stream(byte_tokenizer, "q", **settings)
+    hook.remove()
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_no_streamer_is_no_streamer(chat_model, byte_tokenizer):
