@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -280,6 +281,7 @@ class QWenChatMixin(_Model):
         Raises:
             ValueError: a base model, a prompt that leaves no room within `max_length`, arguments of the wrong form.
         """
+        _refuse_others("chat", generate_kwargs)
         choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
         if stream:
             more = {**vars(choices), "reuse_cache": reuse_cache, "tools": tools, **generate_kwargs}
@@ -313,6 +315,7 @@ class QWenChatMixin(_Model):
         or was closed; its turns stay as they are. A new one comes from `new_history`. With tools the last text is a
         `ToolReply`, and nothing of what ended it is shown before.
         """
+        _refuse_others("chat_stream", generate_kwargs)
         if generate_kwargs.pop("streamer", None) is not None:
             raise ValueError("chat_stream is a stream itself: read what it yields, and leave out streamer.")
         choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
@@ -346,6 +349,7 @@ class QWenChatMixin(_Model):
         Raises:
             ValueError: as `chat`, or lists of different lengths.
         """
+        _refuse_others("batch_chat", generate_kwargs)
         choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
         call = ChatCall.prepare(self, tokenizer, choices, generate_kwargs)
         queries, histories, systems = _lists_of_batch(queries, histories, system)
@@ -369,6 +373,16 @@ def _lists_of_batch(queries: Any, histories: Any, system: Any) -> tuple[list[str
         if len(values) != len(queries):
             raise ValueError(f"{name} has {len(values)} entries for {len(queries)} queries: give one for each.")
     return queries, histories, systems
+
+
+def _refuse_others(method: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that another method of a chat has and `generate` hasn't; None asks for nothing."""
+    methods = (QWenChatMixin.chat, QWenChatMixin.chat_stream, QWenChatMixin.batch_chat)
+    named = {one.__name__: inspect.signature(one).parameters for one in methods}
+    for name, value in arguments.items():
+        others = [other for other, parameters in named.items() if name in parameters]
+        if others and value is not None and name != "logits_processor":
+            raise ValueError(f"{method} has no {name}: leave it out, or use {' or '.join(others)}.")
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

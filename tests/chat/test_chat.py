@@ -206,6 +206,26 @@ def test_a_tokenizer_of_another_kind_is_named(chat_model, byte_tokenizer, method
             getattr(chat_model, method)(given, byte_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "others"),
+    [
+        ("chat", {"queries": ["q"]}, "batch_chat"),
+        ("chat", {"histories": [None], "stream": True}, "batch_chat"),
+        ("chat_stream", {"stream": True}, "chat"),
+        ("chat_stream", {"append_history": True}, "chat or batch_chat"),
+        ("batch_chat", {"tools": []}, "chat or chat_stream"),
+        ("batch_chat", {"stream": False}, "chat"),
+        ("batch_chat", {"reuse_cache": True}, "chat or chat_stream"),
+        ("batch_chat", {"history": [("a", "b")]}, "chat or chat_stream"),
+    ],
+)
+def test_arguments_of_another_method_are_told_apart(chat_model, byte_tokenizer, method, arguments, others):
+    query = ["q"] if method == "batch_chat" else "q"
+    message = f"^{method} has no {next(iter(arguments))}: leave it out, or use {others}.$"
+    with pytest.raises(ValueError, match=message):
+        getattr(chat_model, method)(byte_tokenizer, query, **arguments)
+
+
 def test_stopping_criteria_of_the_caller_count(chat_model, byte_tokenizer, forced):
     length = len(make_context(byte_tokenizer, "q", None, DEFAULT_SYSTEM)[1])
     for criteria in ([MaxLengthCriteria(length + 2)], StoppingCriteriaList([MaxLengthCriteria(length + 2)])):
