@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from ..products_qwen import multiplies
 from .checkpoints import ADAPTER_CONFIG, is_of_writing, last_checkpoint, saving_error
 from .errors import TrainingError
+from .examples import IGNORED
 from .mixing import WeightedRows
 from .packing import PackedDataset
 
@@ -121,6 +123,11 @@ class WatchedTrainer(Trainer):
 class QWenTrainer(WatchedTrainer):
     """The loop for conversations and texts: without a cache of keys and values, with the perplexity of evaluations."""
 
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any):
+        if args.label_smoothing_factor:
+            kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
+        super().__init__(args=args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; not by `config.use_cache`, which would be saved with the model."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
@@ -130,6 +137,30 @@ class QWenTrainer(WatchedTrainer):
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], _LARGEST_EXPONENT))
         super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class SmoothedLoss:
+    """Cross entropy of each next token with a target that is in part all words alike.
+
+    Transformers' `LabelSmoother` adds up the same, but is given unshifted labels for models that are not its own, and
+    in 5.4 no number of tokens to divide by.
+
+    Attributes:
+        factor: that part, from 0 to 1.
+    """
+
+    factor: float
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The sum over the tokens that count, divided by their number in the whole step where that is given."""
+        wanted = labels[:, 1:]
+        counted = wanted != IGNORED
+        logits = outputs["logits"][:, :-1][counted].float()
+        loss = torch.nn.functional.cross_entropy(logits, wanted[counted], label_smoothing=self.factor, reduction="sum")
+        return loss / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class Watch(TrainerCallback):
