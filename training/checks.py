@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ _PACKAGES = {
 _PIP = {"optimi": "torch-optimi"}
 _MIN_RATES = dict.fromkeys(("cosine_with_min_lr", "cosine_warmup_with_min_lr"), ("min_lr", "min_lr_rate"))
 _LEFT_OUT = ("flyte",)  # of the reports, by transformers' list of installed ones
+
+LOWER_IS_BETTER = ("loss", "perplexity", "rewards/rejected", "logps/rejected")
+"""Of the metrics of an evaluation, as `--metric_for_best_model` names them."""
+
+_METRICS = ("loss", "perplexity")
+_METRICS_OF_PAIRS = (
+    "loss",
+    *(f"rewards/{kind}" for kind in ("margins", "accuracies", "chosen", "rejected")),
+    *(f"logps/{kind}" for kind in ("chosen", "rejected")),
+    "mean_token_accuracy",
+)
 
 
 def problems_of_numbers(args: TrainingArguments) -> dict[str, bool]:
@@ -89,6 +100,7 @@ def check_before_loading(model: Any, data: Any, lora: Any, args: TrainingArgumen
     _check_attention(model.attn_implementation)
     _check_optimizer(args)
     _check_folder(Path(str(args.output_dir)))
+    _check_metric(args.metric_for_best_model, _METRICS_OF_PAIRS if data.dpo else _METRICS)
     check_reports(args)
 
 
@@ -183,6 +195,14 @@ def _check_optimizer(args: TrainingArguments) -> None:
     if args.use_liger_kernel:
         raise TrainingError(
             "--use_liger_kernel has no kernels for QWen models: leave it out. Their losses need no logits as they are."
+        )
+
+
+def _check_metric(name: str | None, known: Sequence[str]) -> None:
+    if name is not None and (short := name.removeprefix("eval_")) not in known:
+        raise TrainingError(
+            f"--metric_for_best_model {name} is no metric of these evaluations{_meant(short, known)}: they have "
+            f"{', '.join(known)}."
         )
 
 

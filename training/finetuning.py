@@ -31,7 +31,7 @@ from ..programs.packages import explain, require
 from ..programs.version import add_version
 from .card import describe, farewell, model_card
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
-from .checks import check_before_loading, check_layers, check_reports, problems_of_numbers
+from .checks import LOWER_IS_BETTER, check_before_loading, check_layers, check_reports, problems_of_numbers
 from .errors import DataError, SavingError, TrainingError
 from .examples import Example
 from .loop import QWenTrainer, WatchedTrainer
@@ -147,6 +147,12 @@ class FinetuningArguments(TrainingArguments):
     dpo_loss: Literal["sigmoid", "hinge", "ipo"] = _option("With --dpo: the loss.", "sigmoid")
 
     plots = False  # no option: --report_to png
+
+    def __post_init__(self) -> None:
+        """As transformers', which takes the best to be the highest of all metrics but losses."""
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in LOWER_IS_BETTER
+        super().__post_init__()
 
 
 Arguments = tuple[ModelArguments, DataArguments, LoraArguments, FinetuningArguments]

@@ -74,6 +74,14 @@ MISTAKES = {
     "output": (["--output_dir", "{folder}/data.jsonl/out"], "{folder}/data.jsonl is a file. Name another one"),
     "report": (["--report_to", "tensorbord"], "--report_to tensorbord is unknown (did you mean tensorboard?)"),
     "report missing": (["--report_to", "clearml"], "--report_to clearml needs clearml: pip install clearml"),
+    "metric": (
+        ["--metric_for_best_model", "eval_perplexty"],
+        "--metric_for_best_model eval_perplexty is no metric of these evaluations (did you mean perplexity?)",
+    ),
+    "metric of other data": (
+        ["--metric_for_best_model", "rewards/margins"],
+        "evaluations: they have loss, perplexity.",
+    ),
     "too long": (["--model_max_length", "8"], "none of it fits into --model_max_length 8; raise it"),
     "checkpoint": (["--resume_from_checkpoint", "{folder}/x"], "{folder}/x is no complete checkpoint"),
 }

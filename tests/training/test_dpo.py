@@ -328,6 +328,17 @@ def test_wrong_usage(words, failed, more, reason):
     assert reason in failed(words(*more), status=2)
 
 
+def test_the_best_model_is_told_by_what_preferences_are_measured_by(words, failed, tmp_path):
+    metric = ["--metric_for_best_model", "rewards/margins", "--load_best_model_at_end"]
+    each_step = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+    main(words(*metric, "--max_steps", 3, *each_step, "--eval_fraction", 0.2))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    margins = [line["eval_rewards/margins"] for line in state["log_history"] if "eval_loss" in line]
+    assert len(margins) == 3 and state["best_metric"] == max(margins)
+    said = failed(words("--metric_for_best_model", "perplexity", output="other"))
+    assert "perplexity is no metric of these evaluations: they have loss, rewards/margins, " in said
+
+
 def test_settings_of_preferences_without_them(options, failed):
     assert "--dpo_beta and --dpo_loss need --dpo" in failed(options("--dpo_beta", 0.2), status=2)
 

@@ -69,3 +69,23 @@ def test_label_smoothing_with_an_adapter(options, examples, data, checkpoint_fol
 def test_a_share_that_is_none(options, failed, factor):
     said = failed(options("--label_smoothing_factor", factor), status=2)
     assert f"--label_smoothing_factor {float(factor)} must be from 0 to below 1" in said
+
+
+# --- the best model ---
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity", "eval_perplexity"])
+def test_the_best_model_is_that_of_the_lowest_perplexity(options, data, metric):
+    each_step = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "best", "--save_total_limit", 1]
+    words = ["--max_steps", 3, *each_step, "--eval_data_path", data, "--metric_for_best_model", metric]
+    trainer = run(parse_arguments(options(*words, "--load_best_model_at_end")))
+    name = f"eval_{metric.removeprefix('eval_')}"
+    values = {line["step"]: line[name] for line in trainer.state.log_history if name in line}
+    best = min(values, key=values.__getitem__)
+    assert len(values) == 3 and max(values.values()) > values[best]
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (best, values[best])
+
+
+def test_what_is_better_can_be_said(options):
+    words = ["--metric_for_best_model", "perplexity", "--greater_is_better", "True"]
+    assert parse_arguments(options(*words))[-1].greater_is_better is True
