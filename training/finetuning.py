@@ -210,6 +210,11 @@ def _find_problem(
         **_problems_of_lora(lora, given),
         "--q_lora works neither with FSDP nor with DeepSpeed's ZeRO 3: leave one of them out": lora.q_lora
         and (bool(training.fsdp) or is_deepspeed_zero3_enabled()),
+        "--bf16_full_eval and --fp16_full_eval round what FSDP and DeepSpeed have in shards: leave them out": (
+            (training.bf16_full_eval or training.fp16_full_eval)
+            and bool(training.fsdp or training.deepspeed)
+            and (evaluated and training.eval_strategy == "no")
+        ),
         "--fsdp shards over several processes: start the program with accelerate launch, or leave --fsdp out": bool(
             training.fsdp
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,14 @@ class WatchedTrainer(Trainer):
             raise saving_error(error, partial, str(self.args.output_dir)) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers'.
+        """As transformers', which rounds the weights for `bf16_full_eval`, but not what is saved behind it.
 
         Raises:
             TrainingError: a loss is not finite, as after a step that was far too large.
         """
-        metrics = super().evaluate(*args, **kwargs)
+        rounded = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        with _kept(self.model) if rounded else nullcontext():
+            metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith("loss") and not math.isfinite(value):
                 step = self.state.global_step
@@ -213,6 +216,20 @@ class Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint is complete."""
         self.trainer.checkpoint_being_written = None
+
+
+@contextmanager
+def _kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model's numbers back that are rounded inside; they take the place that the gradients of a step had."""
+    weights = [(weight, weight.data) for weight in model.parameters()]
+    buffers = [(part, *named) for part in model.modules() for named in part.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for weight, data in weights:
+            weight.data = data
+        for part, name, buffer in buffers:
+            setattr(part, name, buffer)
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

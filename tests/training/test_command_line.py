@@ -41,6 +41,10 @@ from qwen1.training.finetuning import main, parse_arguments
             "--eval_data_path and --eval_fraction exclude each other",
         ),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_strategy steps needs --eval_data_path or"),
+        (
+            ["--eval_fraction", "0.1", "--bf16_full_eval", "--fsdp", "full_shard"],
+            "--bf16_full_eval and --fp16_full_eval round what FSDP and DeepSpeed have in shards: leave them out",
+        ),
         (["--no_such_option"], "unrecognized arguments|not used by the HfArgumentParser"),
         (["--eval_strategy", "sometimes"], "sometimes"),
         (["--lora_bias", "some"], "invalid choice: 'some'"),

@@ -92,6 +92,20 @@ def test_evaluation_at_the_end(options, data):
     assert trainer.state.log_history[-1]["eval_perplexity"] > 1
 
 
+@pytest.mark.parametrize("more", [[], ["--use_lora"]], ids=["whole", "adapter"])
+@pytest.mark.parametrize("option", ["--bf16_full_eval", "--fp16_full_eval"])
+def test_an_evaluation_in_half_precision_leaves_what_is_saved_as_it_was_trained(options, tmp_path, data, option, more):
+    name = "adapter_model.safetensors" if more else "model.safetensors"
+    words = ["--max_steps", 1, "--eval_data_path", data, *more]
+    main(options(*words, output="plain"))
+    trainer = run(parse_arguments(options(*words, option)))
+    assert same(weights(tmp_path / "plain", name), weights(tmp_path / "out", name))
+    assert {tensor.dtype for tensor in trainer.model.state_dict().values()} == {torch.float32}
+    losses = [line["eval_loss"] for o in ("plain", "out") for line in history(tmp_path / o) if "eval_loss" in line]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert f"| {losses[1]:.4g} |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_plain_texts(options, tmp_path, checkpoint_folder, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", chat_format="raw")
     (tmp_path / "texts.txt").write_text("one text\n\nanother\n\n" + "long " * 40)
