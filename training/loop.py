@@ -124,16 +124,47 @@ class WatchedTrainer(Trainer):
 
 
 class QWenTrainer(WatchedTrainer):
-    """The loop for conversations and texts: without a cache of keys and values, with the perplexity of evaluations."""
+    """The loop for conversations and texts: without a cache of keys and values, with the perplexity of evaluations.
+
+    The loss of an evaluation is the mean over all its tokens that are learnt, as that of a step is; transformers' is
+    the mean over its batches, which depends on their size and on the number of processes.
+    """
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any):
         if args.label_smoothing_factor:
             kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
         super().__init__(args=args, **kwargs)
+        self._evaluated: list[torch.Tensor] = []
+        """Of each batch of an evaluation the sum of its losses and the number of its tokens."""
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """As transformers'; not by `config.use_cache`, which would be saved with the model."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        result: Any = super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        if not model.training:
+            loss, count = (result[0] if return_outputs else result).detach().mean(), num_items_in_batch.float().mean()
+            self._evaluated.append(torch.stack([torch.where(count > 0, loss * count, 0.0), count]))
+        return result
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; rows that come again, to fill up the last batch of several processes, count for nothing."""
+        loader = self.accelerator.gradient_state
+        if self.args.world_size > 1 and loader.end_of_dataloader and loader.remainder > 0:
+            labels = inputs["labels"].clone()
+            labels[max(0, loader.remainder - self.args.process_index * len(labels)) :] = IGNORED
+            inputs = {**inputs, "labels": labels}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the loss of all tokens of all processes."""
+        self._evaluated = []
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        sums = torch.stack(self._evaluated).cpu().double().sum(0)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device))
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = (sums[0] / sums[1]).item()
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers', with `eval_perplexity` beside `eval_loss`."""

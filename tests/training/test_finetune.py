@@ -450,7 +450,11 @@ def test_tensorboard_is_missing(options, failed, without):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(options, tmp_path, repository):
-    words = ["--max_steps", 3, "--lr_scheduler_type", "constant"]
+    held_out = tmp_path / "held_out.jsonl"  # of five rows, so that three come again in the last batch of two processes
+    turns = [{"instruction": "q", "output": "b" * length} for length in (3, 20, 7, 1, 12)]
+    held_out.write_text("\n".join(map(json.dumps, turns)))
+    words = ["--max_steps", 3, "--lr_scheduler_type", "constant", "--eval_data_path", held_out]
+    words += ["--per_device_eval_batch_size", 2]
     whole = run(
         parse_arguments(
             options(
@@ -483,9 +487,10 @@ def test_two_processes_learn_what_one_does(options, tmp_path, repository):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "out" / ".partial").exists()
-    (loss,) = [line["train_loss"] for line in history(tmp_path / "out") if "train_loss" in line]
-    (expected,) = [line["train_loss"] for line in whole.state.log_history if "train_loss" in line]
-    assert loss == pytest.approx(expected, rel=1e-4)
+    for name in ("train_loss", "eval_loss"):
+        (loss,) = [line[name] for line in history(tmp_path / "out") if name in line]
+        (expected,) = [line[name] for line in whole.state.log_history if name in line]
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 LEAVING = """

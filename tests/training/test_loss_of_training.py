@@ -10,7 +10,7 @@ from qwen1.training.models import load_tokenizer
 ALL_IN_ONE_STEP = ["--max_steps", 1, "--gradient_accumulation_steps", 6]  # of two rows each
 PLAIN_STEP = ["--optim", "sgd", "--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--warmup_steps", 0]
 PLAIN_STEP += ["--weight_decay", 0, "--max_grad_norm", 1]  # far below what it is
-SMOOTHED = ["--label_smoothing_factor", 0.1, "--per_device_eval_batch_size", 12]
+SMOOTHED = ["--label_smoothing_factor", 0.1]
 
 
 @pytest.fixture
@@ -69,6 +69,20 @@ def test_label_smoothing_with_an_adapter(options, examples, data, checkpoint_fol
 def test_a_share_that_is_none(options, failed, factor):
     said = failed(options("--label_smoothing_factor", factor), status=2)
     assert f"--label_smoothing_factor {float(factor)} must be from 0 to below 1" in said
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("more", [[], ["--packing"], SMOOTHED], ids=["rows", "packed", "smoothed"])
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_the_loss_of_an_evaluation_is_that_of_all_its_tokens(options, examples, data, checkpoint_folder, batch, more):
+    words = ["--max_steps", 1, "--learning_rate", 0, "--eval_data_path", data, "--per_device_eval_batch_size", batch]
+    trainer = run(parse_arguments(options(*words, *more)))
+    model = QWenLMHeadModel.from_pretrained(checkpoint_folder)
+    loss = expected_loss(model, examples, 0.1 if more == SMOOTHED else 0.0, training=False)
+    assert logged(trainer, "eval_loss") == pytest.approx(loss.item(), rel=1e-5)
+    assert logged(trainer, "eval_perplexity") == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
 # --- the best model ---
