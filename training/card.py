@@ -97,7 +97,7 @@ def describe(arguments: Sequence[Any], trainer: Any, read: Mapping[str, str]) ->
         adapter=lora.use_lora,
         chats=getattr(trainer.model.generation_config, "chat_format", None) == "chatml",
         data=read,
-        settings={**_trained(trainer.model, data, lora), **_settings(data, args, trainer.state.global_step)},
+        settings={**_trained(trainer.model, data, lora), **_settings(data, trainer.args, trainer.state.global_step)},
         log=trainer.state.log_history,
     )
 

@@ -21,6 +21,7 @@ from .errors import TrainingError
 from .examples import IGNORED
 from .mixing import WeightedRows
 from .packing import PackedDataset
+from .watching import follow_settings, settings_of
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,13 @@ class WatchedTrainer(Trainer):
         super().__init__(callbacks=[Watch(self), *callbacks], **kwargs)
         self.losses: list[torch.Tensor] = []
         self.checkpoint_being_written: Path | None = None
+        self.settings: dict[str, list[Any]] = {}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As transformers'; what the optimizer is set to is noted, before that of a checkpoint takes its place."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.settings = settings_of(self.optimizer if optimizer is None else optimizer)
+        return scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers'; the loss is looked at before the optimizer's step."""
@@ -220,6 +228,8 @@ class Watch(TrainerCallback):
                 f"step takes many times as long as in float32. Leave {option} out, or train on a GPU.",
                 file=sys.stderr,
             )
+        if state.global_step:
+            follow_settings(args, trainer.settings, settings_of(trainer.optimizer))
         finished = state.global_step >= state.max_steps
         if state.is_world_process_zero:
             print(_finished(state) if finished else _plan(trainer.train_dataset, args, state), file=sys.stderr)

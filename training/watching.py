@@ -1,4 +1,4 @@
-"""What is said while a training runs: how long it will take, and whether it goes on with the same data."""
+"""What is said while a training runs: how long it will take, and whether it goes on as before."""
 
 from __future__ import annotations
 
@@ -91,5 +91,37 @@ class SameData(TrainerCallback, ExportableState):
             print(
                 "Warning: the data, or their --data_weights, --model_max_length or --packing, aren't those that the "
                 "checkpoint was trained on: the result is not that of a run without interruption.",
+                file=sys.stderr,
+            )
+
+
+def settings_of(optimizer: Any) -> dict[str, list[Any]]:
+    """Options that an optimizer holds, and with it each checkpoint -> their values in each of its groups."""
+    found: dict[str, list[Any]] = {}
+    for group in optimizer.param_groups:
+        first, second, *_ = group.get("betas", (None, None))
+        held = {"learning_rate": group.get("initial_lr"), "weight_decay": group.get("weight_decay")}
+        held |= {"adam_beta1": first, "adam_beta2": second, "adam_epsilon": group.get("eps")}
+        for option, value in held.items():
+            found.setdefault(option, []).append(value)
+    return found
+
+
+def follow_settings(args: TrainingArguments, asked: dict[str, list[Any]], used: dict[str, list[Any]]) -> None:
+    """Make options what a checkpoint goes on with, so that the card and later messages tell it, and say so.
+
+    Args:
+        asked, used: `settings_of` the optimizer before and after the checkpoint is loaded.
+    """
+    for option, values in asked.items():
+        pairs = (pair for pair in zip(values, used[option], strict=True) if pair[0] != pair[1])
+        wanted, held = next(pairs, (None, None))
+        if held is None or wanted != getattr(args, option):
+            continue
+        setattr(args, option, held)
+        if args.process_index == 0:
+            print(
+                f"Warning: --{option} {wanted:g} isn't used: the checkpoint goes on with its own, {held:g}. To change "
+                "it, begin from the checkpoint's weights (--model_name_or_path, or --lora_weight_path).",
                 file=sys.stderr,
             )

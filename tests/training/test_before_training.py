@@ -290,6 +290,29 @@ def test_other_data_are_noticed(options, data, killed, capsys):
     assert "aren't those that the checkpoint was trained on" in capsys.readouterr().err
 
 
+NEW_SETTINGS = ["--learning_rate", 0.002, "--weight_decay", 0, "--adam_beta1", 0.5, "--adam_beta2", 0.9]
+NEW_SETTINGS += ["--adam_epsilon", 1e-3]
+
+
+@pytest.mark.parametrize("more", [[], ["--use_lora"]], ids=["whole", "adapter"])
+def test_settings_that_the_checkpoint_holds_are_said_and_used(options, tmp_path, killed, capsys, more):
+    words = ["--max_steps", 3, *EACH_STEP, *more]
+    name = "adapter_model.safetensors" if more else "model.safetensors"
+    main(options(*words, output="whole"))
+    killed(options(*words))
+    capsys.readouterr()
+    main(options(*words, *NEW_SETTINGS, "--resume_from_checkpoint", "True"))
+    said = capsys.readouterr().err
+    assert "Warning: --learning_rate 0.002 isn't used: the checkpoint goes on with its own, 0.001. To change it" in said
+    assert "--weight_decay 0 isn't used: the checkpoint goes on with its own, 0.1." in said
+    assert (
+        "--adam_beta1 0.5 isn't" in said and "--adam_beta2 0.9 isn't" in said and "--adam_epsilon 0.001 isn't" in said
+    )
+    assert same(*(load_file(tmp_path / output / name) for output in ("whole", "out")))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| learning rate | 0.001 |" in card and "| weight decay | 0.1 |" in card
+
+
 def test_published_words_still_work(options, data):
     model, arguments, *_ = parse_arguments(options("--eval_data_path", data, "--lazy_preprocess", "True"))
     assert arguments.data_path == [str(data)] == arguments.eval_data_path and arguments.data_weights is None
