@@ -227,9 +227,6 @@ def _find_problem(
         and lora.lora_dropout > 0,
         "--label_smoothing_factor has no effect with --dpo: leave it out": data.dpo
         and training.label_smoothing_factor != 0,
-        f"--label_smoothing_factor {training.label_smoothing_factor} must be from 0 to below 1": not (
-            0 <= training.label_smoothing_factor < 1
-        ),
         f"--dpo_beta {training.dpo_beta} must be above 0": training.dpo_beta <= 0,
         "--dpo_beta and --dpo_loss need --dpo": not data.dpo
         and (training.dpo_beta, training.dpo_loss) != (0.1, "sigmoid"),
