@@ -1,4 +1,4 @@
-"""What the machine refuses, be it space, rights or memory, said in one sentence with what helps."""
+"""What the machine refuses, be it space, rights or memory, and weights that are damaged: a sentence with what helps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _BYTES = re.compile(r"(?:allocate|mmap|allocation of) (\d+) bytes")
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 """How safetensors, which is no Python, tells what the system said."""
 TORCH_WRITING = re.compile(r"inline_container|StreamWriter|iostream", re.IGNORECASE)
+_READING = re.compile(r"PytorchStreamReader|deserializing")
+"""In what torch and safetensors say of a file that makes no sense."""
 
 _RIGHT = "may not be used ({reason}): give yourself the right (chmod u+rw, of its folder too), or name another"
 _SENTENCES = {
@@ -35,18 +37,21 @@ _SENTENCES = {
 }
 
 
-def told(error: BaseException, memory: str = MORE_MEMORY) -> str:
+def told(error: BaseException, memory: str = MORE_MEMORY, file: str = "A file of the weights") -> str:
     """What an error says, in one line: with what helps where the machine has refused something, else as it is.
 
     Args:
         memory: what helps where there isn't enough.
+        file: that is read, which errors about damaged weights don't name.
     """
     if lacks_memory(error):
         found = _BYTES.search(str(error))
         return f"There isn't enough memory{f' for another {_size(int(found[1]))}' if found else ''}: {memory}."
-    number = _number(error)
+    number, text = _number(error), " ".join(str(error).split()) or type(error).__name__
+    if number is None and is_damaged(error):
+        return f"{file} is truncated or damaged ({text}). Download it again."
     if number is None:
-        return " ".join(str(error).split()) or type(error).__name__
+        return text
     reason = os.strerror(number)
     sentence = _SENTENCES.get(number, "can't be used ({reason}): name another, or look after its disk")
     return f"{_file(error)} {sentence.format(reason=reason)}."
@@ -66,8 +71,15 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether the machine has refused something, which no traceback explains."""
-    return lacks_memory(error) or _number(error) is not None
+    """Whether the machine has refused something, or a file of weights makes no sense, which no traceback explains."""
+    return lacks_memory(error) or _number(error) is not None or is_damaged(error)
+
+
+def is_damaged(error: BaseException) -> bool:
+    """Whether a file of weights that was read is cut short, or isn't what its name says."""
+    if lacks_memory(error) or _number(error) is not None:
+        return False
+    return (isinstance(error, RuntimeError) or _is_of_safetensors(error)) and _READING.search(str(error)) is not None
 
 
 def _is_of_safetensors(error: BaseException) -> bool:

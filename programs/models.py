@@ -10,6 +10,9 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
+
+from .failures import is_damaged, told
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
@@ -61,8 +64,8 @@ def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
         adapters: whether a folder that peft wrote will do.
 
     Raises:
-        ModelError: no such path, a file, a folder without a model, a model of another type, no vocabulary, or an
-            adapter that peft is missing for.
+        ModelError: no such path, a file, a folder without a model, a model of another type, no vocabulary, files that
+            are damaged, or an adapter that peft is missing for.
     """
     path = Path(name)
     if not _exists(path):
@@ -85,6 +88,7 @@ def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
         raise ModelError(
             f"{path} has no vocabulary ({' or '.join(_VOCABULARIES)}): copy that of the model it was made from into it."
         )
+    check_weights(path)
 
 
 def _check_readable(folder: Path) -> None:
@@ -92,6 +96,31 @@ def _check_readable(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not os.access(path, os.R_OK):
             raise ModelError(f"{path} may not be read: give yourself the right (chmod u+r), or ask its owner.")
+
+
+def check_weights(folder: Path) -> None:
+    """Say which file of weights is cut short, or no such file at all; only the beginning and the end are looked at.
+
+    Raises:
+        ModelError: the first such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    stored = sorted(folder.glob("*model*.safetensors"))
+    for path in stored:
+        _refuse_pointer(path)
+        try:
+            safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            if is_damaged(error):
+                raise ModelError(told(error, file=str(path))) from error
+            raise
+    for path in [] if stored else sorted(folder.glob("*model*.bin")):
+        _refuse_pointer(path)
+        with open(path, "rb") as file:
+            is_cut = file.read(2) in (b"", b"P", b"PK") and not is_zipfile(file)
+        if is_cut:
+            raise ModelError(f"{path} is truncated or damaged (no end of its archive). Download it again.")
 
 
 def _check_id(name: str) -> None:
@@ -153,16 +182,16 @@ def _check_adapter(path: Path, allowed: bool) -> None:
             f"{path} is an adapter of {base}, which isn't there: write where its base is into {path / ADAPTER} "
             f"(base_model_name_or_path), or join the two: qwen1-checkpoint merge-lora BASE {path} NEW"
         )
+    for folder in (path, Path(base)):
+        if _exists(folder):
+            _check_readable(folder)
+            check_weights(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = path.read_bytes()
-        if content.startswith(_POINTER):
-            raise ModelError(
-                f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {path.parent}."
-            )
-        values = json.loads(content)
+        _refuse_pointer(path)
+        values = json.loads(path.read_bytes())
     except ModelError:
         raise
     except OSError as error:
@@ -172,6 +201,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} is damaged (no JSON object): get it again from where it came.")
     return values
+
+
+def _refuse_pointer(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ModelError(
+                f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {path.parent}."
+            )
 
 
 def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..programs.models import check_weights
 from .errors import DataError, TrainingError
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -173,6 +174,8 @@ def _check_adapter(folder: Path) -> None:
         raise TrainingError(f"--lora_weight_path {folder} has no {_ADAPTER_CONFIG}: name the folder of an adapter.")
     if not folder.exists() and len(folder.parts) != 2:  # an id on the Hub is organisation/name
         raise TrainingError(f"--lora_weight_path {folder} doesn't exist: name the folder of an adapter.")
+    if folder.exists():
+        check_weights(folder)
 
 
 def _check_attention(name: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import typer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import qwen1_commands
@@ -171,6 +172,67 @@ def test_weights_that_may_not_be_read_are_named_by_every_program_that_opens_a_mo
     monkeypatch.setattr(os, "access", lambda path, mode: "model.safetensors" not in str(path) and real(path, mode))
     with pytest.raises(ModelError, match=r"model\.safetensors may not be read: give yourself the right \(chmod u\+r\)"):
         check_model(checkpoint_folder)
+
+
+def cut(path, length=1000):
+    path.write_bytes(path.read_bytes()[:length])
+    return path
+
+
+def refusal(folder):
+    with pytest.raises(ModelError) as refused:
+        check_model(folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_weights_that_are_cut_short_are_named_by_every_program_that_opens_a_model(checkpoint_folder, length):
+    path = cut(checkpoint_folder / "model.safetensors", length)
+    assert re.fullmatch(
+        re.escape(f"{path} is truncated or damaged (") + r".+\)\. Download it again\.", refusal(path.parent)
+    )
+
+
+def test_a_pointer_in_the_place_of_weights_is_told_from_damage(checkpoint_folder):
+    (checkpoint_folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refusal(checkpoint_folder)
+
+
+def test_pickles_that_are_cut_short(checkpoint_folder):
+    weights = load_file(checkpoint_folder / "model.safetensors")
+    (checkpoint_folder / "model.safetensors").unlink()
+    for old_format in (True, False):
+        torch.save(weights, checkpoint_folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old_format)
+        check_model(checkpoint_folder)
+    path = cut(checkpoint_folder / "pytorch_model.bin")
+    assert refusal(checkpoint_folder) == f"{path} is truncated or damaged (no end of its archive). Download it again."
+
+
+def test_an_adapter_and_its_base_are_looked_at(checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen1.programs.models.find_spec", lambda name: name)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(checkpoint_folder)}))
+    save_file({"a": torch.zeros(2)}, adapter / "adapter_model.safetensors")
+    check_model(adapter)
+    base = cut(checkpoint_folder / "model.safetensors")
+    assert refusal(adapter).startswith(f"{base} is truncated")
+    own = cut(adapter / "adapter_model.safetensors", 20)
+    assert refusal(adapter).startswith(f"{own} is truncated")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while deserializing header: header too large"),
+        RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory."),
+    ],
+    ids=repr,
+)
+def test_damage_that_is_met_later_is_a_sentence_too(error):
+    assert is_of_machine(error)
+    assert re.fullmatch(r"A file of the weights is truncated or damaged \(.+\)\. Download it again\.", told(error))
+    assert not is_of_machine(SafetensorError("File does not contain tensor lm_head.weight"))
 
 
 def test_files_are_written_as_before(tmp_path):

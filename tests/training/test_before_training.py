@@ -101,6 +101,14 @@ def test_without_mistakes_it_is_loaded(options, unloaded):
         main(options("--use_lora"))
 
 
+def test_a_damaged_adapter_is_found_before_the_model_is_loaded(options, failed, tmp_path, unloaded):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    said = failed(options("--use_lora", "--lora_weight_path", tmp_path / "adapter"))
+    assert "adapter_model.safetensors is truncated or damaged" in said
+
+
 @pytest.mark.parametrize(
     "words, reason",
     [
