@@ -14,6 +14,7 @@ from ..programs.models import open_model
 from ..programs.options import version_option
 from ..programs.packages import explain, require
 from ..programs.shipped import TINY_CHAT
+from ..programs.starting import heavy_imports
 
 app = typer.Typer(name="qwen1-browser", add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,10 +68,11 @@ def serve(
         raise typer.BadParameter(f"two checkpoints, {folder} and {checkpoint}: leave one out.")
     try:
         require("gradio", "the page")
-        from ..programs.tools import find_tools  # here, for --help needs neither torch nor transformers
-        from .conversation import Chat
-        from .page import ChatPage
-        from .serving import SESSIONS, check_address, launch
+        with heavy_imports():  # here, for --help needs none of them
+            from ..programs.tools import find_tools
+            from .conversation import Chat
+            from .page import ChatPage
+            from .serving import SESSIONS, check_address, launch
 
         check_address(server_name, server_port)  # before the model, which may take minutes
         named = find_tools(tools or [])

@@ -35,6 +35,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 checked and found wanting, 130 interrupted.",
 )
 
+_ONLY_READ = ("inspect", "verify", "doctor")
+
 
 @app.callback()
 def options(version: Annotated[bool, version_option("qwen1-checkpoint")] = False) -> None:
@@ -55,7 +57,8 @@ for name, command, example in (
     ("push", push_command, "./Qwen-7B-Chat-upgraded my-name/Qwen-7B-Chat --private"),
     ("doctor", doctor_command, "./Qwen-7B-Chat-today --json"),
 ):
-    app.command(name, epilog=f"Example:  qwen1-checkpoint {name} {example}")(reported(command))
+    shown = reported(command, resumes=name not in _ONLY_READ)
+    app.command(name, epilog=f"Example:  qwen1-checkpoint {name} {example}")(shown)
 
 
 def main() -> None:

@@ -6,11 +6,15 @@ import ctypes
 import gc
 import importlib.util
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C has ended."""
 
 
 @contextmanager
@@ -19,6 +23,9 @@ def heavy_imports() -> Iterator[None]:
 
     Imports make hundreds of thousands of objects and next to no garbage, among which Python's collector would look for
     some again and again, for a sixth of the time. What was imported is left out of later collections too.
+
+    Ctrl-C ends the process with 130 at once: as an exception it would be lost in torch's imports, which pass over all
+    that is raised in some places and end with SIGABRT in others.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -26,10 +33,25 @@ def heavy_imports() -> Iterator[None]:
     gc.disable()
     threading.Thread(target=_load_torch_library, daemon=True).start()
     try:
-        yield
+        with _ended_by_ctrl_c():
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process, which has begun nothing, unless it means something else here."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _load_torch_library() -> None:

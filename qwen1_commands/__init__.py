@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+_INTERRUPTED = 130
 _AROUND = Path(__file__).resolve().parents[1]
 
 
@@ -56,10 +57,12 @@ def _run(name: str, program: str) -> NoReturn:
     """Run a program.
 
     A package that it misses is a sentence with the command that installs it; space, rights or memory that the machine
-    refuses, one with what helps.
+    refuses, one with what helps. Ctrl-C before the program has begun, which takes seconds of imports, ends it as later.
     """
     try:
         sys.exit(import_door(name).main())
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("qwen1", "qwen1_commands"):
             raise  # no package is missing, but a part of this one

@@ -13,9 +13,8 @@ from ..programs.models import ModelError, is_model_folder, leading, names_model
 from ..programs.packages import explain
 from ..programs.printing import printable
 from ..programs.shipped import TINY_CHAT
-from ..programs.starting import heavy_imports
+from ..programs.starting import INTERRUPTED, heavy_imports
 from ..programs.version import add_version
-from .interrupts import INTERRUPTED
 
 SYSTEM = "You are a helpful assistant."
 """`DEFAULT_SYSTEM` of the chats, which lies beside what imports torch."""

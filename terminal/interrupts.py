@@ -6,9 +6,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130
-"""The exit status of a program that Ctrl-C has ended."""
-
 
 @contextmanager
 def on_ctrl_c(action: Callable[[], object]) -> Iterator[None]:

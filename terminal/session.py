@@ -10,11 +10,12 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ..programs.starting import INTERRUPTED
 from ..programs.tools import find_tools
 from .colon_commands import Commands, Leave, is_command
 from .conversation import Conversation, open_conversation
 from .errors import CommandError
-from .interrupts import INTERRUPTED, on_ctrl_c
+from .interrupts import on_ctrl_c
 from .plain import PlainDisplay
 
 try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..programs.starting import heavy_imports
 from ..programs.version import version
 from .noise import quiet
 from .options import help_at_once
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(text, end="")
         return
     with quiet():
-        from . import finetuning  # here, for it imports torch and transformers, which take seconds
+        with heavy_imports():
+            from . import finetuning  # here, for it imports torch and transformers, which take seconds
 
         finetuning.main(words)

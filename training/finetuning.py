@@ -28,6 +28,7 @@ from transformers.training_args import ParallelMode
 from ..programs.failures import is_of_machine, told
 from ..programs.models import check_model
 from ..programs.packages import explain, require
+from ..programs.starting import INTERRUPTED
 from ..programs.version import add_version
 from .card import describe, farewell, model_card
 from .checkpoints import check_output, checkpoint_to_resume, save_trained
@@ -45,7 +46,7 @@ from .preferences import load_pairs, require_trl
 from .sources import Part, TrainingData, read_data
 from .watching import Pace, SameData
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 LESS_MEMORY = (
     "lower --per_device_train_batch_size or --model_max_length, pass --gradient_checkpointing, or train an adapter "
     "(--use_lora)"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from ..programs.failures import told
+from ..programs.starting import heavy_imports
 from ..programs.version import add_version
 
 
@@ -37,7 +38,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ends the process with 2 where it fails."""
     options = parse_arguments(arguments)
-    from .learning import extend_vocabulary  # here, for --help needs no transformers
+    with heavy_imports():  # here, for --help needs none of them
+        from .learning import extend_vocabulary
 
     try:
         count = extend_vocabulary(options.vocab_file, options.words_file, options.output)

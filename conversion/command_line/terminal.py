@@ -20,13 +20,14 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from ...programs.failures import is_of_machine, told
+from ...programs.starting import INTERRUPTED, heavy_imports
 from ..errors import CheckpointError
 from ..writing.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-FAILED, WANTING, INTERRUPTED = 1, 3, 130
+FAILED, WANTING = 1, 3
 
 # Texts and paths of users are printed as they are, on one line each, for other programs to read.
 out = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
@@ -99,7 +100,9 @@ def progress_bars() -> Iterator[TerminalProgress]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep the lines and bars of transformers itself off the terminal."""
-    from transformers.utils import logging
+    with heavy_imports():
+        import torch  # noqa: F401 - which every command imports
+        from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -112,8 +115,12 @@ def _silence() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors that users cause into a line on standard error and an exit code."""
+def reported(command: Callable[..., None], *, resumes: bool = True) -> Callable[..., None]:
+    """Turn the errors that users cause into a line on standard error and an exit code.
+
+    Args:
+        resumes: whether the command goes on from what an interrupted run has left; one that only reads leaves nothing.
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -126,7 +133,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"qwen1-checkpoint: {told(error)}", style="red")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
-            err.print("Interrupted. The same command takes up what is unfinished.")
+            err.print(f"Interrupted.{' The same command takes up what is unfinished.' if resumes else ''}")
             raise typer.Exit(INTERRUPTED) from error
 
     return run

@@ -107,6 +107,15 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
     assert result.exit_code == 130 and "takes up what is unfinished" in result.stderr
 
 
+def test_nothing_is_to_be_taken_up_of_a_command_that_only_reads(run, golden, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect", interrupted)
+    result = run("inspect", golden / "native" / "llama_gqa")
+    assert result.exit_code == 130 and result.stderr == "Interrupted.\n"
+
+
 def test_errors_in_the_program_are_not_dressed_up(run, golden, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError

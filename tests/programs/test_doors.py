@@ -116,6 +116,45 @@ assert sys.modules["qwen1"] is qwen1 and qwen1.terminal.commands is door
     assert run_python(code) == ""
 
 
+INTERRUPTED = """
+import signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:  # as torch does in places
+                if {passed_over}:
+                    return
+                raise
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = {words}
+import qwen1_commands
+qwen1_commands.{function}()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["qwen1-browser", "--tool", "clock"], ["qwen1-chat", "hello"], ["qwen1-checkpoint", "doctor"]),
+        *(["qwen1-finetune", "model"], ["qwen1-tiny-chat", "examine", "model"]),
+        ["qwen1-extend-vocabulary", "qwen.tiktoken", "words", "new"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("passed_over", [False, True])
+def test_ctrl_c_while_a_program_imports_ends_it_with_130(repository, words, passed_over, tmp_path):
+    function = words[0].removeprefix("qwen1-").replace("-", "_")
+    code = INTERRUPTED.format(words=words, function=function, passed_over=passed_over)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
+
+
 def test_no_package_is_said(tmp_path, repository):
     """As where somebody copied the doors alone."""
     (tmp_path / "qwen1_commands.py").write_bytes((repository / "qwen1_commands" / "__init__.py").read_bytes())

@@ -16,6 +16,7 @@ from ...programs.failures import is_of_machine, told
 from ...programs.models import check_model
 from ...programs.options import version_option
 from ...programs.packages import require
+from ...programs.starting import INTERRUPTED, heavy_imports
 from ..errors import DataError, TrainingError
 from ..noise import no_monitor_of_bars
 from . import PER_KIND
@@ -39,7 +40,7 @@ def options(version: Annotated[bool, version_option("qwen1-tiny-chat")] = False)
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
+def _failures(resumes: bool = True) -> Iterator[None]:
     """Expected failures as one line and exit code 1."""
     try:
         yield
@@ -49,8 +50,9 @@ def _failures() -> Iterator[None]:
         typer.echo(f"qwen1-tiny-chat: {told(error)}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        typer.echo("\nInterrupted; the same command goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from error
+        more = "; the same command goes on from the last checkpoint" if resumes else ""
+        typer.echo(f"\nInterrupted{more}.", err=True)
+        raise typer.Exit(INTERRUPTED) from error
 
 
 @app.command()
@@ -66,9 +68,10 @@ def make(
     Example: qwen1-tiny-chat make my-tiny-chat --seed 0
     """
     require("matplotlib", "the plot of the losses, which is drawn at the end,")
-    from .examination import examine_folder  # here and below, for --help needs neither torch nor transformers
-    from .journey import QUICK, Size, run
-    from .report import write_report
+    with heavy_imports():  # here and below, for --help needs none of them
+        from .examination import examine_folder
+        from .journey import QUICK, Size, run
+        from .report import write_report
 
     with _failures(), no_monitor_of_bars():
         if output.exists():
@@ -97,9 +100,10 @@ def examine(
 
     Example: qwen1-tiny-chat examine qwen-tiny-chat --per-kind 50
     """
-    from .examination import examine_folder
+    with heavy_imports():
+        from .examination import examine_folder
 
-    with _failures():
+    with _failures(resumes=False):
         check_model(folder)
         result = examine_folder(folder, per_kind, seed)
     if as_json:
