@@ -24,12 +24,12 @@ _READING = re.compile(r"PytorchStreamReader|deserializing")
 
 _RIGHT = "may not be used ({reason}): give yourself the right (chmod u+rw, of its folder too), or name another"
 _SENTENCES = {
-    errno.ENOSPC: "can't be written, for no space is left on its disk: free some, or name a folder on another disk",
-    errno.EDQUOT: "can't be written, for your quota of its disk is used up: free some, or name a folder elsewhere",
+    errno.ENOSPC: "can't be written, for no space is left on its disk: free some, or write to another disk",
+    errno.EDQUOT: "can't be written, for your quota of its disk is used up: free some, or write elsewhere",
     errno.EFBIG: "can't be written, for the system lets no file become so long: raise the limit (ulimit -f)",
     errno.EACCES: _RIGHT,
     errno.EPERM: _RIGHT,
-    errno.EROFS: "can't be written, for its disk is read-only: name a folder elsewhere",
+    errno.EROFS: "can't be written, for its disk is read-only: write elsewhere",
     errno.EMFILE: "can't be opened beside so many files: raise their number (ulimit -n)",
     errno.ENFILE: "can't be opened beside so many files of other programs: end some",
     errno.EIO: "can't be read or written ({reason}): look after its disk, then try again",
@@ -99,7 +99,10 @@ def _number(error: BaseException) -> int | None:
 def _file(error: BaseException) -> str:
     """The file that the system refused; of two, that which was to be written."""
     names = [getattr(error, name, None) for name in ("filename2", "filename")]
-    return next((os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))), "A file")
+    return next(
+        (os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))),
+        "A file or standard output",
+    )
 
 
 def _size(nbytes: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -53,16 +54,32 @@ def import_door(name: str) -> ModuleType:
                 del sys.modules[found]
 
 
-def _run(name: str, program: str) -> NoReturn:
+def _open_streams(program: str, prints: bool) -> None:
+    """Give a program that was started without standard input or standard error, as by a daemon, empty ones."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None and prints:
+        sys.exit(f"{program}: standard output is closed, where the result goes: send it to a file (> FILE).")
+
+
+def _run(name: str, program: str, prints: bool = False) -> NoReturn:
     """Run a program.
+
+    Args:
+        prints: whether its result goes to standard output.
 
     A package that it misses is a sentence with the command that installs it; space, rights or memory that the machine
     refuses, one with what helps. Ctrl-C before the program has begun, which takes seconds of imports, ends it as later.
     """
+    _open_streams(program, prints)
     try:
         sys.exit(import_door(name).main())
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(import_door("programs.printing").end_with_reader())
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("qwen1", "qwen1_commands"):
             raise  # no package is missing, but a part of this one
@@ -81,12 +98,12 @@ def browser() -> NoReturn:
 
 def chat() -> NoReturn:
     """Run `qwen1-chat`."""
-    _run("terminal.commands", "qwen1-chat")
+    _run("terminal.commands", "qwen1-chat", prints=True)
 
 
 def checkpoint() -> NoReturn:
     """Run `qwen1-checkpoint`."""
-    _run("conversion.commands", "qwen1-checkpoint")
+    _run("conversion.commands", "qwen1-checkpoint", prints=True)
 
 
 def extend_vocabulary() -> NoReturn:
@@ -101,4 +118,4 @@ def finetune() -> NoReturn:
 
 def tiny_chat() -> NoReturn:
     """Run `qwen1-tiny-chat`."""
-    _run("training.tiny.commands", "qwen1-tiny-chat")
+    _run("training.tiny.commands", "qwen1-tiny-chat", prints=True)

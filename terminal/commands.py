@@ -11,7 +11,7 @@ from ..programs.failures import is_of_machine, told
 from ..programs.few_bits import LESS_MEMORY
 from ..programs.models import ModelError, is_model_folder, leading, names_model
 from ..programs.packages import explain
-from ..programs.printing import printable
+from ..programs.printing import end_with_reader, printable
 from ..programs.shipped import TINY_CHAT
 from ..programs.starting import INTERRUPTED, heavy_imports
 from ..programs.version import add_version
@@ -120,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        end_with_reader()
     except Exception as error:
         if not isinstance(error, (ImportError, OSError, ValueError)) and not is_of_machine(error):
             raise

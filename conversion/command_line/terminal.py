@@ -20,6 +20,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from ...programs.failures import is_of_machine, told
+from ...programs.printing import end_with_reader
 from ...programs.starting import INTERRUPTED, heavy_imports
 from ..errors import CheckpointError
 from ..writing.progress import Progress
@@ -29,8 +30,17 @@ if TYPE_CHECKING:
 
 FAILED, WANTING = 1, 3
 
+
+class _Output(Console):
+    """Standard output."""
+
+    def on_broken_pipe(self) -> None:
+        """End as other programs do, where rich ends with 1."""
+        end_with_reader()
+
+
 # Texts and paths of users are printed as they are, on one line each, for other programs to read.
-out = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
+out = _Output(emoji=False, highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, emoji=False, highlight=False, markup=False, soft_wrap=True)
 
 SourceArgument = Annotated[Path, typer.Argument(metavar="SRC", help="Folder, or the single file of a LLaMA training.")]
@@ -127,6 +137,8 @@ def reported(command: Callable[..., None], *, resumes: bool = True) -> Callable[
         try:
             with _silence():
                 command(*args, **kwargs)
+        except BrokenPipeError:
+            end_with_reader()
         except Exception as error:
             if not isinstance(error, (CheckpointError, OSError)) and not is_of_machine(error):
                 raise

@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from qwen1.conversion.command_line import terminal as checkpoint_terminal
 from qwen1.programs.version import version
+from qwen1.terminal import commands as chat_commands
+from qwen1.terminal import session
 from qwen1.training import commands, finetuning, options
+from qwen1.training.tiny import commands as tiny_chat_commands
 
 COMMANDS = (
     "qwen1-browser",
@@ -153,6 +158,86 @@ def test_ctrl_c_while_a_program_imports_ends_it_with_130(repository, words, pass
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+# --- standard streams that aren't there ---
+
+DOOR = """
+import sys
+import qwen1_commands
+
+class Door:
+    @staticmethod
+    def main():
+        {main}
+
+door = qwen1_commands.import_door
+qwen1_commands.import_door = lambda name: Door if name.endswith("commands") else door(name)
+qwen1_commands.{program}()
+"""
+
+
+@pytest.fixture
+def run_door(repository):
+    """Run a door with another program behind it: (statement, what the shell does with its streams) -> the process."""
+
+    def run(main, streams, program="chat"):
+        code = DOOR.format(main=main, program=program)
+        words = ["sh", "-c", f'"$0" -c "$1" {streams}; exit $?', sys.executable, code]
+        return subprocess.run(
+            words, env={**os.environ, "PYTHONPATH": str(repository)}, capture_output=True, text=True, stdin=None
+        )
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the streams are those of a shell")
+def test_a_program_without_standard_input_reads_nothing(run_door):
+    done = run_door("print([*sys.stdin], sys.stdin.isatty())", "<&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] False\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the streams are those of a shell")
+def test_a_program_without_standard_error_says_nothing(run_door):
+    done = run_door("print('lost', file=sys.stderr)", "2>&-")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the streams are those of a shell")
+def test_a_result_that_goes_nowhere_is_refused(run_door):
+    done = run_door("print('lost')", ">&-")
+    assert done.returncode == 1 and done.stderr.startswith("qwen1-chat: standard output is closed")
+    done = run_door("sys.stderr.write('served')", ">&-", "browser")
+    assert (done.returncode, done.stderr) == (0, "served")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGPIPE")
+def test_a_pipe_that_nobody_reads_ends_a_program_without_a_word(run_door):
+    done = run_door("raise BrokenPipeError", "")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_program_that_catches_errors_leaves_those_of_a_pipe_alone(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end():
+        raise Ended
+
+    def broken(*arguments):
+        raise BrokenPipeError
+
+    for module in (chat_commands, checkpoint_terminal, tiny_chat_commands):
+        monkeypatch.setattr(module, "end_with_reader", end)
+    monkeypatch.setattr(session, "run", broken)
+    with pytest.raises(Ended):
+        chat_commands.main(["hello"])
+    with pytest.raises(Ended):
+        checkpoint_terminal.reported(broken)()
+    with pytest.raises(Ended):
+        checkpoint_terminal.out.on_broken_pipe()
+    with pytest.raises(Ended), tiny_chat_commands._failures():
+        broken()
 
 
 def test_no_package_is_said(tmp_path, repository):

@@ -53,7 +53,12 @@ def test_the_memory_that_was_asked_for_is_named():
 def test_a_full_disk_is_one_sentence_that_names_the_file_that_was_written(error):
     said = told(error)
     assert said.startswith("out/model can't be written") and "Errno" not in said
-    assert re.search(r": free some, or name a folder (on another disk|elsewhere)\.$", said)
+    assert re.search(r": free some, or write (to another disk|elsewhere)\.$", said)
+
+
+def test_what_has_no_name_may_be_standard_output():
+    said = told(OSError(errno.ENOSPC, "No space left on device"))
+    assert said.startswith("A file or standard output can't be written") and "folder" not in said
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_a_full_disk_is_one_sentence_that_names_the_file_that_was_written(error)
     [
         (errno.EACCES, "give yourself the right"),
         (errno.EPERM, "give yourself the right"),
-        (errno.EROFS, "name a folder elsewhere"),
+        (errno.EROFS, "write elsewhere"),
         (errno.EFBIG, "ulimit -f"),
         (errno.EMFILE, "ulimit -n"),
         (errno.EIO, "look after its disk"),

@@ -16,6 +16,7 @@ from ...programs.failures import is_of_machine, told
 from ...programs.models import check_model
 from ...programs.options import version_option
 from ...programs.packages import require
+from ...programs.printing import end_with_reader
 from ...programs.starting import INTERRUPTED, heavy_imports
 from ..errors import DataError, TrainingError
 from ..noise import no_monitor_of_bars
@@ -44,6 +45,8 @@ def _failures(resumes: bool = True) -> Iterator[None]:
     """Expected failures as one line and exit code 1."""
     try:
         yield
+    except BrokenPipeError:
+        end_with_reader()
     except Exception as error:
         if not isinstance(error, (DataError, TrainingError, OSError, ValueError)) and not is_of_machine(error):
             raise
@@ -123,8 +126,10 @@ def dialogues(
     """
     from .dialogues import training_dialogues
 
-    for dialogue in training_dialogues(count, seed):
-        sys.stdout.write(json.dumps({"messages": dialogue.messages()}, ensure_ascii=False) + "\n")
+    with _failures(resumes=False):
+        for dialogue in training_dialogues(count, seed):
+            sys.stdout.write(json.dumps({"messages": dialogue.messages()}, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
 
 
 def _print(result: Result, show: int) -> None:
