@@ -30,12 +30,15 @@ def heavy_imports() -> Iterator[None]:
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
+    library = threading.Thread(target=_load_torch_library, daemon=True)
     gc.disable()
-    threading.Thread(target=_load_torch_library, daemon=True).start()
     try:
         with _ended_by_ctrl_c():
+            library.start()
             yield
     finally:
+        if library.is_alive():
+            library.join()  # a process that ends while a library is being loaded crashes
         gc.freeze()
         gc.enable()
 
