@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
@@ -114,6 +114,69 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
             f"--resume_from_checkpoint {wanted} is no complete checkpoint: pass True for the last one. Here {missing}."
         )
     return Path(wanted)
+
+
+def check_kind(args: TrainingArguments, lora: Any, base: str) -> None:
+    """Refuse to take up a checkpoint whose weights are others than those that will be trained.
+
+    Args:
+        lora: the options of an adapter.
+        base: name of the model.
+
+    Raises:
+        TrainingError: names what the checkpoint has and what is asked for.
+    """
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is None:
+        return
+    is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+    if is_adapter and not lora.use_lora:
+        raise TrainingError(
+            f"{checkpoint} has an adapter, but without --use_lora all weights are trained: pass --use_lora to go on "
+            "with it, or begin anew in another --output_dir."
+        )
+    is_whole = not is_adapter and any(checkpoint.glob("model*.safetensors"))  # FSDP's shards may be either
+    if is_whole and lora.use_lora:
+        raise TrainingError(
+            f"{checkpoint} has all weights of a model, but --use_lora trains an adapter: leave --use_lora out to go on "
+            f"with them, or begin an adapter of it with --model_name_or_path {checkpoint} and another --output_dir."
+        )
+    if is_adapter:
+        _check_same_adapter(checkpoint, lora)
+    elif is_whole:
+        _check_same_sizes(checkpoint, base)
+
+
+def _check_same_sizes(checkpoint: Path, base: str) -> None:
+    begun, asked = AutoConfig.from_pretrained(checkpoint), AutoConfig.from_pretrained(base)
+    for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        if (held := getattr(begun, size)) != (wanted := getattr(asked, size)):
+            raise TrainingError(
+                f"{checkpoint} has a model with {size} {held}, but --model_name_or_path {base} has {wanted}: name the "
+                "model that it was begun with, or begin anew in another --output_dir."
+            )
+
+
+def _check_same_adapter(checkpoint: Path, lora: Any) -> None:
+    from peft import PeftConfig  # an extra
+    from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+
+    held = PeftConfig.from_pretrained(str(checkpoint))
+    further = PeftConfig.from_pretrained(lora.lora_weight_path) if lora.lora_weight_path else None
+    for option, name in {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}.items():
+        wanted = getattr(lora, option) if further is None else getattr(further, name, None)
+        if isinstance(wanted, (list, set)) and len(set(wanted)) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+            continue  # peft has written down shorter names
+        if (begun := _words(getattr(held, name, None))) != (wanted := _words(wanted)):
+            by = "the options ask for" if further is None else f"the adapter {lora.lora_weight_path} has"
+            raise TrainingError(
+                f"{checkpoint} has an adapter with --{option} {begun}, but {by} --{option} {wanted}: go on with the "
+                "options that it was begun with, or begin anew in another --output_dir."
+            )
+
+
+def _words(value: Any) -> str:
+    return " ".join(sorted(set(value))) if isinstance(value, (list, set)) else str(value)
 
 
 def _is_any(args: TrainingArguments) -> bool:

@@ -31,7 +31,7 @@ from ..programs.packages import explain, require
 from ..programs.starting import INTERRUPTED
 from ..programs.version import add_version
 from .card import describe, farewell, model_card
-from .checkpoints import check_output, checkpoint_to_resume, save_trained
+from .checkpoints import check_kind, check_output, checkpoint_to_resume, save_trained
 from .checks import LOWER_IS_BETTER, check_before_loading, check_layers, check_reports, problems_of_numbers
 from .errors import DataError, SavingError, TrainingError
 from .examples import Example
@@ -403,6 +403,7 @@ def run(arguments: Arguments) -> WatchedTrainer:
     name = model_arguments.model_name_or_path
     check_model(name, adapters=False)
     check_before_loading(model_arguments, data, lora, args)
+    check_kind(args, lora, name)
     tokenizer = load_tokenizer(name)
     if lora.use_lora and not lora.lora_weight_path:
         check_layers(name, lora.lora_target_modules)

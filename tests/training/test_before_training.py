@@ -321,6 +321,60 @@ def test_settings_that_the_checkpoint_holds_are_said_and_used(options, tmp_path,
     assert "| learning rate | 0.001 |" in card and "| weight decay | 0.1 |" in card
 
 
+ADAPTER = ["--use_lora", "--lora_r", 4]
+ALL, RANK, LAYERS = "all weights of a model", "an adapter with --lora_r 4", "--lora_target_modules c_attn c_proj w1 w2"
+OTHER_KINDS = {
+    "adapter of all weights": ([], ADAPTER, [ALL, "but --use_lora trains an adapter: leave --use_lora out"]),
+    "all weights of an adapter": (ADAPTER, [], ["has an adapter, but without --use_lora all weights are trained"]),
+    "rank": (ADAPTER, ["--use_lora", "--lora_r", 8], [RANK, "but the options ask for --lora_r 8: go on with"]),
+    "layers": (ADAPTER, [*ADAPTER, "--lora_target_modules", "w1"], [LAYERS, "ask for --lora_target_modules w1: "]),
+    "biases": (ADAPTER, [*ADAPTER, "--lora_bias", "all"], ["with --lora_bias none", "ask for --lora_bias all: "]),
+}
+
+
+@pytest.mark.parametrize("begun, words, said", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_checkpoint_of_another_kind_is_refused(options, tmp_path, killed, failed, monkeypatch, begun, words, said):
+    killed(options("--max_steps", 2, *EACH_STEP, *begun))
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    reason = failed(options("--max_steps", 2, *EACH_STEP, *words, "--resume_from_checkpoint", "True"))
+    assert f"qwen1-finetune: {tmp_path / 'out' / 'checkpoint-1'} has " in reason
+    assert all(part in reason for part in said) and "another --output_dir." in reason
+
+
+def test_a_checkpoint_of_another_model_is_refused(options, tmp_path, killed, failed, checkpoint_folder, edit_json):
+    words = options("--max_steps", 2, *EACH_STEP)
+    killed(words)
+    edit_json(checkpoint_folder / "config.json", n_layer=3, num_hidden_layers=3)
+    said = failed([*words, "--resume_from_checkpoint", "True"])
+    model = f"--model_name_or_path {checkpoint_folder}"
+    assert f"checkpoint-1 has a model with num_hidden_layers 2, but {model} has 3: name the model that" in said
+
+
+PARTS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+SAME_LAYERS = {
+    "twice": ["c_attn", "c_attn"],
+    "many": [f"{path}{block}.{part}" for path in ("transformer.h.", "h.", "") for block in (0, 1) for part in PARTS],
+}
+
+
+@pytest.mark.parametrize("layers", SAME_LAYERS.values(), ids=SAME_LAYERS)
+def test_layers_that_peft_writes_down_otherwise_are_the_same(options, killed, layers):
+    words = ["--max_steps", 2, *EACH_STEP, "--use_lora", "--lora_target_modules", *layers]
+    killed(options(*words))
+    assert run(parse_arguments(options(*words, "--resume_from_checkpoint", "True"))).state.global_step == 2
+
+
+def test_a_checkpoint_of_a_further_trained_adapter_is_held_against_that_adapter(options, tmp_path, killed, failed):
+    for rank in (4, 8):
+        main(options("--max_steps", 1, "--use_lora", "--lora_r", rank, output=f"rank-{rank}"))
+    words = ["--max_steps", 2, *EACH_STEP, "--use_lora", "--lora_weight_path"]
+    killed(options(*words, tmp_path / "rank-4"))
+    resumed = ["--resume_from_checkpoint", "True"]
+    said = failed(options(*words, tmp_path / "rank-8", *resumed))
+    assert f"with --lora_r 4, but the adapter {tmp_path / 'rank-8'} has --lora_r 8: go on with the options" in said
+    assert run(parse_arguments(options(*words, tmp_path / "rank-4", *resumed))).state.global_step == 2
+
+
 def test_published_words_still_work(options, data):
     model, arguments, *_ = parse_arguments(options("--eval_data_path", data, "--lazy_preprocess", "True"))
     assert arguments.data_path == [str(data)] == arguments.eval_data_path and arguments.data_weights is None
