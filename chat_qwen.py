@@ -26,6 +26,7 @@ from .generation_qwen import (
     cache_of_settings,
     check_generation,
     check_generation_config,
+    check_settings,
     eos_sequences,
     sequences_of,
 )
@@ -122,6 +123,8 @@ class ChatCall:
         other_kwargs = settings.update(**generate_kwargs)
         _refuse_inputs(other_kwargs)
         effective = GenerationSettings(model, settings)
+        check_settings(model, effective)
+        _refuse_several(effective["num_return_sequences"])
         chat_format = effective["chat_format"] or "chatml"
         _refuse_base_model(chat_format)
         settings.pad_token_id = tokenizer.eod_id  # fills up rows that have ended, and is cut off with what ended them
@@ -147,7 +150,7 @@ class ChatCall:
         inputs = self.inputs([context])
         cache = self.cache(history, context) if reuse_cache else None
         sequences = sequences_of(self.model.generate(**inputs, **cache_argument(cache)))
-        (reply,) = self.replies(sequences, len(context), count=1)
+        (reply,) = self.replies(sequences, len(context))
         return reply, None if cache is None else KeptCache(self.model, sequences[0].tolist(), cache)
 
     def answer_batch(self, conversations: list[tuple[str, HistoryType, str]]) -> list[str]:
@@ -155,7 +158,7 @@ class ChatCall:
         contexts = [fitting_context(self.tokenizer, *conversation, self.window) for conversation in conversations]
         inputs = self.inputs(contexts)
         sequences = sequences_of(self.model.generate(**inputs))
-        return self.replies(sequences, inputs["input_ids"].shape[1], count=len(contexts))
+        return self.replies(sequences, inputs["input_ids"].shape[1])
 
     def stream(
         self,
@@ -210,10 +213,9 @@ class ChatCall:
             inputs["stopping_criteria"] = StoppingCriteriaList([*(inputs.get("stopping_criteria") or ()), stop])
         return inputs
 
-    def replies(self, sequences: torch.Tensor, length: int, count: int) -> list[str]:
-        """The texts behind prompts of `length` tokens, one for each of `count` conversations."""
-        copies = len(sequences) // count  # num_return_sequences: the first of each is the reply
-        replies = sequences[::copies, length:].tolist()
+    def replies(self, sequences: torch.Tensor, length: int) -> list[str]:
+        """The texts behind prompts of `length` tokens, one for each conversation."""
+        replies = sequences[:, length:].tolist()
         ends = [find_end(reply, self.cut, self.kept) for reply in replies]
         texts = [decode_text(self.tokenizer, reply[:end]).strip() for reply, end in zip(replies, ends, strict=True)]
         if self.stop_text is None:
@@ -417,13 +419,22 @@ def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_several(count: int | None) -> None:
+    """Refuse several replies to a query, of which a history can take one, rather than throw the others away."""
+    if (count or 1) > 1:
+        raise ValueError(
+            f"num_return_sequences={count} must be 1 in a chat, which gives one reply to each query: for several give "
+            "batch_chat the query as often, or use generate."
+        )
+
+
 def _can_carry_cache(model: Any, settings: GenerationSettings, other_kwargs: dict[str, Any]) -> bool:
     """Whether generation keeps one sequence in a cache of the model's own that may be cut short, and nothing else."""
     others = ("prompt_lookup_num_tokens", "assistant_early_exit")
     return (
         isinstance(cache_of_settings(model, settings), KEPT)
         and all(settings[name] is None for name in others)
-        and all((settings[name] or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+        and (settings["num_beams"] or 1) == 1
         and not {*CACHE_NAMES, "assistant_model", "custom_generate"} & other_kwargs.keys()
     )
 

@@ -63,11 +63,6 @@ def test_arguments_are_those_of_chat(chat_model, byte_tokenizer, forced):
     assert histories[0] == [["a", "b"]] and config.max_new_tokens == 3
 
 
-def test_several_samples_for_each_row(chat_model, byte_tokenizer, forced):
-    arguments = {"do_sample": True, "num_return_sequences": 2, "logits_processor": forced("a", "b", "c", "d")}
-    assert chat_model.batch_chat(byte_tokenizer, ["q", "r"], **arguments)[0] == ["a", "c"]
-
-
 def test_first_row_is_sampled_as_alone(chat_model, byte_tokenizer):
     alone, _ = chat_model.chat(byte_tokenizer, "q", do_sample=True, seed=5)
     replies, _ = chat_model.batch_chat(byte_tokenizer, ["q", "long " * 30, "q"], do_sample=True, seed=5)

@@ -96,10 +96,23 @@ def test_empty_reply(chat_model, byte_tokenizer, forced):
     assert chat_model.chat(byte_tokenizer, "q", logits_processor=forced("")) == ("", [("q", "")])
 
 
-def test_several_samples_and_dictionary_output(chat_model, byte_tokenizer, forced):
-    several = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
-    reply, _ = chat_model.chat(byte_tokenizer, "q", logits_processor=forced("one", "two"), **several)
-    assert reply == "one"
+def test_dictionary_output(chat_model, byte_tokenizer, forced):
+    settings = {"do_sample": True, "return_dict_in_generate": True}
+    assert chat_model.chat(byte_tokenizer, "q", logits_processor=forced("one"), **settings)[0] == "one"
+
+
+@pytest.mark.parametrize("method", ["chat", "chat_stream", "batch_chat"])
+@pytest.mark.parametrize("by", ["argument", "configuration", "settings of the model"])
+def test_replies_that_nobody_would_get_are_refused(chat_model, byte_tokenizer, method, by):
+    several = {"do_sample": True, "num_return_sequences": 2}
+    if by == "settings of the model":
+        chat_model.generation_config.update(**several)
+    given = {"argument": several, "configuration": {"generation_config": GenerationConfig(**several)}}.get(by, {})
+    query = ["q"] if method == "batch_chat" else "q"
+    with pytest.raises(
+        ValueError, match="^num_return_sequences=2 must be 1 in a chat.* give batch_chat the query as often"
+    ):
+        getattr(chat_model, method)(byte_tokenizer, query, **given)
 
 
 def test_injection_reaches_the_model_as_text(chat_model, byte_tokenizer, forced, control_ids):

@@ -226,7 +226,6 @@ def test_dynamic_scaling_reads_anew_once_it_has_begun(model, byte_tokenizer, tin
     [
         {"reuse_cache": False},
         {"num_beams": 2},
-        {"num_return_sequences": 2, "do_sample": True},
         {"cache_implementation": "static"},
         {"use_cache": False},
         {"prompt_lookup_num_tokens": 3},
