@@ -354,27 +354,38 @@ class QWenChatMixin(_Model):
         _refuse_others("batch_chat", generate_kwargs)
         choices = Choices(stop_words_ids, generation_config, max_window_size, keep_stop_words)
         call = ChatCall.prepare(self, tokenizer, choices, generate_kwargs)
-        queries, histories, systems = _lists_of_batch(queries, histories, system)
+        queries, turns, systems = _lists_of_batch(queries, histories, system)
         if not queries:
             return [], []
-        turns = [checked_history(history) for history in histories]
         replies = call.answer_batch(list(zip(queries, turns, systems, strict=True)))
         if append_history:
             turns = [[*turns[row], (plain_text(query), replies[row])] for row, query in enumerate(queries)]
         return replies, turns
 
 
-def _lists_of_batch(queries: Any, histories: Any, system: Any) -> tuple[list[str], list[Any], list[str]]:
+def _lists_of_batch(queries: Any, histories: Any, system: Any) -> tuple[list[str], list[HistoryType], list[str]]:
     """The queries, histories and system messages of a batch, a list of the same length each."""
-    if isinstance(queries, str):
-        raise ValueError(f"queries={queries!r:.80} must be a list of texts; for a single one use chat.")
-    queries = list(queries)
-    histories = [None] * len(queries) if histories is None else list(histories)
-    systems = [system] * len(queries) if isinstance(system, str) else list(system)
+    queries = _listed("queries", queries, "a list of texts; for a single one use chat")
+    histories = [None] * len(queries) if histories is None else histories
+    histories = _listed("histories", histories, "None or a list of histories, one for each query")
+    systems = [system] * len(queries) if isinstance(system, str) else system
+    systems = _listed("system", systems, "a text, or a list of texts, one for each query")
     for name, values in (("histories", histories), ("system", systems)):
         if len(values) != len(queries):
             raise ValueError(f"{name} has {len(values)} entries for {len(queries)} queries: give one for each.")
-    return queries, histories, systems
+    for name, texts in (("queries", queries), ("system", systems)):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}[{row}]={text!r:.80} must be a text.")
+    turns = [checked_history(history, f"histories[{row}]") for row, history in enumerate(histories)]
+    return queries, turns, systems
+
+
+def _listed(name: str, values: Any, wanted: str) -> list[Any]:
+    """An argument of a batch as a list."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={values!r:.80} must be {wanted}.")
+    return list(values)
 
 
 def _refuse_others(method: str, arguments: Mapping[str, Any]) -> None:

@@ -147,20 +147,24 @@ def _write_as_list_in_yaml() -> None:
 _write_as_list_in_yaml()
 
 
-def checked_history(history: Iterable[Sequence[str]] | None) -> HistoryType:
+def checked_history(history: Iterable[Sequence[str]] | None, name: str = "history") -> HistoryType:
     """A copy of the history as a list of pairs; the caller's own list is never changed.
 
     Texts of a derived class, such as a `ToolReply`, become plain ones, which can be read wherever they are stored.
+
+    Args:
+        name: of the argument, for the message.
 
     Raises:
         ValueError: no history, or a turn that is no pair of query and response.
     """
     if history is not None and not isinstance(history, Iterable):
-        raise ValueError(f"history={history!r} must be None or a list of pairs (query, response).")
+        raise ValueError(f"{name}={history!r} must be None or a list of pairs (query, response).")
     turns: HistoryType = []
     for index, item in enumerate(history or ()):
-        if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
-            raise ValueError(f"history[{index}]={item!r:.80} must be a pair (query, response).")
+        pair = isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2
+        if not pair or not all(isinstance(text, str) for text in item):
+            raise ValueError(f"{name}[{index}]={item!r:.80} must be a pair (query, response) of texts.")
         turns.append((plain_text(item[0]), plain_text(item[1])))
     return turns
 

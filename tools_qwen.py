@@ -213,9 +213,9 @@ def _react_prompt(query: str, tools: Mapping[str, Tool]) -> str:
     return _PROMPT.format(tools=described, names=", ".join(tools), query=query)
 
 
-def _is_plain(response: Any) -> bool:
-    """Whether a response is none of these exchanges; what is no text is left for where it is encoded."""
-    return isinstance(response, str) and not response.startswith("Thought:")
+def _is_plain(response: str) -> bool:
+    """Whether a response is none of these exchanges."""
+    return not response.startswith("Thought:")
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,6 @@ class Exchange:
             missing = "tools=" if tools is None else "the history= that the call came with"
             raise ValueError(f"query={query!r:.80} is the result of a call: pass {missing} too.")
         asked, response = turns.pop()
-        if not isinstance(response, str):
-            raise ValueError(f"The last response of the history, {response!r:.80}, must be a text with a call.")
         return cls(turns, asked, f"{response.rstrip()}\n{OBSERVATION} {query.text()}\nThought:", named)
 
     @property

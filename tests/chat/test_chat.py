@@ -189,6 +189,10 @@ def test_base_model_refuses_and_names_another(chat_model, byte_tokenizer, stream
         ({"query": 5}, "text of the user must be a str, got int: 5"),
         ({"query": "q", "system": None}, "text of the system must be a str, got NoneType"),
         ({"query": "q", "history": ["ab"]}, r"history\[0\]='ab' must be a pair"),
+        (
+            {"query": "q", "history": [("a", "b"), ("c", None)]},
+            r"history\[1\]=\('c', None\) must be a pair .* of texts",
+        ),
         ({"query": "q", "history": 5}, "history=5 must be None or a list of pairs"),
         ({"query": "q", "stop_words_ids": "Observation"}, "stop_words_ids='Observation' must be a list of lists"),
         ({"query": "q", "stop_words_ids": [1, 2]}, "stop_words_ids has the entry 1: each must be a non-empty list"),

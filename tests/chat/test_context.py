@@ -129,7 +129,7 @@ def test_turn_of_the_wrong_form(turn):
     [
         ({"query": None}, "text of the user must be a str, got NoneType"),
         ({"query": "q", "system": 3}, "text of the system must be a str, got int: 3"),
-        ({"query": "q", "history": [("a", None)]}, "text of the assistant must be a str, got NoneType"),
+        ({"query": "q", "history": [("a", None)]}, r"history\[0\]=\('a', None\) must be a pair"),
         ({"query": "q", "chat_format": "alpaca"}, "chat_format='alpaca' is unknown: use 'chatml' or 'raw'"),
     ],
 )

@@ -74,11 +74,11 @@ def test_the_callers_history_stays_as_it_is(model, byte_tokenizer, script, multi
     [
         (ToolResult("1"), [("q", "r")], None, "is the result of a call: pass tools= too"),
         (ToolResult("1"), None, [{"name": "t"}], "pass the history= that the call came with"),
-        (ToolResult("1"), [("q", None)], [{"name": "t"}], "last response of the history, None, must be a text"),
+        (ToolResult("1"), [("q", None)], [{"name": "t"}], r"history\[0\]=\('q', None\) must be a pair"),
         ({"role": "user", "content": "q"}, None, [{"name": "t"}], "must be a text, or"),
         ({"role": "tool"}, [("q", "r")], [{"name": "t"}], "must be a text, or"),
         (None, None, [{"name": "t"}], "text of the user must be a str, got NoneType"),
-        ("q", [("a", None)], [{"name": "t"}], "text of the assistant must be a str, got NoneType"),
+        ("q", [("a", None)], [{"name": "t"}], r"history\[0\]=\('a', None\) must be a pair"),
         ("q", None, [], "has no tool in it"),
     ],
 )
