@@ -314,9 +314,7 @@ class QWenGenerationMixin(_GenerativeModel):
         cache = _cache_of_generation(self, given, settings, assistant_model)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
-        kwargs |= self._alpha_argument(prompt, cache, named)
-        if "cache_config" in kwargs:
-            kwargs["cache_config"] = copy.copy(kwargs["cache_config"])  # transformers 5.4 takes keys out of it
+        kwargs |= self._alpha_argument(prompt, cache, named) | _own_cache_config(kwargs)
         if settings["do_sample"] and not _OnlyChecks.is_in(stopping_criteria):
             draw_alike(self)
         late = asked_late(self, prompt.ids, cache, settings, arguments)
@@ -410,6 +408,11 @@ class QWenGenerationMixin(_GenerativeModel):
         if held is None and cache is not None:
             set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)
         return {}
+
+
+def _own_cache_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument of that name, copied: transformers 5.4 takes keys out of it."""
+    return {name: copy.copy(given) for name, given in arguments.items() if name == "cache_config"}
 
 
 def _cache_of_generation(model: Any, given: Any, settings: GenerationSettings, assistant_model: Any) -> Any:
