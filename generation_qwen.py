@@ -9,7 +9,6 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,14 @@ from .arguments_qwen import CACHE_NAME, CACHE_NAMES, cache_argument, one_cache
 from .cache_qwen import GROUPED_BACKEND, continues, named_cache, new_cache, refuse_quantized
 from .ending_qwen import asked_late, with_late_answers
 from .ntk_qwen import held_ntk_alpha, set_ntk_alpha
-from .qwen_generation_utils import SeededSampling, StopWordsCriteria, TokensType, check_stop_words, find_end
+from .qwen_generation_utils import (
+    SeededSampling,
+    StopWordsCriteria,
+    TokensType,
+    check_stop_words,
+    find_end,
+    is_whole,
+)
 from .shards_qwen import draw_alike
 from .tensor_parallel_qwen import shares_of_process
 
@@ -190,7 +196,7 @@ def check_settings(model: Any, settings: GenerationSettings) -> None:
     """
     for name in ("num_beams", "num_return_sequences"):
         count = settings[name]
-        if count is not None and (not isinstance(count, Integral) or count < 1):
+        if count is not None and (not is_whole(count) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
     _check_cache_config(model.generation_config, settings)
 

@@ -10,6 +10,7 @@ import copy
 import random
 import unicodedata
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -322,6 +323,11 @@ def _ends_with(reply: Sequence[int], end: int, stop: Sequence[int]) -> bool:
     return list(reply[max(end - len(stop), 0) : end]) == list(stop)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or of numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_stop_words(stop_words_ids: Any) -> list[TokensType]:
     """A copy of the stop words as lists of token ids, an empty one for None.
 
@@ -415,9 +421,9 @@ class SeededSampling(LogitsProcessor):
     """
 
     def __init__(self, seed: int, prompt_length: int, arranged: bool = True):
-        if not isinstance(seed, int) or isinstance(seed, bool):
+        if not is_whole(seed):
             raise ValueError(f"seed={seed!r} must be a whole number, or None to sample without one.")
-        self.seed = seed
+        self.seed = int(seed)
         self.prompt_length = prompt_length
         self.arranged = arranged
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -165,6 +166,7 @@ def test_window_of_call_then_configuration_then_model(chat_model, byte_tokenizer
         ({"generation_config": GenerationConfig(max_new_tokens=2, max_window_size=500)}, whole),
         ({"generation_config": GenerationConfig(max_new_tokens=2, max_window_size=500), "max_window_size": 90}, short),
         ({"max_window_size": 500}, whole),
+        ({"max_window_size": np.int64(90)}, short),
     ]:
         processors = forced("x")
         chat_model.chat(byte_tokenizer, "q", turns, "s", logits_processor=processors, **arguments)
@@ -186,6 +188,11 @@ def test_base_model_refuses_and_names_another(chat_model, byte_tokenizer, stream
     [
         ({"query": "q", "max_window_size": "50"}, "max_window_size='50' must be a whole number"),
         ({"query": "q", "max_window_size": 50.5}, "max_window_size=50.5 must be a whole number"),
+        *(
+            ({"query": "q", "max_window_size": size}, f"max_window_size={size} must be a whole number .*, at least 1")
+            for size in (True, -3, 0)
+        ),
+        ({"query": "q", "generation_config": GenerationConfig(max_window_size=0)}, "max_window_size=0 must be a whole"),
         ({"query": 5}, "text of the user must be a str, got int: 5"),
         ({"query": "q", "system": None}, "text of the system must be a str, got NoneType"),
         ({"query": "q", "history": ["ab"]}, r"history\[0\]='ab' must be a pair"),

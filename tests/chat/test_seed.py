@@ -1,5 +1,6 @@
 """`seed=`: sampling that repeats, whatever the state of the global generator, which it doesn't seed."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import TopPLogitsWarper
@@ -27,6 +28,10 @@ def test_same_seed_same_text_whatever_the_global_generator_does(sample):
 
 def test_different_seeds_differ(sample):
     assert len({str(sample(seed=seed)) for seed in (0, 1, 2, -1, 2**70)}) == 5
+
+
+def test_a_whole_number_of_numpy_is_a_seed(sample):
+    assert sample(seed=np.int64(7)) == sample(seed=np.uint8(7)) == sample(seed=7)
 
 
 def test_without_a_seed_the_global_generator_decides(sample):
