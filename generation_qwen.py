@@ -251,12 +251,25 @@ def check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _with_stop_words(
-    criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
+    model: Any, criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
 ) -> StoppingCriteriaList | None:
-    words = settings["stop_words_ids"]
-    if words is None:
+    if settings["stop_words_ids"] is None:
         return criteria
+    words = check_stop_words(settings["stop_words_ids"])
+    if not settings["is_assistant"]:  # which is given those of the model that it helps
+        _refuse_impossible(words, model.config.vocab_size)
     return StoppingCriteriaList([*(criteria or ()), StopWordsCriteria(words, prompt.length)])
+
+
+def _refuse_impossible(words: list[TokensType], vocabulary: int) -> None:
+    """Refuse stop words with an id that a model of so many tokens can't write, which would never end a text."""
+    for word in words:
+        unknown = [token for token in word if not 0 <= token < vocabulary]
+        if unknown:
+            raise ValueError(
+                f"stop_words_ids has the entry {word}, but this model writes the ids 0 to {vocabulary - 1} and no "
+                f"{', '.join(map(str, unknown))}: encode stop words with the tokenizer of the checkpoint."
+            )
 
 
 def _with_seed(
@@ -315,7 +328,7 @@ class QWenGenerationMixin(_GenerativeModel):
             arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
         prompt = Prompt.read(inputs, kwargs, settings)
-        arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
+        arguments["stopping_criteria"] = _with_stop_words(self, stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
         cache = _cache_of_generation(self, given, settings, assistant_model)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.

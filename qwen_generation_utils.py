@@ -340,12 +340,12 @@ def check_stop_words(stop_words_ids: Any) -> list[TokensType]:
         raise ValueError(f"stop_words_ids={stop_words_ids!r} must be a list of lists of token ids.")
     words = [word.tolist() if isinstance(word, torch.Tensor) else word for word in stop_words_ids]
     for word in words:
-        if not isinstance(word, (list, tuple)) or not word or not all(isinstance(token, int) for token in word):
+        if not isinstance(word, (list, tuple)) or not word or not all(map(is_whole, word)):
             raise ValueError(
                 f"stop_words_ids has the entry {word!r}: each must be a non-empty list of token ids, such as "
                 "tokenizer.encode('Observation:')."
             )
-    return [list(word) for word in words]
+    return [[int(token) for token in word] for word in words]
 
 
 class StopWordsCriteria(StoppingCriteria):

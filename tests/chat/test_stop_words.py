@@ -1,7 +1,11 @@
 """Stop words: token sequences that end a reply, in `chat`, in streams and in plain `generate`."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from qwen1 import Tool, ToolCall, make_context
 from qwen1.cache_qwen import new_cache
@@ -228,7 +232,37 @@ def test_check_stop_words_copies():
     assert check_stop_words(None) == check_stop_words([]) == []
 
 
-@pytest.mark.parametrize(("words", "entry"), [("ab", "'ab'"), (5, "5"), ([[]], r"\[\]"), ([["a"]], r"\['a'\]")])
+@pytest.mark.parametrize(
+    ("words", "entry"),
+    [("ab", "'ab'"), (5, "5"), ([[]], r"\[\]"), ([["a"]], r"\['a'\]"), ([[True]], r"\[True\]"), ([[1.0]], r"\[1.0\]")],
+)
 def test_bad_stop_words(written, words, entry):
     with pytest.raises(ValueError, match=f"stop_words_ids.*{entry}.*must be a"):
         written(b"prompt", stop_words_ids=words)
+
+
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+@pytest.mark.parametrize(("word", "ids"), [([65, 464], "464"), ([-1, 65, 10**9], "-1, 1000000000")])
+def test_stop_words_that_can_never_be_written(chat_model, byte_tokenizer, written, by, word, ids):
+    arguments = {"stop_words_ids": [[65], word]} if by == "argument" else {}
+    if by == "configuration":
+        chat_model.generation_config.stop_words_ids = [[65], word]
+    message = re.escape(f"stop_words_ids has the entry {word}, but this model writes the ids 0 to 463 and no {ids}: ")
+    with pytest.raises(ValueError, match=message):
+        written(b"prompt", **arguments)
+    with pytest.raises(ValueError, match=message):
+        chat_model.chat(byte_tokenizer, "q", **arguments)
+    with pytest.raises(ValueError, match=message):
+        chat_model.chat_stream(byte_tokenizer, "q", **arguments)
+
+
+def test_an_assistant_of_fewer_tokens_may_never_write_a_stop_word(tiny_model):
+    """It is given those of the model that it helps."""
+    fewer = tiny_model("sdpa", vocab_size=300)
+    config = GenerationConfig(stop_words_ids=[[301]], is_assistant=True, max_new_tokens=4)
+    config.update(return_dict_in_generate=True, output_scores=True, assistant_confidence_threshold=0.0)
+    assert fewer.generate(torch.tensor([[65, 66]]), generation_config=config).sequences.shape == (1, 6)
+
+
+def test_stop_words_of_numpy(written, forced):
+    assert written(b"prompt", stop_words_ids=[[np.int64(ord("b"))]], logits_processor=forced("abc")) == [list(b"ab")]
