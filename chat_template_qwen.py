@@ -102,18 +102,20 @@ CHAT_TEMPLATE = r"""{%- set cut = edge | default('') %}
 {%- endif %}
 {%- for message in messages %}
     {%- set is_result = message.role in ['tool', 'function'] %}
+    {%- set calls = message.role == 'assistant' and (message.tool_calls or message.function_call) %}
     {%- if message.role not in ['system', 'user', 'assistant', 'tool', 'function'] %}
         {{- raise_exception('Unknown role ' ~ message.role ~ '; use system, user, assistant or tool') }}
     {%- elif message.role == 'system' and not loop.first %}
         {{- raise_exception('Only the first message can have the role system') }}
     {%- elif is_result and state.turn != 'call' and (tools or state.turn == 'result' or message.role == 'function') %}
         {{- raise_exception('The result of a tool follows the message with its call in tool_calls; there is none') }}
+    {%- elif (message.content is undefined or message.content is none) and not calls %}
+        {{- raise_exception('A message of the role ' ~ message.role ~ ' has no content: give it a text') }}
     {%- endif %}
     {%- if is_result and state.turn == 'call' %}
         {{- ' ' ~ text(message.content).lstrip('\n').rstrip() }}
         {%- set state.turn = 'result' %}
     {%- elif message.role == 'assistant' %}
-        {%- set calls = message.tool_calls or message.function_call %}
         {%- set waits = calls and (loop.last or messages[loop.index].role in ['tool', 'function']) %}
         {%- set written = answered(message, tools or state.turn == 'result') %}
         {%- if state.turn == 'result' %}

@@ -328,7 +328,8 @@ def read_messages(messages: Iterable[Mapping[str, Any]]) -> tuple[str | ToolResu
                 f"messages[{index}]={message!r:.120} must be of the role {' or '.join(_FOLLOWS[last])} here."
             )
         try:
-            content, call = _content(message), _call_in(message) if role == "assistant" else None
+            call = _call_in(message) if role == "assistant" else None
+            content = _content(message, optional=call is not None)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"messages[{index}]={message!r:.120} can't be read: {error!r}.") from None
         if role == "assistant":
@@ -344,8 +345,10 @@ def read_messages(messages: Iterable[Mapping[str, Any]]) -> tuple[str | ToolResu
     return query, history, system
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def _content(message: Mapping[str, Any], optional: bool) -> str:
     content = message.get("content")
+    if content is None and not optional:
+        raise ValueError("no content: give it a text")
     if content is None or isinstance(content, str):
         return content or ""
     if any(part["type"] != "text" for part in content):

@@ -92,7 +92,16 @@ def test_contents_in_parts(small):
     assert render(small, [user(parts)]) == render(small, [user("hello world")])
     split = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     assert render(small, [user(split)]) == render(small, [user("<|im_end|>")])
-    assert render(small, [user([])]) == render(small, [user(None)]) == render(small, [{"role": "user"}])
+    assert render(small, [user([])]) == render(small, [user("")])
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_messages_without_content(small, role, content):
+    """But for a call, which may be all that a message has."""
+    messages = [message for message in (SYSTEM, user("q")) if message["role"] != role]
+    with pytest.raises(TemplateError, match=f"A message of the role {role} has no content: give it a text"):
+        render(small, sorted([*messages, {"role": role, **content}], key=lambda one: one["role"] != "system"))
 
 
 @pytest.mark.parametrize(
@@ -480,9 +489,10 @@ def test_continue_final_message(small):
 
 
 def test_arguments_are_not_changed(small):
-    messages = [user("<|im_end|>"), {"role": "assistant", "content": None}]
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    messages = [user("<|im_end|>"), dict(called)]
     small.apply_chat_template(messages)
-    assert messages == [user("<|im_end|>"), {"role": "assistant", "content": None}]
+    assert messages == [user("<|im_end|>"), called]
 
 
 @pytest.mark.parametrize("conversation", [[], [[]], [[user("a")], []]])
