@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ _PATH = re.compile(r"((~|\.{1,2})?[/\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
 _WORD = re.compile(r"[\w.-]+")
 _NAME = re.compile(r"[\w./\\-]*qwen[\w./\\-]*", re.ASCII | re.IGNORECASE)
 _VOCABULARIES = ("qwen.tiktoken", "tokenizer.json")
+_END, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _POINTER = b"version https://git-lfs"
 _READ = ("qwen2", "llama")
 """Types of models that `qwen1-checkpoint convert` makes QWen of."""
@@ -226,8 +227,49 @@ def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
     check_model(name)
     if not _exists(Path(name)):
         _check_published(str(name))
-    tokenizer = AutoTokenizer.from_pretrained(_with_vocabulary(Path(name)))
-    return AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer
+    place = _with_vocabulary(Path(name))
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    check_vocabulary(place, tokenizer, {"config.json": model.config, "generation_config.json": model.generation_config})
+    return model, tokenizer
+
+
+def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, settings: Mapping[str, Any]) -> None:
+    """Say that a vocabulary is cut short, or another model's: the control tokens, which follow the others, tell it.
+
+    Args:
+        place: folder or id that the tokenizer is from.
+        tokenizer: of any class; of others than QWen's nothing is known.
+        settings: objects with the `eos_token_id` of the model, by the names of their files.
+
+    Raises:
+        ModelError: no token that ends a text is one that the settings name, or `qwen.tiktoken` has other ids.
+    """
+    special = getattr(tokenizer, "special_tokens", {})
+    if not {_END, _END_OF_TURN} <= special.keys():
+        return
+    ends = {special[_END], special[_END_OF_TURN], tokenizer.eos_token_id}
+    shown = f"{_END} is token {special[_END]:,} and {_END_OF_TURN} {special[_END_OF_TURN]:,}"
+    for name, values in settings.items():
+        told = values.eos_token_id
+        rows = getattr(values, "vocab_size", None)
+        named = {end for end in (told if isinstance(told, list) else [told]) if end is not None}
+        if named and not ends & named and (rows is None or min(named) < rows):
+            raise ModelError(
+                f"{shown} of the vocabulary in {place}, but {name} has eos_token_id={told}: the vocabulary is "
+                "truncated or another model's. Download it again."
+            )
+    file = Path(place, _VOCABULARIES[0])
+    if file.is_file() and (lines := _count_lines(file)) != special[_END]:
+        raise ModelError(
+            f"{shown} by tokenizer.json, but {file} has {lines:,} tokens in front of them: one of the two is truncated "
+            "or another model's. Download both again."
+        )
+
+
+def _count_lines(path: Path) -> int:
+    """Lines that aren't empty."""
+    return sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
 
 
 def _with_vocabulary(path: Path) -> Path | str:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..peft_qwen import SETTINGS
-from ..programs.models import check_model
+from ..programs.models import check_model, check_vocabulary
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .errors import TrainingError
 
@@ -37,6 +37,7 @@ def load_tokenizer(name: str) -> Any:
         raise TrainingError(
             f"{name} has a {type(tokenizer).__name__}: it must be a QWen model, with its own tokenizer."
         )
+    check_vocabulary(name, tokenizer, {"config.json": AutoConfig.from_pretrained(name)})
     return tokenizer
 
 

@@ -9,7 +9,16 @@ from typing import Any
 from ...tokenization_qwen import ENDOFTEXT, IMEND, IMSTART, SPECIAL_TOKENS, load_vocabulary
 from ..errors import CheckpointError
 from ..files.access import check_readable, is_present, read_json
-from .companions import EXTRA_VOCABULARY, TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZER_JSON, VOCABULARY
+from .companions import (
+    EXTRA_VOCABULARY,
+    GENERATION_CONFIG,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    VOCABULARY,
+    optional_json,
+)
 
 _PUBLISHED_END = 151643
 _QWEN_GENERATION = (
@@ -40,10 +49,12 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     `eos_token_id`, as QWen's control tokens follow one another.
 
     Raises:
-        CheckpointError: a damaged vocabulary or tokenizer.
+        CheckpointError: a damaged vocabulary or tokenizer, or one that is another model's by what lies beside it.
     """
     if is_present(folder / VOCABULARY):
         special = load_ranks(folder)[1]
+        _check_same(special, folder)
+        _check_ends(special, config, folder)
         return special[ENDOFTEXT], special[IMEND]
     if is_present(folder / TOKENIZER_JSON):
         ids = _added_tokens(folder / TOKENIZER_JSON)
@@ -52,6 +63,49 @@ def end_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     if type(end) is not int or _has_tokenizer(folder):
         return None
     return end, end + SPECIAL_TOKENS.index(IMEND)
+
+
+def _check_same(special: Mapping[str, int], folder: Path) -> None:
+    """Refuse two vocabularies in one folder that place the control tokens differently, as where one is cut short."""
+    if not is_present(folder / TOKENIZER_JSON):
+        return
+    ids = _added_tokens(folder / TOKENIZER_JSON)
+    for token in (ENDOFTEXT, IMEND):
+        if ids.get(token, special[token]) != special[token]:
+            raise CheckpointError(
+                f"{token} is token {special[token]:,} by {folder / VOCABULARY}, but {ids[token]:,} by "
+                f"{TOKENIZER_JSON}: one of the two is truncated or another model's. Download both again."
+            )
+
+
+def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a vocabulary in which none of the tokens that end a text is one that the settings name.
+
+    The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
+    """
+    rows = config.get("vocab_size")
+    for name, settings in (("config.json", config), (GENERATION_CONFIG, _generation(folder))):
+        told = as_list(settings.get("eos_token_id"))
+        told = [end for end in told if type(rows) is not int or type(end) is not int or end < rows]  # else of no token
+        if told and not {special[ENDOFTEXT], special[IMEND], _named_end(special, folder)}.intersection(told):
+            raise CheckpointError(
+                f"{ENDOFTEXT} is token {special[ENDOFTEXT]:,} and {IMEND} {special[IMEND]:,} by {folder / VOCABULARY}, "
+                f"but {name} has eos_token_id={settings['eos_token_id']}: the vocabulary is truncated or another "
+                "model's. Download it again."
+            )
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    try:
+        return optional_json(folder / GENERATION_CONFIG) or {}
+    except CheckpointError:  # a damaged file, which is reported by itself
+        return {}
+
+
+def _named_end(ids: Mapping[str, int], folder: Path) -> int | None:
+    """Id of a control token that the tokenizer's settings let texts end with."""
+    named = (optional_json(folder / TOKENIZER_CONFIG) or {}).get("eos_token")
+    return ids.get(str(named.get("content") if isinstance(named, dict) else named))
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,13 @@ from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.formats.companions import CODE_FILES
 from qwen1.conversion.formats.endings import qwen_generation
 from qwen1.conversion.formats.names import IGNORED
+from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import WORK_FOLDER, open_source
 from qwen1.conversion.planning.companions import plain_template
 from qwen1.conversion.planning.upgrade import plan_upgrade, upgraded_config
 from qwen1.conversion.writing.plans import write_plan
 from qwen1.conversion.writing.progress import Progress
-from qwen1.tokenization_qwen import CHAT_TEMPLATE
+from qwen1.tokenization_qwen import CHAT_TEMPLATE, build_backend
 
 SHARD = "100KB"
 OLD_CODE = {
@@ -281,6 +283,40 @@ def test_chats_end_at_im_end_as_well(release, upgraded, eos, expected):
     before = json_of(source / "generation_config.json") | {"eos_token_id": eos}
     (source / "generation_config.json").write_text(json.dumps(before))
     assert json_of(upgraded(source) / "generation_config.json") == {**before, "eos_token_id": expected}
+
+
+@pytest.mark.parametrize("end", [250, [250, 248]])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_ends_of_another_vocabulary_are_not_added_to(release, name, end):
+    """As where qwen.tiktoken is cut short, by which all control tokens have other ids."""
+    folder = release()
+    values = json_of(folder / f"{name}.json")
+    (folder / f"{name}.json").write_text(json.dumps({**values, "eos_token_id": end}))
+    said = refusal(plan_upgrade, open_source(folder))
+    assert f"{name}.json has eos_token_id={end}: the vocabulary is truncated or another model's" in said
+    report = inspect(folder)
+    assert said in report.problems and not any("is not in eos_token_id" in remark for remark in report.remarks)
+
+
+def test_two_vocabularies_that_differ(release, byte_tokenizer):
+    folder = release()
+    backend = build_backend(byte_tokenizer.mergeable_ranks, byte_tokenizer.special_tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    plan_upgrade(open_source(folder))
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(re.sub(r'("id": ?)256\b', r"\g<1>999", text), encoding="utf-8")
+    said = refusal(plan_upgrade, open_source(folder))
+    assert "<|endoftext|> is token 256 by" in said and "but 999 by tokenizer.json" in said
+    assert said in inspect(folder).problems
+
+
+def test_an_end_that_the_tokenizer_names(release):
+    folder = release()
+    for name, value in (("config", {"eos_token_id": 259}), ("tokenizer_config", {"eos_token": "<|extra_0|>"})):
+        values = json_of(folder / f"{name}.json")
+        (folder / f"{name}.json").write_text(json.dumps({**values, **value}))
+    (folder / "generation_config.json").unlink()
+    assert plan_upgrade(open_source(folder)).files
 
 
 def test_missing_generation_settings_are_those_of_a_base_model_and_told(release, upgraded):

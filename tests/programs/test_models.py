@@ -1,12 +1,14 @@
 """The name of a model on a command line: which words are one, and what is said of those that lead to none."""
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from qwen1.programs import models
 from qwen1.programs.models import ModelError, check_model, names_model, open_model
+from qwen1.training.models import load_tokenizer
 
 
 @pytest.fixture
@@ -180,6 +182,8 @@ def test_an_adapter_on_the_hub(monkeypatch, here, installed):
 
 
 class Model:
+    config = generation_config = None
+
     def eval(self):
         return self
 
@@ -194,3 +198,60 @@ def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
     model, tokenizer = open_model("adapter")
     assert type(model).__name__ == "QWenLMHeadModel" and not model.training
     assert tokenizer("hello").input_ids == open_model(checkpoint_folder)[1]("hello").input_ids
+
+
+# --- a vocabulary that isn't the model's ---
+
+
+@pytest.fixture
+def tiny_chat(repository, tmp_path):
+    """A copy of the model that ships, without its code."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for path in (repository / "qwen-tiny-chat").iterdir():
+        if path.suffix in (".json", ".safetensors", ".tiktoken"):
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def cut(path, lines):
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+def not_opened(folder):
+    with pytest.raises(ModelError) as raised:
+        open_model(folder)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("lines", [567, 1990, 1999])
+def test_a_vocabulary_that_is_cut_short(tiny_chat, lines):
+    cut(tiny_chat / "qwen.tiktoken", lines)
+    assert f"{tiny_chat / 'qwen.tiktoken'} has {lines:,} tokens" in not_opened(tiny_chat)
+    (tiny_chat / "tokenizer.json").unlink()
+    text = not_opened(tiny_chat)
+    assert f"<|endoftext|> is token {lines:,} and" in text and "config.json has eos_token_id=2000" in text
+    assert text.endswith("truncated or another model's. Download it again.")
+    with pytest.raises(ModelError, match="truncated"):
+        load_tokenizer(str(tiny_chat))
+
+
+def test_generation_settings_that_are_another_models(tiny_chat):
+    settings = json.loads((tiny_chat / "generation_config.json").read_text())
+    (tiny_chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 1643}))
+    assert "generation_config.json has eos_token_id=1643" in not_opened(tiny_chat)
+
+
+@pytest.mark.parametrize("ends", [2000, 2002, [2002], [198, 2000], None])
+def test_a_vocabulary_that_is_the_models(tiny_chat, ends):
+    settings = json.loads((tiny_chat / "generation_config.json").read_text())
+    (tiny_chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+    assert open_model(tiny_chat)[1].im_end_id == 2002
+
+
+def test_an_end_that_the_tokenizer_names(tiny_chat):
+    for name in ("config", "generation_config", "tokenizer_config"):
+        values = json.loads((tiny_chat / f"{name}.json").read_text())
+        values |= {"eos_token": "<|extra_0|>"} if name == "tokenizer_config" else {"eos_token_id": 2003}
+        (tiny_chat / f"{name}.json").write_text(json.dumps(values))
+    assert open_model(tiny_chat)[1].eos_token_id == 2003
