@@ -177,6 +177,9 @@ class QWenTokenizerMixin(TemplatesMixin):
             name_damaged_json(folder, names)
             raise
         except (AttributeError, LookupError, TypeError) as error:
+            backend = os.path.join(folder, "tokenizer.json")
+            if "tokenizer.json" in names and os.path.isfile(backend):
+                read_backend(backend)  # whose error, if it is the damaged one, says so
             # The other error is of an argument that has the name of a method, which may be the caller's own.
             if not os.path.isfile(os.path.join(folder, SETTINGS_FILES[0])) or "conflicts with the method" in str(error):
                 raise

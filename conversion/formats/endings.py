@@ -84,10 +84,12 @@ def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: P
     The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
     """
     rows = config.get("vocab_size")
-    for name, settings in (("config.json", config), (GENERATION_CONFIG, _generation(folder))):
+    for name, settings in (("config.json", config), (GENERATION_CONFIG, _lenient(folder / GENERATION_CONFIG))):
         told = as_list(settings.get("eos_token_id"))
         told = [end for end in told if type(rows) is not int or type(end) is not int or end < rows]  # else of no token
-        if told and not {special[ENDOFTEXT], special[IMEND], _named_end(special, folder)}.intersection(told):
+        if not told or {special[ENDOFTEXT], special[IMEND]}.intersection(told):
+            continue
+        if _named_end(special, folder) not in told:
             raise CheckpointError(
                 f"{ENDOFTEXT} is token {special[ENDOFTEXT]:,} and {IMEND} {special[IMEND]:,} by {folder / VOCABULARY}, "
                 f"but {name} has eos_token_id={settings['eos_token_id']}: the vocabulary is truncated or another "
@@ -95,16 +97,16 @@ def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: P
             )
 
 
-def _generation(folder: Path) -> dict[str, Any]:
+def _lenient(path: Path) -> dict[str, Any]:
     try:
-        return optional_json(folder / GENERATION_CONFIG) or {}
+        return optional_json(path) or {}
     except CheckpointError:  # a damaged file, which is reported by itself
         return {}
 
 
 def _named_end(ids: Mapping[str, int], folder: Path) -> int | None:
     """Id of a control token that the tokenizer's settings let texts end with."""
-    named = (optional_json(folder / TOKENIZER_CONFIG) or {}).get("eos_token")
+    named = _lenient(folder / TOKENIZER_CONFIG).get("eos_token")
     return ids.get(str(named.get("content") if isinstance(named, dict) else named))
 
 

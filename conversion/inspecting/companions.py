@@ -69,7 +69,7 @@ class CompanionChecks:
         for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
             path = self._folder / name
             if path.suffix == ".json" and is_present(path) and not is_pointer(path):
-                self._settings[name] = self._findings.attempt(read_json, path) or {}
+                self._settings[name] = self._findings.attempt(_read_settings, path) or {}
         self._remark_on_tokenizer()
         if self._kind is not Kind.LLAMA_ORIGINAL:
             self._remark_on_generation()
@@ -161,6 +161,13 @@ class CompanionChecks:
                 f"auto_map names code that isn't there ({first_of(absent)}), so trust_remote_code=True finds none: "
                 f"upgrade adds it.{loads}"
             )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if path.name == TOKENIZER_JSON and not isinstance(values.get("model"), dict):
+        raise CheckpointError(f"{path} has no 'model', so it is no tokenizer. Download it again.")
+    return values
 
 
 def _as_texts(value: Any) -> list[str]:

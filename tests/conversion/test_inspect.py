@@ -331,6 +331,12 @@ def test_all_problems_are_found_at_once(folder):
         assert sum(words in text for text in texts) == 1, words
 
 
+@pytest.mark.parametrize("content", ["{}", '{"model": 5}'])
+def test_json_that_is_no_tokenizer(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    assert "tokenizer.json has no 'model', so it is no tokenizer" in problem(folder)
+
+
 def test_a_damaged_or_missing_index(folder):
     names = shard(folder)
     index = folder / "model.safetensors.index.json"
@@ -491,7 +497,7 @@ def test_mixed_and_misannounced_dtypes(folder, hf_folder):
 def test_missing_companions(folder, hf_folder, byte_vocabulary):
     assert remark(folder, "There is no tokenizer")
     assert remark(folder, "generation_config.json is missing")
-    (hf_folder / "tokenizer.json").write_text("{}")
+    (hf_folder / "tokenizer.json").write_text('{"model": {}}')
     assert remark(hf_folder, "no chat template")
     change(hf_folder / "tokenizer_config.json", chat_template="{{ messages }}")
     assert not any("chat template" in text for text in inspect(hf_folder).remarks)

@@ -98,6 +98,13 @@ def test_damaged_json_is_named(folder, cls, name, content):
         cls.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("content", [b"{}", b'{"added_tokens": null}'])
+def test_json_that_is_no_tokenizer_is_named(folder, content):
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json' is damaged, no tokenizer that can be read"):
+        QWenTokenizerFast.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("content", [b"{", b"{}", b'{"model": 5}'])
 def test_a_damaged_backend_given_to_the_constructor(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
