@@ -22,6 +22,8 @@ _WORD = re.compile(r"[\w.-]+")
 _NAME = re.compile(r"[\w./\\-]*qwen[\w./\\-]*", re.ASCII | re.IGNORECASE)
 _VOCABULARIES = ("qwen.tiktoken", "tokenizer.json")
 _END, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+_SETTINGS = ("generation_config.json", "tokenizer_config.json")
+"""Of which transformers passes over the first where it is damaged, and doesn't say which is."""
 _POINTER = b"version https://git-lfs"
 _READ = ("qwen2", "llama")
 """Types of models that `qwen1-checkpoint convert` makes QWen of."""
@@ -89,6 +91,9 @@ def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
         raise ModelError(
             f"{path} has no vocabulary ({' or '.join(_VOCABULARIES)}): copy that of the model it was made from into it."
         )
+    for settings in _SETTINGS:
+        if (path / settings).is_file():
+            _read(path / settings)
     check_weights(path)
 
 
@@ -219,7 +224,8 @@ def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
         options: of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ModelError: see `check_model`; nothing of that name on the Hub, no connection to it, or no QWen model there.
+        ModelError: see `check_model`, `check_complete` and `check_vocabulary`; nothing of that name on the Hub, no
+            connection to it, or no QWen model there.
         ImportError, OSError, ValueError: a package or a file is missing, or values can't be.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -229,9 +235,31 @@ def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
         _check_published(str(name))
     place = _with_vocabulary(Path(name))
     tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, found = loading
+    check_complete(name, model, found)
+    model.eval()
     check_vocabulary(place, tokenizer, {"config.json": model.config, "generation_config.json": model.generation_config})
     return model, tokenizer
+
+
+def check_complete(name: str | os.PathLike[str], model: Any, found: Mapping[str, Any]) -> None:
+    """Say which weights were not stored, in whose place transformers has put random ones.
+
+    Args:
+        model: that was loaded; of one in few bits only whole weights count, for libraries differ in the others.
+        found: what `from_pretrained` gives beside the model with `output_loading_info`.
+
+    Raises:
+        ModelError: there are some.
+    """
+    is_whole = not getattr(model, "is_quantized", False)
+    missing = sorted(key for key in map(str, found["missing_keys"]) if is_whole or key.endswith(".weight"))
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the weights that its config.json asks for, first {missing[0]}: mend "
+            "config.json (number of layers), or download the weights again."
+        )
 
 
 def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, settings: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..peft_qwen import SETTINGS
-from ..programs.models import check_model, check_vocabulary
+from ..programs.models import check_complete, check_model, check_vocabulary
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .errors import TrainingError
 
@@ -66,7 +66,9 @@ def load_model(model: Any, lora: Any, training: TrainingArguments, tokenizer: An
         options |= {"quantization_config": _four_bits(training), "device_map": {"": training.device}}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
-    loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
+    loading: Any = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, output_loading_info=True, **options)
+    loaded, found = loading
+    check_complete(model.model_name_or_path, loaded, found)
     embedding: Any = loaded.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:

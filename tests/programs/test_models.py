@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from qwen1 import QWenBitsConfig
 from qwen1.programs import models
 from qwen1.programs.models import ModelError, check_model, names_model, open_model
+from qwen1.training.finetuning import main as finetune
 from qwen1.training.models import load_tokenizer
 
 
@@ -129,6 +131,15 @@ def test_a_damaged_configuration(folder, content):
     assert "config.json is damaged" in said(path)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_damaged_settings(checkpoint_folder, name, content):
+    (checkpoint_folder / name).write_bytes(content)
+    assert f"{checkpoint_folder / name} is damaged" in said(checkpoint_folder)
+    (checkpoint_folder / name).unlink()
+    check_model(checkpoint_folder)
+
+
 def test_a_pointer_of_git_lfs(folder):
     path = folder()
     (path / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -171,7 +182,8 @@ def test_an_adapter_on_the_hub(monkeypatch, here, installed):
     opened = []
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened.append)
     monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained", lambda name: opened.append(name) or Model()
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda name, **options: opened.append(name) or (Model(), {"missing_keys": []}),
     )
     if installed:
         open_model("me/adapter")
@@ -200,7 +212,7 @@ def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
     assert tokenizer("hello").input_ids == open_model(checkpoint_folder)[1]("hello").input_ids
 
 
-# --- a vocabulary that isn't the model's ---
+# --- files that don't belong together ---
 
 
 @pytest.fixture
@@ -222,6 +234,34 @@ def not_opened(folder):
     with pytest.raises(ModelError) as raised:
         open_model(folder)
     return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"device_map": "cpu", "quantization_config": QWenBitsConfig(8)}], ids=["", "bits"]
+)
+def test_weights_that_lack_a_layer(tiny_chat, options):
+    values = json.loads((tiny_chat / "config.json").read_text())
+    (tiny_chat / "config.json").write_text(json.dumps({**values, "n_layer": 7, "num_hidden_layers": 7}))
+    with pytest.raises(ValueError if options else ModelError, match="transformer.h.6.attn.c_attn"):
+        open_model(tiny_chat, **options)
+
+
+def test_a_training_lacks_no_layer(tiny_chat, tmp_path, capsys):
+    values = json.loads((tiny_chat / "config.json").read_text())
+    (tiny_chat / "config.json").write_text(json.dumps({**values, "n_layer": 7, "num_hidden_layers": 7}))
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    words = [
+        "--model_name_or_path",
+        tiny_chat,
+        "--data_path",
+        tmp_path / "data.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    with pytest.raises(SystemExit) as end:
+        finetune([*map(str, words), "--use_cpu", "True"])
+    assert end.value.code == 1 and "lacks 8 of the weights that its config.json asks for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", [567, 1990, 1999])
