@@ -124,7 +124,7 @@ class ChatCall:
         other_kwargs = settings.update(**generate_kwargs)
         _refuse_inputs(other_kwargs)
         effective = GenerationSettings(model, settings)
-        check_settings(model, effective)
+        check_settings(model, effective, choices.stop_words_ids)
         _refuse_several(effective["num_return_sequences"])
         chat_format = effective["chat_format"] or "chatml"
         _refuse_base_model(chat_format)

@@ -188,8 +188,11 @@ def check_generation_config(given: Any) -> None:
         )
 
 
-def check_settings(model: Any, settings: GenerationSettings) -> None:
+def check_settings(model: Any, settings: GenerationSettings, stop_words_ids: Any = None) -> None:
     """Refuse settings by which transformers would divide, or of which it would make nothing.
+
+    Args:
+        stop_words_ids: of the call alone, or None: a configuration may be that of a larger model.
 
     Raises:
         ValueError: names the setting.
@@ -199,6 +202,8 @@ def check_settings(model: Any, settings: GenerationSettings) -> None:
         if count is not None and (not is_whole(count) or count < 1):
             raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
     _check_cache_config(model.generation_config, settings)
+    if not settings["is_assistant"]:  # which is given the words of the model that it helps
+        _refuse_impossible(check_stop_words(stop_words_ids), model.config.vocab_size)
 
 
 def _check_cache_config(own: Any, settings: GenerationSettings) -> None:
@@ -251,13 +256,11 @@ def check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _with_stop_words(
-    model: Any, criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
+    criteria: StoppingCriteriaList | None, settings: GenerationSettings, prompt: Prompt
 ) -> StoppingCriteriaList | None:
     if settings["stop_words_ids"] is None:
         return criteria
     words = check_stop_words(settings["stop_words_ids"])
-    if not settings["is_assistant"]:  # which is given those of the model that it helps
-        _refuse_impossible(words, model.config.vocab_size)
     return StoppingCriteriaList([*(criteria or ()), StopWordsCriteria(words, prompt.length)])
 
 
@@ -319,7 +322,7 @@ class QWenGenerationMixin(_GenerativeModel):
         check_generation_config(generation_config)
         extras = {name: kwargs.pop(name) for name in _EXTRAS if name in kwargs}
         settings = GenerationSettings(self, generation_config, {**kwargs, **extras})
-        check_settings(self, settings)
+        check_settings(self, settings, extras.get("stop_words_ids"))
         given = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         arguments = dict(generation_config=generation_config, synced_gpus=synced_gpus, assistant_model=assistant_model)
         arguments |= dict(prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, streamer=streamer)
@@ -328,12 +331,12 @@ class QWenGenerationMixin(_GenerativeModel):
             arguments |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             return super().generate(inputs, **arguments, **extras, **cache_argument(given), **kwargs)
         prompt = Prompt.read(inputs, kwargs, settings)
-        arguments["stopping_criteria"] = _with_stop_words(self, stopping_criteria, settings, prompt)
+        arguments["stopping_criteria"] = _with_stop_words(stopping_criteria, settings, prompt)
         arguments["logits_processor"] = _with_seed(logits_processor, settings, prompt)
         cache = _cache_of_generation(self, given, settings, assistant_model)
         # An assistant would be handed the argument too; and a `forward` that somebody has wrapped may not name it.
         named = assistant_model is None and "ntk_alpha" in inspect.signature(self.forward).parameters
-        kwargs |= self._alpha_argument(prompt, cache, named) | _own_cache_config(kwargs)
+        kwargs |= self._alpha_argument(prompt, cache, named)
         if settings["do_sample"] and not _OnlyChecks.is_in(stopping_criteria):
             draw_alike(self)
         late = asked_late(self, prompt.ids, cache, settings, arguments)
@@ -372,6 +375,7 @@ class QWenGenerationMixin(_GenerativeModel):
         wanted = cache_of_settings(self, GenerationSettings(self, generation_config))
         if wanted is not None and continues(model_kwargs.get(CACHE_NAME), wanted):
             generation_config.cache_implementation = None
+        generation_config.cache_config = copy.copy(generation_config.cache_config)  # 5.4 takes keys out of the caller's
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
@@ -427,11 +431,6 @@ class QWenGenerationMixin(_GenerativeModel):
         if held is None and cache is not None:
             set_ntk_alpha(cache, alpha.expand(prompt.rows, -1), planned=True)
         return {}
-
-
-def _own_cache_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The argument of that name, copied: transformers 5.4 takes keys out of it."""
-    return {name: copy.copy(given) for name, given in arguments.items() if name == "cache_config"}
 
 
 def _cache_of_generation(model: Any, given: Any, settings: GenerationSettings, assistant_model: Any) -> Any:

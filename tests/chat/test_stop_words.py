@@ -241,12 +241,9 @@ def test_bad_stop_words(written, words, entry):
         written(b"prompt", stop_words_ids=words)
 
 
-@pytest.mark.parametrize("by", ["argument", "configuration"])
 @pytest.mark.parametrize(("word", "ids"), [([65, 464], "464"), ([-1, 65, 10**9], "-1, 1000000000")])
-def test_stop_words_that_can_never_be_written(chat_model, byte_tokenizer, written, by, word, ids):
-    arguments = {"stop_words_ids": [[65], word]} if by == "argument" else {}
-    if by == "configuration":
-        chat_model.generation_config.stop_words_ids = [[65], word]
+def test_stop_words_that_can_never_be_written(chat_model, byte_tokenizer, written, word, ids):
+    arguments = {"stop_words_ids": [[65], word]}
     message = re.escape(f"stop_words_ids has the entry {word}, but this model writes the ids 0 to 463 and no {ids}: ")
     with pytest.raises(ValueError, match=message):
         written(b"prompt", **arguments)
@@ -254,6 +251,12 @@ def test_stop_words_that_can_never_be_written(chat_model, byte_tokenizer, writte
         chat_model.chat(byte_tokenizer, "q", **arguments)
     with pytest.raises(ValueError, match=message):
         chat_model.chat_stream(byte_tokenizer, "q", **arguments)
+
+
+def test_the_configuration_of_a_larger_model_may_name_other_stop_words(chat_model, byte_tokenizer, written, forced):
+    chat_model.generation_config.stop_words_ids = [[151643], [ord("b")]]
+    assert written(b"prompt", logits_processor=forced("abc")) == [list(b"ab")]
+    assert chat_model.chat(byte_tokenizer, "q", logits_processor=forced("abc"))[0] == "ab"
 
 
 def test_an_assistant_of_fewer_tokens_may_never_write_a_stop_word(tiny_model):
