@@ -10,9 +10,10 @@ transformers.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..programs.options import version_option
 from .command_line.convert import convert_command
@@ -25,7 +26,23 @@ from .command_line.terminal import reported
 from .command_line.upgrade import upgrade_command
 from .command_line.verify import verify_command
 
+
+class _Commands(TyperGroup):
+    """The commands, none of which takes an empty word: as a path it would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As in click.
+
+        Raises:
+            BadParameter: a word is empty.
+        """
+        if "" in args:
+            raise typer.BadParameter("an empty word, as of a variable that isn't set: name a folder, or leave it out.")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="qwen1-checkpoint",
     no_args_is_help=True,
     add_completion=False,

@@ -71,6 +71,8 @@ def check_model(name: str | os.PathLike[str], *, adapters: bool = True) -> None:
             are damaged, or an adapter that peft is missing for.
     """
     path = Path(name)
+    if not os.fspath(name):  # as a path, the current folder
+        raise ModelError("The name of the model is empty, as that of a variable that isn't set: name a folder.")
     if not _exists(path):
         return _check_id(str(name))
     if not path.is_dir():

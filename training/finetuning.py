@@ -209,6 +209,7 @@ def _find_problem(
     output, source = Path(training.output_dir).resolve(), Path(model.model_name_or_path).resolve()
     problems = {
         **_problems_of_lora(lora, given),
+        "--output_dir is empty, as a variable that isn't set: name a folder": not training.output_dir,
         "--q_lora works neither with FSDP nor with DeepSpeed's ZeRO 3: leave one of them out": lora.q_lora
         and (bool(training.fsdp) or is_deepspeed_zero3_enabled()),
         "--bf16_full_eval and --fp16_full_eval round what FSDP and DeepSpeed have in shards: leave them out": (

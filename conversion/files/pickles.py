@@ -16,6 +16,7 @@ from .access import BLOCK, check_readable, damaged, refuse_gguf
 from .tensors import TensorInfo
 
 _PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
+_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def bare_name(name: str) -> str:
@@ -104,6 +105,18 @@ class PickleFile:
         _check_records(path, tensors=True)
 
 
+def _refuse_others(path: Path) -> None:
+    """Refuse a file that neither its name nor its first bytes make one of `torch.save`, of whatever release.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    with open(path, "rb") as file:
+        begins = file.read(2)
+    if path.suffix not in _SUFFIXES and begins != b"PK" and begins[:1] != b"\x80":
+        raise CheckpointError(f"{path} is no checkpoint, and no file of one: name the folder of a model.")
+
+
 def _check_records(path: Path, tensors: bool) -> None:
     """Compare the checksums of the records in a zip file of `torch.save`, of tensors only if told to.
 
@@ -112,6 +125,7 @@ def _check_records(path: Path, tensors: bool) -> None:
     """
     try:
         if not zipfile.is_zipfile(path):
+            _refuse_others(path)
             raise CheckpointError(
                 f"{path} is truncated, damaged, or older than torch 1.6: download it again, or load it with "
                 "torch.load(..., weights_only=True) and save it anew."

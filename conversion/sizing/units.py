@@ -19,10 +19,10 @@ def read_size(text: str, what: str) -> int:
         what: the size is of, for the message.
 
     Raises:
-        CheckpointError: no such size, nothing, or more than any device has.
+        CheckpointError: no such size, none without a unit, nothing, or more than any device has.
     """
     found = _SIZE.fullmatch(text.strip())
-    if found is None or (found[3] and not found[2]):
+    if found is None or (found[3] and not found[2]) or found[0][-1].isdigit():
         raise CheckpointError(f"{what} {text!r} is no size: write it like 24GB, 24GiB or 500MB.")
     number, unit, binary = found[1], found[2].upper(), found[3]
     scale = 1000 if unit == "T" else 1  # a unit that accelerate doesn't know

@@ -107,6 +107,13 @@ def test_interruption_ends_with_130(run, golden, tmp_path, monkeypatch):
     assert result.exit_code == 130 and "takes up what is unfinished" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["inspect", ""], ["upgrade", "", "--in-place"], ["verify", "a", ""], ["doctor", ""]])
+def test_an_empty_word_is_not_the_current_folder(run, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*words)
+    assert result.exit_code == 2 and "an empty word" in result.stderr
+
+
 def test_nothing_is_to_be_taken_up_of_a_command_that_only_reads(run, golden, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

@@ -331,6 +331,21 @@ def test_all_problems_are_found_at_once(folder):
         assert sum(words in text for text in texts) == 1, words
 
 
+@pytest.mark.parametrize("name, content", [("notes.txt", b"root:x:0"), ("passwd", b""), ("page", b"<html>")])
+def test_a_file_that_is_no_checkpoint(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert (
+        problem(tmp_path / name)
+        == f"{tmp_path / name} is no checkpoint, and no file of one: name the folder of a model."
+    )
+
+
+@pytest.mark.parametrize("name, content", [("model.pth", b"cut"), ("model", b"PK\3\4cut"), ("model", b"\x80\2cut")])
+def test_a_file_that_may_be_one(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert "is truncated, damaged, or older than torch 1.6" in problem(tmp_path / name)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"model": 5}'])
 def test_json_that_is_no_tokenizer(folder, content):
     (folder / "tokenizer.json").write_text(content)

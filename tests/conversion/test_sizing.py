@@ -311,7 +311,7 @@ def test_reading_a_prompt_in_chunks_takes_less(seven):
         ("0.5TB", 5 * 10**11),
         ("1TiB", 2**40),
         ("500MB", 5 * 10**8),
-        ("1000000", 10**6),
+        ("1000000B", 10**6),
         ("1.5KiB", 1536),
     ],
 )
@@ -319,7 +319,9 @@ def test_sizes(text, nbytes):
     assert read_size(text, "--device-memory") == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "24 gigabytes", "1e3GB", "nan", "0", "0GB", "9999999999GB", "24iB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "24 gigabytes", "1e3GB", "nan", "0", "0GB", "9999999999GB", "24iB", "24"]
+)
 def test_sizes_that_are_none(text):
     with pytest.raises(CheckpointError, match="--device-memory .*24GB"):
         read_size(text, "--device-memory")

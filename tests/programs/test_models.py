@@ -94,6 +94,11 @@ def test_a_path_that_is_not_there(folder, name):
     assert ("did you mean" in text) == (name != "a/b/c")
 
 
+def test_an_empty_name_is_not_the_current_folder(here):
+    (here / "config.json").write_text("{}")
+    assert "name of the model is empty" in said("")
+
+
 def test_a_file(here):
     (here / "model.gguf").touch()
     (here / "config.json").touch()

@@ -115,10 +115,11 @@ def test_a_damaged_adapter_is_found_before_the_model_is_loaded(options, failed, 
         (["--data_weights", 1, 2], "--data_weights 1 2 must be one for each of the 1 files of --data_path"),
         (["--data_weights", 0], "--data_weights 0 must be numbers above 0"),
         (["--data_weights", "inf"], "--data_weights inf must be numbers above 0"),
+        (["--output_dir", ""], "--output_dir is empty"),
         (["--data_path", "a", "b", "a"], "--data_path names a file twice: give it a weight of 2"),
     ],
 )
-def test_wrong_weights(options, failed, words, reason):
+def test_wrong_options(options, failed, words, reason):
     assert reason in failed(options(*words), status=2)
 
 
