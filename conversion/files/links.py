@@ -58,6 +58,12 @@ def stray_links(folder: Path, names: Iterable[str] | None = None) -> Iterator[st
             yield str(error)
             continue
         if not _is_lawful(link, target, root):
+            if _is_code_of_clone(target):
+                yield (
+                    f"{link} is a link to {target}, which differs from the code of the package in {CODE_FOLDER}: clone "
+                    f"and package are of different versions. Install the clone again (pip install {target.parent})."
+                )
+                continue
             yield (
                 f"{link} is a link to {target}, which is outside of the checkpoint, so it isn't followed: if that is a "
                 "part of the checkpoint, put a copy in the place of the link; if not, remove the link."
@@ -94,6 +100,12 @@ def _is_own_code(target: Path) -> bool:
     """Whether it is the code of this package, to which the folder of the tiny model links."""
     own = CODE_FOLDER / target.name
     return target.suffix == ".py" and own.is_file() and target.is_file() and same_bytes(own, target)
+
+
+def _is_code_of_clone(target: Path) -> bool:
+    """Whether it is a file of this project's code, in a clone beside the package that runs, though not as here."""
+    is_clone = (target.parent / "qwen1_commands" / "__init__.py").is_file()
+    return target.suffix == ".py" and is_clone and target.is_file()
 
 
 def _is_in_hub_cache(target: Path) -> bool:

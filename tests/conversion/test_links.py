@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from qwen1.conversion import commands
 from qwen1.conversion.command_line.upgrade import upgrade_in_place
+from qwen1.conversion.errors import CheckpointError
 from qwen1.conversion.files.links import check_links, resolved, stray_links
 from qwen1.conversion.inspecting.inspection import inspect
 from qwen1.conversion.opening.sources import open_source
@@ -331,3 +332,21 @@ def test_a_folder_that_may_not_be_listed_is_not_left_out(folder, tmp_path, monke
         code, text = run(*command.split())
         assert code == 1 and "assets may not be read" in text
     assert any("assets may not be read" in text for text in inspect(folder).problems)
+
+
+@pytest.mark.parametrize("name", ["modeling_qwen.py", "new_qwen.py"])
+def test_code_of_a_clone_of_another_version(folder, tmp_path, name):
+    clone = tmp_path / "clone"
+    (clone / "qwen1_commands").mkdir(parents=True)
+    (clone / "qwen1_commands" / "__init__.py").touch()
+    (clone / name).write_text("# of a newer version")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(clone / name)
+    with pytest.raises(CheckpointError, match="of different versions. Install the clone again") as refused:
+        check_links(folder)
+    assert f"(pip install {clone})" in str(refused.value) and "put a copy" not in str(refused.value)
+    (clone / "secret").write_text(SECRET)
+    (folder / name).unlink()
+    (folder / "README.md").symlink_to(clone / "secret")
+    with pytest.raises(CheckpointError, match="outside of the checkpoint, so it isn't followed"):
+        check_links(folder)
