@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,51 +226,55 @@ def open_model(name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
         options: of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ModelError: see `check_model`, `check_complete` and `check_vocabulary`; nothing of that name on the Hub, no
+        ModelError: see `check_model`, `load_complete` and `check_vocabulary`; nothing of that name on the Hub, no
             connection to it, or no QWen model there.
         ImportError, OSError, ValueError: a package or a file is missing, or values can't be.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_model(name)
     if not _exists(Path(name)):
         _check_published(str(name))
     place = _with_vocabulary(Path(name))
     tokenizer = AutoTokenizer.from_pretrained(place)
-    loading: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    model, found = loading
-    check_complete(name, model, found)
-    model.eval()
-    check_vocabulary(place, tokenizer, {"config.json": model.config, "generation_config.json": model.generation_config})
+    model = load_complete(name, **options).eval()
+    check_vocabulary(place, tokenizer, model.config, model.generation_config)
     return model, tokenizer
 
 
-def check_complete(name: str | os.PathLike[str], model: Any, found: Mapping[str, Any]) -> None:
-    """Say which weights were not stored, in whose place transformers has put random ones.
+def load_complete(name: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a model that has all its weights; transformers puts random ones in the place of those that aren't stored.
 
     Args:
-        model: that was loaded; of one in few bits only whole weights count, for libraries differ in the others.
-        found: what `from_pretrained` gives beside the model with `output_loading_info`.
+        options: of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ModelError: there are some.
+        ModelError: weights are missing; see also `from_pretrained`.
     """
-    is_whole = not getattr(model, "is_quantized", False)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(str(name)) is not None:  # of which transformers 5.4 can't tell
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, found = loaded
+    is_whole = not getattr(model, "is_quantized", False)  # else libraries differ in what they store beside the weights
     missing = sorted(key for key in map(str, found["missing_keys"]) if is_whole or key.endswith(".weight"))
     if missing:
         raise ModelError(
             f"{name} lacks {len(missing)} of the weights that its config.json asks for, first {missing[0]}: mend "
             "config.json (number of layers), or download the weights again."
         )
+    return model
 
 
-def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, settings: Mapping[str, Any]) -> None:
+def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, config: Any, generation: Any = None) -> None:
     """Say that a vocabulary is cut short, or another model's: the control tokens, which follow the others, tell it.
 
     Args:
         place: folder or id that the tokenizer is from.
         tokenizer: of any class; of others than QWen's nothing is known.
-        settings: objects with the `eos_token_id` of the model, by the names of their files.
+        config, generation: settings of the model, as far as they are read.
 
     Raises:
         ModelError: no token that ends a text is one that the settings name, or `qwen.tiktoken` has other ids.
@@ -280,11 +284,11 @@ def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, settings: Ma
         return
     ends = {special[_END], special[_END_OF_TURN], tokenizer.eos_token_id}
     shown = f"{_END} is token {special[_END]:,} and {_END_OF_TURN} {special[_END_OF_TURN]:,}"
-    for name, values in settings.items():
-        told = values.eos_token_id
-        rows = getattr(values, "vocab_size", None)
+    for name, values in (("config.json", config), ("generation_config.json", generation)):
+        told = getattr(values, "eos_token_id", None)
         named = {end for end in (told if isinstance(told, list) else [told]) if end is not None}
-        if named and not ends & named and (rows is None or min(named) < rows):
+        named = {end for end in named if end < config.vocab_size}  # the others are of no token, such as the default
+        if named and not ends & named:
             raise ModelError(
                 f"{shown} of the vocabulary in {place}, but {name} has eos_token_id={told}: the vocabulary is "
                 "truncated or another model's. Download it again."

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     AwqConfig,
     BitsAndBytesConfig,
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from ..peft_qwen import SETTINGS
-from ..programs.models import check_complete, check_model, check_vocabulary
+from ..programs.models import check_model, check_vocabulary, load_complete
 from ..qwen_generation_utils import DEFAULT_WINDOW
 from .errors import TrainingError
 
@@ -37,7 +36,7 @@ def load_tokenizer(name: str) -> Any:
         raise TrainingError(
             f"{name} has a {type(tokenizer).__name__}: it must be a QWen model, with its own tokenizer."
         )
-    check_vocabulary(name, tokenizer, {"config.json": AutoConfig.from_pretrained(name)})
+    check_vocabulary(name, tokenizer, AutoConfig.from_pretrained(name))
     return tokenizer
 
 
@@ -66,9 +65,7 @@ def load_model(model: Any, lora: Any, training: TrainingArguments, tokenizer: An
         options |= {"quantization_config": _four_bits(training), "device_map": {"": training.device}}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
-    loading: Any = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, output_loading_info=True, **options)
-    loaded, found = loading
-    check_complete(model.model_name_or_path, loaded, found)
+    loaded = load_complete(model.model_name_or_path, **options)
     embedding: Any = loaded.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:

@@ -188,7 +188,7 @@ def test_an_adapter_on_the_hub(monkeypatch, here, installed):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened.append)
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda name, **options: opened.append(name) or (Model(), {"missing_keys": []}),
+        lambda name: opened.append(name) or Model(),
     )
     if installed:
         open_model("me/adapter")
@@ -292,6 +292,14 @@ def test_a_vocabulary_that_is_the_models(tiny_chat, ends):
     settings = json.loads((tiny_chat / "generation_config.json").read_text())
     (tiny_chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
     assert open_model(tiny_chat)[1].im_end_id == 2002
+
+
+def test_ends_that_are_of_no_token(checkpoint_folder):
+    """As the defaults are in a small vocabulary."""
+    values = json.loads((checkpoint_folder / "config.json").read_text())
+    (checkpoint_folder / "config.json").write_text(json.dumps({**values, "eos_token_id": 151643}))
+    (checkpoint_folder / "generation_config.json").unlink()
+    assert open_model(checkpoint_folder)[1].im_end_id == 258
 
 
 def test_an_end_that_the_tokenizer_names(tiny_chat):

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from qwen1.training import finetuning, models
+from qwen1.training import finetuning
 from qwen1.training.finetuning import main, parse_arguments, run
 from qwen1.training.noise import quiet
 from qwen1.training.watching import Pace, duration
@@ -28,7 +29,7 @@ def unloaded(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
 
 
 @pytest.fixture
@@ -336,7 +337,7 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("begun, words, said", OTHER_KINDS.values(), ids=OTHER_KINDS)
 def test_a_checkpoint_of_another_kind_is_refused(options, tmp_path, killed, failed, monkeypatch, begun, words, said):
     killed(options("--max_steps", 2, *EACH_STEP, *begun))
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     reason = failed(options("--max_steps", 2, *EACH_STEP, *words, "--resume_from_checkpoint", "True"))
     assert f"qwen1-finetune: {tmp_path / 'out' / 'checkpoint-1'} has " in reason
     assert all(part in reason for part in said) and "another --output_dir." in reason

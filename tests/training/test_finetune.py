@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -177,7 +178,7 @@ def test_bitsandbytes_is_missing(options, failed, without):
 
 def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_folder, edit_json):
     edit_json(checkpoint_folder / "generation_config.json", chat_format=None)
-    load, asked = models.AutoModelForCausalLM.from_pretrained, {}
+    load, asked = transformers.AutoModelForCausalLM.from_pretrained, {}
 
     def from_pretrained(name, quantization_config, device_map, **kwargs):
         asked.update(settings=quantization_config, device_map=device_map)
@@ -185,7 +186,7 @@ def test_q_lora_asks_for_four_bits(options, tmp_path, monkeypatch, checkpoint_fo
 
     monkeypatch.setattr(checks, "_require", lambda *names: None)
     monkeypatch.setattr(models, "BitsAndBytesConfig", dict)  # the real one asks for the package's version
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     main(options(*STEPS, "--use_lora", "--q_lora", "--gradient_checkpointing"))
     assert asked["settings"] == {
         "load_in_4bit": True,
@@ -210,7 +211,7 @@ def test_an_adapter_is_trained_on_the_bits_that_are_there(
 ):
     """By kernels that can be trained through, which are not those that are chosen without a word."""
     edit_json(checkpoint_folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    load, asked = models.AutoModelForCausalLM.from_pretrained, {}
+    load, asked = transformers.AutoModelForCausalLM.from_pretrained, {}
 
     def from_pretrained(name, quantization_config, device_map, **kwargs):
         asked.update(settings=quantization_config, device_map=device_map)
@@ -218,7 +219,7 @@ def test_an_adapter_is_trained_on_the_bits_that_are_there(
         del config.quantization_config
         return load(name, config=config, **kwargs)
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     main(options(*STEPS, "--use_lora", *words))
     settings = asked["settings"].to_dict()
     assert str(getattr(settings["quant_method"], "value", settings["quant_method"])) == method
