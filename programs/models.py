@@ -277,18 +277,20 @@ def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, config: Any,
         config, generation: settings of the model, as far as they are read.
 
     Raises:
-        ModelError: no token that ends a text is one that the settings name, or `qwen.tiktoken` has other ids.
+        ModelError: config.json names another token as the end of a text, generation_config.json one that is no control
+            token, or `qwen.tiktoken` has other ids.
     """
     special = getattr(tokenizer, "special_tokens", {})
     if not {_END, _END_OF_TURN} <= special.keys():
         return
     ends = {special[_END], special[_END_OF_TURN], tokenizer.eos_token_id}
     shown = f"{_END} is token {special[_END]:,} and {_END_OF_TURN} {special[_END_OF_TURN]:,}"
-    for name, values in (("config.json", config), ("generation_config.json", generation)):
+    any_end = {*special.values(), *ends}  # which a model may have been taught
+    for name, values, known in (("config.json", config, ends), ("generation_config.json", generation, any_end)):
         told = getattr(values, "eos_token_id", None)
         named = {end for end in (told if isinstance(told, list) else [told]) if end is not None}
         named = {end for end in named if end < config.vocab_size}  # the others are of no token, such as the default
-        if named and not ends & named:
+        if named and not known & named:
             raise ModelError(
                 f"{shown} of the vocabulary in {place}, but {name} has eos_token_id={told}: the vocabulary is "
                 "truncated or another model's. Download it again."

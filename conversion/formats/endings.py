@@ -84,10 +84,12 @@ def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: P
     The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
     """
     rows = config.get("vocab_size")
-    for name, settings in (("config.json", config), (GENERATION_CONFIG, _lenient(folder / GENERATION_CONFIG))):
+    ends = {special[ENDOFTEXT], special[IMEND]}
+    generation = _lenient(folder / GENERATION_CONFIG), {*special.values()}  # a model may be taught to end with any
+    for name, (settings, known) in {"config.json": (config, ends), GENERATION_CONFIG: generation}.items():
         told = as_list(settings.get("eos_token_id"))
         told = [end for end in told if type(rows) is not int or type(end) is not int or end < rows]  # else of no token
-        if not told or {special[ENDOFTEXT], special[IMEND]}.intersection(told):
+        if not told or known.intersection(told):
             continue
         if _named_end(special, folder) not in told:
             raise CheckpointError(

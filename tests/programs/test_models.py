@@ -287,7 +287,7 @@ def test_generation_settings_that_are_another_models(tiny_chat):
     assert "generation_config.json has eos_token_id=1643" in not_opened(tiny_chat)
 
 
-@pytest.mark.parametrize("ends", [2000, 2002, [2002], [198, 2000], None])
+@pytest.mark.parametrize("ends", [2000, 2002, [2002], [198, 2000], 2003, None])
 def test_a_vocabulary_that_is_the_models(tiny_chat, ends):
     settings = json.loads((tiny_chat / "generation_config.json").read_text())
     (tiny_chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
