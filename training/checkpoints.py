@@ -103,12 +103,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     if wanted.lower() in ("", "false", "no", "0"):
         return None
     if _is_any(args):
-        folder = str(args.output_dir)
-        found = last_checkpoint(folder)
-        if found is None and (incomplete := checkpoints_in(folder)):
-            names = ", ".join(path.name for path in incomplete)
-            logger.warning_once(f"{folder} has no complete checkpoint ({names}): training begins anew.")
-        return found
+        return last_checkpoint(str(args.output_dir))
     if missing := what_is_missing(Path(wanted)):
         raise TrainingError(
             f"--resume_from_checkpoint {wanted} is no complete checkpoint: pass True for the last one. Here {missing}."
@@ -198,8 +193,10 @@ def check_output(args: TrainingArguments, *, overwrite: bool) -> None:
     models = [path for name in ("config.json", ADAPTER_CONFIG, "*.safetensors") for path in folder.glob(name)]
     if checkpoint_to_resume(args) is not None or not (checkpoints or models):
         return
-    if _is_any(args) and not models and not overwrite:
-        return  # a run that was killed before its first checkpoint was complete
+    if _is_any(args) and not models and not overwrite:  # a run that was killed before its first one was complete
+        names = ", ".join(path.name for path in checkpoints)
+        logger.warning_once(f"{folder} has no complete checkpoint ({names}): training begins anew.")
+        return
     if not overwrite:
         resumable = not models or last_checkpoint(folder) is not None
         ways = ["name another --output_dir", *["go on with --resume_from_checkpoint True"] * resumable]

@@ -328,6 +328,14 @@ def test_a_result_without_checkpoints_is_not_to_be_taken_up(options, tmp_path, f
     main(options("--max_steps", 1, "--resume_from_checkpoint", "True", "--overwrite_output_dir"))
 
 
+def test_a_result_without_a_checkpoint_is_not_said_to_be_trained_anew(options, failed, caplog):
+    """As behind --save_only_model, which leaves checkpoints that nothing can go on from."""
+    words = ["--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--save_only_model"]
+    main(options(*words))
+    said = failed(options("--max_steps", 2, "--resume_from_checkpoint", "True"))
+    assert "It has no complete checkpoint to go on from." in said and "begins anew" not in caplog.text + said
+
+
 def test_a_checkpoint_that_is_written_again_is_not_complete_before_its_end(options, tmp_path, trained, monkeypatch):
     trained(tmp_path / "out", options("--max_steps", 2, *EACH_STEP))
 
