@@ -135,6 +135,7 @@ class Interrupt(MetaPathFinder):
                     return
                 raise
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes begin with ignoring it
 sys.meta_path.insert(0, Interrupt())
 sys.argv = {words}
 import qwen1_commands
@@ -156,7 +157,9 @@ def test_ctrl_c_while_a_program_imports_ends_it_with_130(repository, words, pass
     function = words[0].removeprefix("qwen1-").replace("-", "_")
     code = INTERRUPTED.format(words=words, function=function, passed_over=passed_over)
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
 
 
