@@ -84,6 +84,8 @@ def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: P
     The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
     """
     rows = config.get("vocab_size")
+    if type(rows) is int and special[ENDOFTEXT] >= rows:
+        return  # it is longer than the model's own
     ends = {special[ENDOFTEXT], special[IMEND]}
     generation = _lenient(folder / GENERATION_CONFIG), {*special.values()}  # a model may be taught to end with any
     for name, (settings, known) in {"config.json": (config, ends), GENERATION_CONFIG: generation}.items():

@@ -369,6 +369,7 @@ def test_merges_give_the_ids_of_tiktoken(save, published_vocabulary):
     """And lead to every token of the published vocabulary, as llama.cpp looks no piece up as a whole."""
     folder = save(vocab_size=151936, eos_token_id=151643, bos_token_id=None, pad_token_id=None)
     shutil.copy(published_vocabulary, folder / "qwen.tiktoken")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643]}))
     source = open_source(folder)
     found = gguf_tokenizer(source, source.contents())
     assert found.ids == {"bos": 151643, "eos": 151645, "pad": 151643}
