@@ -334,17 +334,15 @@ def test_nothing_is_compiled_where_kernels_serve(monkeypatch, compiled, late):
     assert compiled[1:] == [None, None]
 
 
-AS_BEFORE = {
-    "offloaded": {"cache_implementation": "offloaded_static"},
-    "in chunks": {"prefill_chunk_size": 5},
-    "with states": {"output_hidden_states": True, "return_dict_in_generate": True},
-}
+AS_BEFORE = [
+    pytest.param({"cache_implementation": "offloaded_static"}, id="offloaded", marks=pytest.mark.gpu),
+    pytest.param({"prefill_chunk_size": 5}, id="in chunks"),
+    pytest.param({"output_hidden_states": True, "return_dict_in_generate": True}, id="with states"),
+]
 
 
-@pytest.mark.parametrize("options", AS_BEFORE.values(), ids=AS_BEFORE)
+@pytest.mark.parametrize("options", AS_BEFORE)
 def test_what_kernels_do_not_tell_is_compiled(compiled, options):
-    if "offloaded_static" in options.values() and not ON_GPU:
-        pytest.skip("offloading needs streams of a GPU")
     write(model_of(), max_new_tokens=2, **options)
     assert compiled
 
