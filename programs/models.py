@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -283,24 +283,48 @@ def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, config: Any,
     special = getattr(tokenizer, "special_tokens", {})
     if not {_END, _END_OF_TURN} <= special.keys():
         return
-    ends = {special[_END], special[_END_OF_TURN], tokenizer.eos_token_id}
-    shown = f"{_END} is token {special[_END]:,} and {_END_OF_TURN} {special[_END_OF_TURN]:,}"
-    any_end = {*special.values(), *ends}  # which a model may have been taught
-    for name, values, known in (("config.json", config, ends), ("generation_config.json", generation, any_end)):
-        told = getattr(values, "eos_token_id", None)
-        named = {end for end in (told if isinstance(told, list) else [told]) if end is not None}
-        named = {end for end in named if end < config.vocab_size}  # the others are of no token, such as the default
-        if named and not known & named:
-            raise ModelError(
-                f"{shown} of the vocabulary in {place}, but {name} has eos_token_id={told}: the vocabulary is "
-                "truncated or another model's. Download it again."
-            )
+    told = {"config.json": config, "generation_config.json": generation}
+    ends = {name: getattr(values, "eos_token_id", None) for name, values in told.items()}
+    if reason := wrong_end(f"the vocabulary in {place}", special, config.vocab_size, ends, tokenizer.eos_token_id):
+        raise ModelError(reason)
     file = Path(place, _VOCABULARIES[0])
     if file.is_file() and (lines := _count_lines(file)) != special[_END]:
         raise ModelError(
-            f"{shown} by tokenizer.json, but {file} has {lines:,} tokens in front of them: one of the two is truncated "
-            "or another model's. Download both again."
+            f"{_shown(special)} by tokenizer.json, but {file} has {lines:,} tokens in front of them: one of the two is "
+            "truncated or another model's. Download both again."
         )
+
+
+def wrong_end(
+    vocabulary: str, special: Mapping[str, int], rows: Any, told: Mapping[str, Any], taught: int | None
+) -> str | None:
+    """What is wrong with a vocabulary whose control tokens end no text by the settings beside it; None if one does.
+
+    The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
+
+    Args:
+        vocabulary: how it is called.
+        special: its control tokens.
+        rows: `vocab_size` of the model; an end beyond it is of no token, such as the default.
+        told: `eos_token_id` in config.json and generation_config.json, by these names. By the latter a model may have
+            been taught to end with any control token.
+        taught: id that the tokenizer's settings let texts end with, or None.
+    """
+    ends = {special[_END], special[_END_OF_TURN], taught}
+    for name, value in told.items():
+        listed = value if isinstance(value, list) else [value]
+        named = [end for end in listed if type(end) is int and (type(rows) is not int or end < rows)]
+        known = ends if name == "config.json" else {*ends, *special.values()}
+        if named and not known.intersection(named):
+            return (
+                f"{_shown(special)} by {vocabulary}, but {name} has eos_token_id={value}: the vocabulary is truncated "
+                "or another model's. Download it again."
+            )
+    return None
+
+
+def _shown(special: Mapping[str, int]) -> str:
+    return f"{_END} is token {special[_END]:,} and {_END_OF_TURN} {special[_END_OF_TURN]:,}"
 
 
 def _count_lines(path: Path) -> int:

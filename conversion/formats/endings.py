@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...programs.models import wrong_end
 from ...tokenization_qwen import ENDOFTEXT, IMEND, IMSTART, SPECIAL_TOKENS, load_vocabulary
 from ..errors import CheckpointError
 from ..files.access import check_readable, is_present, read_json
@@ -79,26 +80,15 @@ def _check_same(special: Mapping[str, int], folder: Path) -> None:
 
 
 def _check_ends(special: Mapping[str, int], config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a vocabulary in which none of the tokens that end a text is one that the settings name.
-
-    The ids of control tokens follow from the length of `qwen.tiktoken`, so one that is cut short shifts them all.
-    """
+    """Refuse a vocabulary in which none of the tokens that end a text is one that the settings name."""
     rows = config.get("vocab_size")
     if type(rows) is int and special[ENDOFTEXT] >= rows:
-        return  # it is longer than the model's own
-    ends = {special[ENDOFTEXT], special[IMEND]}
-    generation = _lenient(folder / GENERATION_CONFIG), {*special.values()}  # a model may be taught to end with any
-    for name, (settings, known) in {"config.json": (config, ends), GENERATION_CONFIG: generation}.items():
-        told = as_list(settings.get("eos_token_id"))
-        told = [end for end in told if type(rows) is not int or type(end) is not int or end < rows]  # else of no token
-        if not told or known.intersection(told):
-            continue
-        if _named_end(special, folder) not in told:
-            raise CheckpointError(
-                f"{ENDOFTEXT} is token {special[ENDOFTEXT]:,} and {IMEND} {special[IMEND]:,} by {folder / VOCABULARY}, "
-                f"but {name} has eos_token_id={settings['eos_token_id']}: the vocabulary is truncated or another "
-                "model's. Download it again."
-            )
+        return  # it is longer than the model's own, of which `inspect` says so
+    told = {"config.json": config, GENERATION_CONFIG: _lenient(folder / GENERATION_CONFIG)}
+    ends = {name: settings.get("eos_token_id") for name, settings in told.items()}
+    reason = wrong_end(str(folder / VOCABULARY), special, rows, ends, _named_end(special, folder))
+    if reason is not None:
+        raise CheckpointError(reason)
 
 
 def _lenient(path: Path) -> dict[str, Any]:

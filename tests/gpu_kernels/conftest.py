@@ -1,5 +1,8 @@
 """Small models whose kernels for a GPU run on one where there is one, else as Triton interprets them."""
 
+import inspect
+import warnings
+
 import pytest
 import torch
 
@@ -50,3 +53,22 @@ def ids_of(rows=1, length=PROMPT, seed=3):
 
 def error(got, expected):
     return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.fixture
+def waits():
+    """Lines of code at which the processor waited for the GPU in a call: (model that writes, call) -> list."""
+
+    def count(model, call):
+        if "cache" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+            pytest.skip("before transformers 5.24 the mask of each token is asked whether it hides anything")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [f"{one.filename}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
+
+    return count

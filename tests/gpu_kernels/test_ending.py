@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import inspect
-import warnings
 from pathlib import Path
 
 import pytest
@@ -325,21 +323,10 @@ def test_a_conversation_goes_on_from_what_was_kept(streamed, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("streamed", [False, True])
-def test_no_token_waits_for_the_gpu(model, streamed):
-    if "cache" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
-        pytest.skip("before transformers 5.24 the mask of each token is asked whether it hides anything")
-
-    def waits(new):
+def test_no_token_waits_for_the_gpu(model, waits, streamed):
+    def write(new):
         options = {"streamer": Tokens()} if streamed else {}
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                model.generate(ids_of(1), max_new_tokens=new, eos_token_id=98, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [f"{one.filename}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
+        model.generate(ids_of(1), max_new_tokens=new, eos_token_id=98, **options)
 
-    waits(8)
-    few, many = waits(10), waits(30)
+    _, few, many = [waits(model, lambda new=new: write(new)) for new in (8, 10, 30)]
     assert len(few) == len(many), many[len(few) :]

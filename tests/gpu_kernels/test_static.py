@@ -1,9 +1,7 @@
 """A static cache through the kernels of a token on a GPU: where there is one, else as Triton interprets them."""
 
 import copy
-import inspect
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -377,21 +375,9 @@ def test_steps_that_can_not_be_recorded_are_slower_than_what_is_compiled(monkeyp
 
 
 @pytest.mark.gpu
-def test_no_token_waits_for_the_gpu():
+def test_no_token_waits_for_the_gpu(waits):
     model = model_of()
-    if "cache" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
-        pytest.skip("before transformers 5.24 the mask of each token is asked whether it hides anything")
-
-    def waits(new):
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                write(model, max_new_tokens=new, eos_token_id=None)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [f"{one.filename}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
-
-    waits(8)
-    few, many = waits(10), waits(30)
+    _, few, many = [
+        waits(model, lambda new=new: write(model, max_new_tokens=new, eos_token_id=None)) for new in (8, 10, 30)
+    ]
     assert len(few) == len(many), many[len(few) :]
