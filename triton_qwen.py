@@ -239,7 +239,8 @@ def _older_keys(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attention to the keys from `first` to before `last`: the highest score, the sum of the weights, the values'."""
-    high, total = -float("inf"), 0.0
+    high = -float("inf")  # not both in one line, of which Triton 3.3, that of torch 2.7, can make no tensors
+    total = 0.0
     summed = tl.zeros((WIDTH,), tl.float32)
     for start in range(first, last, KEYS):
         time = start + tl.arange(0, KEYS)
