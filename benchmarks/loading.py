@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +32,20 @@ from qwen1 import QWenBitsConfig, QWenLMHeadModel
 CLASSES = {"ours": QWenLMHeadModel, "theirs": Qwen2ForCausalLM}
 FEW_BITS = {8: 0.55, 4: 0.33}
 """Bits -> what the weights should at most take, as a share of those in bf16."""
+PROGRAM = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+with torch.inference_mode():
+    for weight in AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).parameters():
+        weight.max()
+"""
+"""What users write, with the classes that come in the folder."""
 BASE_IMPORT = "import torch, transformers; from transformers import PreTrainedModel, GenerationMixin"
+
+
+def seconds_of_program(code: str, *arguments: str) -> float:
+    """Seconds that a Python of its own takes to run some code, from its start to its end."""
+    return seconds_of(lambda: subprocess.run([sys.executable, "-c", code, *arguments], check=True))
 
 
 def load_one(side: str, folder: str, bits: int | None) -> None:
@@ -74,7 +88,8 @@ def load(
     """`from_pretrained` of a checkpoint of 1 GB, until each weight has been read: time, and peak memory.
 
     The first load of a process has transformers build a table of what all of its models call their weights; so a second
-    one is measured, too, and one until `from_pretrained` returns, when the file is mapped and no weight has been read.
+    one is measured, too, and one until `from_pretrained` returns, when the file is mapped and no weight has been read;
+    and a whole program, which imports torch, transformers and the classes of the folder, loads, and ends.
     """
     if side:
         load_one(side, folder, bits)
@@ -87,16 +102,21 @@ def load(
         again = Comparison(f"load 0.5 B parameters again, torch.{dtype}")
         unread = Comparison(f"load 0.5 B parameters again, until from_pretrained returns, torch.{dtype}")
         memory = Comparison(f"peak memory of loading / the weights, torch.{dtype}", aim=1.1, unit="B")
+        program = Comparison(f"a program that loads 0.5 B parameters through AutoModelForCausalLM, torch.{dtype}")
         for number in range(rounds + 1):
             for name in sorted(CLASSES, reverse=bool(number % 2)):
-                run = alone(Path(sys.argv[0]), "load", "--side", name, "--folder", str(Path(parent, name)))
+                where = str(Path(parent, name))
+                run = alone(Path(sys.argv[0]), "load", "--side", name, "--folder", where)
+                whole = seconds_of_program(PROGRAM, where)
                 for found, what in ((time, "seconds"), (again, "again"), (unread, "unread")) if number else ():
                     getattr(found, name).append(run[what])
+                if number:
+                    getattr(program, name).append(whole)
                 if number and name == "ours":
                     memory.ours.append(run["peak"])
                     memory.theirs.append(run["weights"])
         few = [found for form in FEW_BITS for found in load_in_few_bits(Path(parent, "ours"), form, rounds)]
-    for found in (time, again, unread, memory, *few):
+    for found in (time, again, unread, program, memory, *few):
         report(found, results)
 
 
@@ -115,14 +135,9 @@ def load_in_few_bits(folder: Path, bits: int, rounds: int) -> tuple[Comparison, 
 
 def imports(rounds: Rounds = 10, results: Results = RESULTS) -> None:
     """Seconds of a Python that imports the package, against one that imports torch and transformers only."""
-    import subprocess
-
-    def run(code: str) -> float:
-        return seconds_of(lambda: subprocess.run([sys.executable, "-c", code], check=True))
-
     found = Comparison("import of qwen1 / of torch and transformers alone")
     for number in range(rounds + 1):
-        mine, other = run(BASE_IMPORT + "; import qwen1"), run(BASE_IMPORT)
+        mine, other = seconds_of_program(BASE_IMPORT + "; import qwen1"), seconds_of_program(BASE_IMPORT)
         if number:
             found.ours.append(mine)
             found.theirs.append(other)
