@@ -20,6 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from ..programs.failures import TORCH_WRITING
 from .card import CARD, is_replaceable
 from .errors import SavingError, TrainingError
+from .watching import UsedOptimizer
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +32,9 @@ _WEIGHTS = ("model*.safetensors", "adapter_model.*", "*/adapter_model.*", "pytor
 """Where a checkpoint has its weights: whole or in files, adapters, FSDP's shards, DeepSpeed's."""
 
 _OPTIMIZER = ("*optimizer*", "global_step*")
+_FUSED = "_fused"
+"""What the name of an optimizer ends with that keeps the same state and computes it in one kernel."""
+
 _ZIPPED = {".pt", ".pth", ".bin"}  # what torch.save writes
 _FULL = re.compile(r"no space left|quota exceeded", re.IGNORECASE)
 _WRITING = re.compile(rf"{_FULL.pattern}|os error \d+|{TORCH_WRITING.pattern}", re.IGNORECASE)
@@ -112,7 +116,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
 
 
 def check_kind(args: TrainingArguments, lora: Any, base: str) -> None:
-    """Refuse to take up a checkpoint whose weights are others than those that will be trained.
+    """Refuse to take up a checkpoint whose weights, or whose optimizer, are others than those that will be trained.
 
     Args:
         lora: the options of an adapter.
@@ -140,6 +144,18 @@ def check_kind(args: TrainingArguments, lora: Any, base: str) -> None:
         _check_same_adapter(checkpoint, lora)
     elif is_whole:
         _check_same_sizes(checkpoint, base)
+    _check_same_optimizer(checkpoint, str(args.optim.value))
+
+
+def _check_same_optimizer(checkpoint: Path, wanted: str) -> None:
+    kept = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()).get("stateful_callbacks", {})
+    held = kept.get(UsedOptimizer.__name__, {"args": {"optim": wanted}})["args"]["optim"]  # earlier releases note none
+    if held.removesuffix(_FUSED) != wanted.removesuffix(_FUSED):
+        raise TrainingError(
+            f"{checkpoint} has the state of --optim {held}, of which --optim {wanted} can make nothing: go on with "
+            f"--optim {held}, or begin from the checkpoint's weights (--model_name_or_path, or --lora_weight_path) in "
+            "another --output_dir."
+        )
 
 
 def _check_same_sizes(checkpoint: Path, base: str) -> None:

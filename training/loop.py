@@ -21,7 +21,7 @@ from .errors import TrainingError
 from .examples import IGNORED
 from .mixing import WeightedRows
 from .packing import PackedDataset
-from .watching import follow_settings, settings_of
+from .watching import UsedOptimizer, follow_settings, settings_of
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +38,9 @@ class WatchedTrainer(Trainer):
 
     model: Any
 
-    def __init__(self, *, callbacks: Iterable[TrainerCallback] = (), **kwargs: Any):
-        super().__init__(callbacks=[Watch(self), *callbacks], **kwargs)
+    def __init__(self, *, args: TrainingArguments, callbacks: Iterable[TrainerCallback] = (), **kwargs: Any):
+        noted = UsedOptimizer(str(args.optim.value))
+        super().__init__(args=args, callbacks=[Watch(self), noted, *callbacks], **kwargs)
         self.losses: list[torch.Tensor] = []
         self.checkpoint_being_written: Path | None = None
         self.settings: dict[str, list[Any]] = {}

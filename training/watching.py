@@ -68,6 +68,21 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} days {hours % 24} h"
 
 
+class UsedOptimizer(TrainerCallback, ExportableState):
+    """Notes with each checkpoint what optimizer it has the state of, for `checkpoints.check_kind`.
+
+    Args:
+        optim: as the option says.
+    """
+
+    def __init__(self, optim: str = ""):
+        self.optim = optim
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"optim": self.optim}, "attributes": {}}
+
+
 class SameData(TrainerCallback, ExportableState):
     """Notes with each checkpoint what it was trained on, and warns where a run goes on with something else.
 

@@ -352,6 +352,21 @@ def test_a_checkpoint_of_another_model_is_refused(options, tmp_path, killed, fai
     assert f"checkpoint-1 has a model with num_hidden_layers 2, but {model} has 3: name the model that" in said
 
 
+@pytest.mark.parametrize(
+    "begun, then, refused", [("adamw_torch", "sgd", True), ("adamw_torch", "adamw_torch_fused", False)]
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(options, tmp_path, killed, failed, begun, then, refused):
+    words = options("--max_steps", 2, *EACH_STEP)
+    killed([*words, "--optim", begun])
+    resumed = [*words, "--optim", then, "--resume_from_checkpoint", "True"]
+    if not refused:
+        assert run(parse_arguments(resumed)).state.global_step == 2
+        return
+    said = failed(resumed)
+    assert f"{tmp_path / 'out' / 'checkpoint-1'} has the state of --optim {begun}, of which --optim {then} can" in said
+    assert f"go on with --optim {begun}, or begin from the checkpoint's weights" in said
+
+
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 SAME_LAYERS = {
     "twice": ["c_attn", "c_attn"],
