@@ -33,18 +33,17 @@ from .generation_qwen import (
 from .kept_qwen import KEPT, KeptCache, cache_of_turn
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
-    DEFAULT_WINDOW,
     ChatHistory,
     HistoryType,
     StopTextCriteria,
     TokensType,
     check_stop_words,
     checked_history,
+    checked_window,
     decode_text,
     end_sequences,
     find_end,
     fitting_context,
-    is_whole,
     plain_text,
 )
 from .streaming_qwen import stream_text, stream_tokens, stream_until
@@ -134,7 +133,7 @@ class ChatCall:
         words = check_stop_words(choices.stop_words_ids) + check_stop_words(effective["stop_words_ids"])
         ends = eos_sequences(effective["eos_token_id"]) + end_sequences(chat_format, tokenizer)
         settings.stop_words_ids = [list(stop) for stop in dict.fromkeys(map(tuple, words + ends))]
-        window = _checked_window(choices.max_window_size, effective["max_window_size"])
+        window = checked_window(choices.max_window_size, effective["max_window_size"])
         cut, kept = (ends, words) if choices.keep_stop_words and not has_tools else (ends + words, [])
         carried = _can_carry_cache(model, effective, other_kwargs)
         return cls(model, tokenizer, settings, other_kwargs, cut, kept, window, carried)
@@ -425,16 +424,6 @@ def _refuse_inputs(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"A chat makes {', '.join(given)} from the conversation itself: leave that out, or use generate."
         )
-
-
-def _checked_window(given: Any, configured: Any) -> int:
-    """The tokens of context: those given, else those of the configuration, else as published."""
-    window = configured if given is None else given
-    if window is None:
-        return DEFAULT_WINDOW
-    if not is_whole(window) or window < 1:
-        raise ValueError(f"max_window_size={window!r} must be a whole number of tokens, at least 1.")
-    return int(window)
 
 
 def _refuse_several(count: int | None) -> None:

@@ -62,7 +62,7 @@ def make_context(
         the text and its token ids.
 
     Raises:
-        ValueError: an unknown `chat_format`, or texts and turns of the wrong form.
+        ValueError: an unknown `chat_format`, texts and turns of the wrong form, or a window that is none.
 
     Source: `golden/tokenizer/chat_context.json`.
     """
@@ -70,6 +70,7 @@ def make_context(
         return _text_of("user", query), tokenizer.encode(query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")
+    window = checked_window(max_window_size)
     newline = tokenizer.encode("\n")
     text = ""
     ids: TokensType = []
@@ -78,13 +79,27 @@ def make_context(
         asked, asked_ids = _turn(tokenizer, newline, "user", earlier_query)
         answered, answered_ids = _turn(tokenizer, newline, "assistant", earlier_response)
         added = newline + asked_ids + newline + answered_ids
-        if len(system_ids) + len(added) + len(ids) >= max_window_size:
+        if len(system_ids) + len(added) + len(ids) >= window:
             break
         text, ids = f"\n{asked}\n{answered}{text}", added + ids
     query_text, query_ids = _turn(tokenizer, newline, "user", query)
     opening = newline + [tokenizer.im_start_id] + tokenizer.encode("assistant") + newline
     text = f"{system_text}{text}\n{query_text}\n<|im_start|>assistant\n"
     return text, system_ids + ids + newline + query_ids + opening
+
+
+def checked_window(given: Any, configured: Any = None) -> int:
+    """The tokens of context: those given, else those of the configuration, else as published.
+
+    Raises:
+        ValueError: no whole number, or less than 1.
+    """
+    window = configured if given is None else given
+    if window is None:
+        return DEFAULT_WINDOW
+    if not is_whole(window) or window < 1:
+        raise ValueError(f"max_window_size={window!r} must be a whole number of tokens, at least 1.")
+    return int(window)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, newline: TokensType, role: str, content: str) -> tuple[str, TokensType]:

@@ -455,9 +455,11 @@ def run_tools(
         a `ToolRun`, or a generator.
 
     Raises:
-        ValueError: functions that can't be run or have schemas that can't be checked; or as `chat`.
+        ValueError: functions that can't be run or have schemas that can't be checked, `tools`, or as `chat`.
         ToolLoopError: no answer within `max_rounds`.
     """
+    if "tools" in chat_kwargs:
+        raise ValueError("tools= is what run_tools makes of the functions: give all that can be called as functions=.")
     tools = as_tools(functions)
     runnable = {name: _runnable(tool) for name, tool in tools.items()}
     if not isinstance(max_rounds, int) or max_rounds < 1:

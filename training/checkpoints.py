@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..programs.failures import TORCH_WRITING
@@ -144,7 +145,7 @@ def check_kind(args: TrainingArguments, lora: Any, base: str) -> None:
         _check_same_adapter(checkpoint, lora)
     elif is_whole:
         _check_same_sizes(checkpoint, base)
-    _check_same_optimizer(checkpoint, str(args.optim.value))
+    _check_same_optimizer(checkpoint, OptimizerNames(args.optim).value)
 
 
 def _check_same_optimizer(checkpoint: Path, wanted: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..products_qwen import multiplies
@@ -39,7 +40,7 @@ class WatchedTrainer(Trainer):
     model: Any
 
     def __init__(self, *, args: TrainingArguments, callbacks: Iterable[TrainerCallback] = (), **kwargs: Any):
-        noted = UsedOptimizer(str(args.optim.value))
+        noted = UsedOptimizer(OptimizerNames(args.optim).value)
         super().__init__(args=args, callbacks=[Watch(self), noted, *callbacks], **kwargs)
         self.losses: list[torch.Tensor] = []
         self.checkpoint_being_written: Path | None = None

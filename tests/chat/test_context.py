@@ -43,6 +43,12 @@ def test_the_default_is_the_frame_alone(byte_tokenizer):
     assert byte_tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("window", [0, -1, 2.5, True, "many"])
+def test_a_window_is_a_number_of_tokens(byte_tokenizer, window):
+    with pytest.raises(ValueError, match=f"max_window_size={window!r} must be a whole number"):
+        make_context(byte_tokenizer, "hi", max_window_size=window)
+
+
 def test_raw_is_the_query_alone(either_tokenizer):
     text, ids = make_context(either_tokenizer, "a<|endoftext|>", [("b", "c")], "d", chat_format="raw")
     assert (text, ids) == ("a<|endoftext|>", [ord("a"), either_tokenizer.eod_id])

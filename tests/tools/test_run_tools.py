@@ -173,6 +173,7 @@ def test_a_result_that_is_no_text_at_all_is_an_error_of_the_tool(model, byte_tok
         ([Tool("t", function=print)], {"max_rounds": 0}, "max_rounds=0 must be"),
         ([Tool("t", function=print)], {"max_rounds": 1.5}, "max_rounds=1.5 must be"),
         ([Tool("t", function=print)], {"history": 5}, "history=5 must be"),
+        ([Tool("t", function=print)], {"tools": []}, "give all that can be called as functions="),
         ([], {}, "has no tool in it"),
     ],
 )
