@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_qwen import is_lora as is_lora
 from .arguments_qwen import CACHE_NAMES, QWenCausalLMOutput, QWenModelOutput, cache_argument, check_arguments, one_cache
 from .attention_qwen import (
     FLASH_IMPLEMENTATION,

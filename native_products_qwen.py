@@ -103,12 +103,20 @@ inline Part share(int64_t count, int64_t block) {
 }
 
 // As `products_qwen.Matrix`: of kind 0, (rows, columns) in the dtype of the states; of 8 or 4 as `bits_qwen` tells.
+struct Adapter;
 struct Matrix {
     const void *codes;
     const uint16_t *scales;
     const uint8_t *zeros;
     const void *bias;
     int64_t rows, columns, kind, group;
+    const Adapter *adapter;  // for `native_steps_qwen` alone
+};
+// As `products_qwen.Adapter`: matrices of float, where it is wide, else of the dtype of the states.
+struct Adapter {
+    Matrix down, up;
+    int64_t wide;
+    double scale;
 };
 
 const int UNIT = 32;  // columns whose activations share a scale

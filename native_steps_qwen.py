@@ -101,15 +101,48 @@ struct Call {  // as `steps_qwen.Call`
     int64_t vectors() const { return rows * tokens; }
 };
 
-// What threads write for one another: queries, keys and values; what attention gives; the MLP's inside; changes.
-template <class T> struct Shared { T *parts, *attended, *inner, *gate, *change; };
+// What threads write for one another: queries, keys and values; what attention gives; the MLP's inside; changes; what
+// adapters make of states, and add to a product.
+template <class T> struct Shared {
+    T *parts, *attended, *inner, *gate, *change;
+    float *low, *added;
+};
 
-// A thread's own: the residual stream, which all compute alike, so that none waits for another; inputs of products.
+// A thread's own: the residual stream, which all compute alike, so that none waits for another; inputs of products, and
+// of adapters that are wider than the states.
 template <class T> struct Own {
     T *states, *x, *query;
-    float *scores;
+    float *scores, *wide;
     Inputs inputs;
 };
+
+template <class T> const T *given(const T *x, T *, int64_t) { return x; }
+inline const float *given(const bf16 *x, float *wide, int64_t count) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) store(wide + n, load(x + n));
+    for (; n < count; n++) wide[n] = up(x[n]);
+    return wide;
+}
+
+// A product with what its adapter adds, which is computed and rounded in W.
+template <class W, class T>
+Part adapted(const Matrix &m, const T *x, const Shared<T> &shared, const Own<T> &own, T *y, int64_t vectors) {
+    W *low = (W *)shared.low, *added = (W *)shared.added;
+    product(m.adapter->down, given(x, (W *)own.wide, vectors * m.columns), own.inputs, low, vectors);
+    #pragma omp barrier
+    product(m.adapter->up, (const W *)low, own.inputs, added, vectors);
+    const Part mine = product(m, x, own.inputs, y, vectors);
+    #pragma omp barrier  // products of another kind may be shared out in another way
+    for (int64_t row = 0; row < vectors; row++)
+        for (int64_t n = row * m.rows + mine.first; n < row * m.rows + mine.end; n++)
+            put(y + n, up(y[n]) + rounded<W>(up(added[n]) * (float)m.adapter->scale));
+    return mine;
+}
+template <class T>
+Part project(const Matrix &m, const T *x, const Shared<T> &shared, const Own<T> &own, T *y, int64_t vectors) {
+    if (!m.adapter) return product(m, x, own.inputs, y, vectors);
+    return m.adapter->wide ? adapted<float>(m, x, shared, own, y, vectors) : adapted<T>(m, x, shared, own, y, vectors);
+}
 
 // New keys and values of head `kv` of a row, rotated, where they belong; then, of each token, the queries of the heads
 // that share it, and what they find. Without a mask a token sees the keys up to its own.
@@ -164,40 +197,54 @@ template <class T> void layer(const Call &a, const Layer &l, const Shared<T> &sh
     const int64_t vectors = a.vectors(), count = vectors * a.width;
     for (int64_t row = 0; row < vectors; row++)
         norm(own.states + row * a.width, (const T *)l.ln_1, own.x + row * a.width, a.width, l.eps_1);
-    product(l.c_attn, own.x, own.inputs, shared.parts, vectors);
+    project(l.c_attn, own.x, shared, own, shared.parts, vectors);
     #pragma omp barrier
     const Part heads = share(a.rows * a.kv_heads, 1);
     for (int64_t n = heads.first; n < heads.end; n++) attention(a, l, shared, own, n / a.kv_heads, n % a.kv_heads);
     #pragma omp barrier
-    product(l.c_proj, shared.attended, own.inputs, shared.change, vectors);
+    project(l.c_proj, shared.attended, shared, own, shared.change, vectors);
     #pragma omp barrier
     add(own.states, shared.change, count);
     for (int64_t row = 0; row < vectors; row++)
         norm(own.states + row * a.width, (const T *)l.ln_2, own.x + row * a.width, a.width, l.eps_2);
-    const Part mine = product(l.w1, own.x, own.inputs, shared.inner, vectors);
-    product(l.w2, own.x, own.inputs, shared.gate, vectors);  // the same rows
+    const Part mine = project(l.w1, own.x, shared, own, shared.inner, vectors);
+    project(l.w2, own.x, shared, own, shared.gate, vectors);  // the same rows
     for (int64_t row = 0; row < vectors; row++)
         activate(shared.inner + row * a.inner + mine.first, shared.gate + row * a.inner + mine.first,
                  mine.end - mine.first);
     #pragma omp barrier
-    product(l.down, shared.inner, own.inputs, shared.change, vectors);
+    project(l.down, shared.inner, shared, own, shared.change, vectors);
     #pragma omp barrier
     add(own.states, shared.change, count);
 }
 
+// Of all adapters' ranks the greatest, 0 without any.
+inline int64_t greatest_rank(const Call &a) {
+    int64_t greatest = 0;
+    for (int64_t n = 0; n < a.count; n++) {
+        const Layer &l = a.layers[n];
+        for (const Matrix *m : {&l.c_attn, &l.c_proj, &l.w1, &l.w2, &l.down})
+            if (m->adapter) greatest = std::max(greatest, m->adapter->down.rows);
+    }
+    return greatest;
+}
+
 template <class T> int steps(const Call &a) {
-    const int64_t q_width = a.heads * a.size, all = q_width + 2 * a.kv_heads * a.size;
-    const int64_t widest = std::max(std::max(a.width, q_width), a.inner), vectors = a.vectors();
-    const int64_t count = vectors * a.width;
-    Room room(sizeof(T) * vectors * (all + q_width + 2 * a.inner + a.width) + 5 * 64);
+    const int64_t q_width = a.heads * a.size, all = q_width + 2 * a.kv_heads * a.size, rank = greatest_rank(a);
+    const int64_t widest = std::max({a.width, q_width, a.inner, rank}), vectors = a.vectors();
+    const int64_t count = vectors * a.width, low = vectors * rank, added = rank ? vectors * std::max(widest, all) : 0;
+    Room room(sizeof(T) * vectors * (all + q_width + 2 * a.inner + a.width) + sizeof(float) * (low + added) + 7 * 64);
     const Shared<T> shared = {room.take<T>(vectors * all), room.take<T>(vectors * q_width),
-                              room.take<T>(vectors * a.inner), room.take<T>(vectors * a.inner), room.take<T>(count)};
+                              room.take<T>(vectors * a.inner), room.take<T>(vectors * a.inner),
+                              room.take<T>(count), room.take<float>(low), room.take<float>(added)};
     bool short_of_memory = !room.there();
     #pragma omp parallel num_threads(a.threads)
     {
-        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * a.length + inputs_room(vectors, widest) + 4 * 64);
+        const int64_t wide = rank ? vectors * widest : 0;
+        Room mine(sizeof(T) * (2 * count + a.size) + sizeof(float) * (a.length + wide) + inputs_room(vectors, widest) +
+                  5 * 64);
         const Own<T> own = {mine.take<T>(count), mine.take<T>(count), mine.take<T>(a.size),
-                            mine.take<float>(a.length), inputs_in(mine, vectors, widest)};
+                            mine.take<float>(a.length), mine.take<float>(wide), inputs_in(mine, vectors, widest)};
         if (!mine.there()) {
             #pragma omp atomic write
             short_of_memory = true;

@@ -28,6 +28,12 @@ def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
     return type(module) is cls and "forward" not in vars(module) and not any(hooks)
 
 
+def is_left_alone(module: nn.Module) -> bool:
+    """Whether nothing of a module's own sees or changes what goes through it, in eval mode."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not (hooked or module.training or "forward" in vars(module))
+
+
 class Plain:
     """Tells whether modules compute nothing but what their published classes say, and in eval mode.
 
@@ -47,11 +53,7 @@ class Plain:
 
     def _is_plain(self, module: nn.Module) -> bool:
         cls: Any = type(module)
-        return (
-            self.forwards.get(cls) is cls.forward
-            and not (module._forward_hooks or module._forward_pre_hooks or module.training)
-            and "forward" not in vars(module)
-        )
+        return self.forwards.get(cls) is cls.forward and is_left_alone(module)
 
 
 class Unchanged:

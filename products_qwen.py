@@ -33,13 +33,21 @@ _PIECE = 2**20
 """Weights that are in float32 at a time: 4 MB, which the caches hold while they are multiplied."""
 
 
+class Adapter(ctypes.Structure):
+    """What is added to a product: `up` times `down` times the states, scaled; `Adapter` in `native_products_qwen`."""
+
+
 class Matrix(ctypes.Structure):
-    """A product's weights, as `Matrix` in `native_products_qwen`."""
+    """A product's weights, as `Matrix` in `native_products_qwen`. What an adapter adds, `steps_qwen` alone looks at."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "kind", "group")),
+        ("adapter", ctypes.POINTER(Adapter)),
     ]
+
+
+Adapter._fields_ = [("down", Matrix), ("up", Matrix), ("wide", ctypes.c_int64), ("scale", ctypes.c_double)]
 
 
 def kernels_for(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from .adapters_qwen import adapted_product, adapter_of, is_lora, with_adapter
 from .arguments_qwen import one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
@@ -127,10 +128,12 @@ class _Shape(NamedTuple):
 
 
 def _shape(block: Any, plain: Plain) -> _Shape | None:
-    if not plain(block) or not plain(block.attn, block.mlp) or not plain(block.mlp.w1):
+    if not plain(block) or not plain(block.attn, block.mlp):
         return None
-    attention = block.attn
-    return _Shape(attention.num_heads, attention.num_key_value_heads, attention.head_dim, block.mlp.w1.out_features)
+    attention, linear = block.attn, block.mlp.w1
+    if not is_lora(linear) and not plain(linear):
+        return None
+    return _Shape(attention.num_heads, attention.num_key_value_heads, attention.head_dim, linear.out_features)
 
 
 def _put_weights(layer: Layer, block: Any, shape: _Shape, plain: Plain, states: torch.Tensor) -> bool:
@@ -148,7 +151,7 @@ def _put_weights(layer: Layer, block: Any, shape: _Shape, plain: Plain, states: 
     if block.apply_residual_connection_post_layernorm or heads != shape[:3]:
         return False
     matrices = (products["c_attn"], products["c_proj"], parts["w1"], parts["w2"], parts["c_proj"])
-    found = [matrix_of(module, plain, states) for module in matrices]
+    found = [_adapted_matrix_of(module, plain, states) for module in matrices]
     weights = [cast(torch.Tensor, module._parameters["weight"]) for module in (ln_1, ln_2)]
     norms = [place(weight, states.dtype) for weight in weights if weight.numel() == states.shape[-1]]
     shapes = [matrix and (matrix.rows, matrix.columns) for matrix in found]
@@ -158,6 +161,15 @@ def _put_weights(layer: Layer, block: Any, shape: _Shape, plain: Plain, states: 
     layer.ln_1, layer.ln_2 = norms
     layer.eps_1, layer.eps_2, layer.scale = ln_1.eps, ln_2.eps, attention.scaling
     return True
+
+
+def _adapted_matrix_of(module: Any, plain: Plain, states: torch.Tensor) -> Matrix | None:
+    """As `matrix_of`, also of a layer with a LoRA."""
+    if not is_lora(module):
+        return matrix_of(module, plain, states)
+    adapter = adapter_of(module, states.dtype)
+    matrix = None if adapter is None else matrix_of(module.base_layer, plain, states)
+    return None if matrix is None or adapter is None else with_adapter(matrix, adapter)
 
 
 def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix | None:
@@ -266,6 +278,8 @@ def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor |
     what it computes again with them.
     """
     native = None if linear.training else kernels_for_any(states)
+    if native is not None and is_lora(linear):
+        return _product_of_lora(native, linear, states)
     if not (native or is_widened(states)) or not is_bare(linear, nn.Linear):
         return None
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
@@ -273,3 +287,13 @@ def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor |
         return wide_product(states, cast(torch.Tensor, weight), bias)
     matrix = _matrix(cast(torch.Tensor, weight), bias, states.dtype)
     return None if matrix is None or matrix.columns != states.shape[-1] else product(native, matrix, states)
+
+
+def _product_of_lora(native: ctypes.CDLL, lora: Any, states: torch.Tensor) -> torch.Tensor | None:
+    base, adapter = lora.base_layer, adapter_of(lora, states.dtype)
+    if adapter is None or not is_bare(base, nn.Linear):
+        return None
+    matrix = _matrix(base.weight, base.bias, states.dtype)
+    if matrix is None or with_adapter(matrix, adapter) is None or matrix.columns != states.shape[-1]:
+        return None
+    return adapted_product(native, matrix, states) if matrix.adapter else product(native, matrix, states)

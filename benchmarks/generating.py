@@ -140,6 +140,23 @@ def decode(rounds: Rounds = 20, dtype: Dtype = "bfloat16", results: Results = RE
 
 
 @torch.inference_mode()
+def adapter(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results = RESULTS) -> None:
+    """Tokens at 512 tokens of context and a prompt of 512, with a LoRA as published fine-tunes have, not merged."""
+    import peft
+
+    layers = (["c_attn", "attn.c_proj", "w1", "w2"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
+    models = build(getattr(torch, dtype))
+    for model, names in zip(models, layers, strict=True):
+        peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=16, target_modules=names)).eval()
+    found = compare_decoding(models, 1, 512, 8, rounds)
+    found.name = f"{found.name}, with a LoRA"
+    report(found, results)
+    ids = torch.randint(0, VOCABULARY, (1, 512), generator=torch.Generator().manual_seed(2))
+    runs = [partial(model.generate, ids, max_new_tokens=1) for model in models]
+    report(compare(f"prefill, 512 tokens, torch.{dtype}, with a LoRA", *runs, rounds), results)
+
+
+@torch.inference_mode()
 def long_decode(rounds: Rounds = 20, dtype: Dtype = "bfloat16", results: Results = RESULTS) -> None:
     """Write tokens at 8192 tokens of context, where copying the cache for each token would be most of the work."""
     found = compare_decoding(build(getattr(torch, dtype)), 1, 8192, 4, rounds)

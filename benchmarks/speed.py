@@ -29,6 +29,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 for command in (
     generating.prefill,
     generating.decode,
+    generating.adapter,
     generating.long_decode,
     generating.conversation,
     generating.long_text,
