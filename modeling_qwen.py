@@ -85,7 +85,7 @@ from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
 from .shards_qwen import gather_weights as gather_weights
-from .steps_qwen import logits_of_head, product_of_linear, projected, takes_static_cache
+from .steps_qwen import collected_by, logits_of_head, product_of_linear, projected, takes_static_cache
 from .streaming_qwen import stream_tokens as stream_tokens
 from .tensor_parallel_qwen import shares_of_process
 from .tools_qwen import ToolResult as ToolResult
@@ -497,7 +497,7 @@ class QWenModel(QWenPreTrainedModel):
     def _through_blocks(self, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         layers = self.config.n_layer
         blocks = self.h if layers >= len(self.h) else self.h[:layers]  # fewer where the model drafts for itself
-        return through_blocks(blocks, _PLAIN, hidden_states, arguments)
+        return through_blocks(blocks, _PLAIN, hidden_states, collected_by(self) | arguments)
 
     def choose_alpha(self, position_ids: torch.Tensor) -> torch.Tensor:
         """NTK alpha that prompts with these positions ask for, (B, T) -> (B, T)."""

@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 
+_COLLECTING = "transformers.utils.output_capturing"
+
 
 def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a module is of this very class, and nothing else sees or changes what goes through it."""
@@ -29,9 +31,13 @@ def is_bare(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Whether nothing of a module's own sees or changes what goes through it, in eval mode."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not (hooked or module.training or "forward" in vars(module))
+    """Whether nothing of a module's own sees or changes what goes through it, in eval mode.
+
+    Hooks by which transformers collects states, which stay for ever, do nothing unless a call asks for them.
+    """
+    if module._forward_pre_hooks or module.training or "forward" in vars(module):
+        return False
+    return all(getattr(hook, "__module__", None) == _COLLECTING for hook in module._forward_hooks.values())
 
 
 class Plain:
@@ -73,6 +79,7 @@ class Unchanged:
         self._weights = [weight for _, _, weight in weights if weight is not None]
         self._places = [weight.data_ptr() for weight in self._weights]
         self._hooks = [hooks for one in every for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._hooked = [list(hooks) for hooks in self._hooks]  # by numbers that come once
         self._own = [vars(one) for one in every]
         self._configurations: list[Any] = list(
             {id(one.config): one.config for one in every if hasattr(one, "config")}.values()
@@ -80,10 +87,11 @@ class Unchanged:
 
     def __call__(self) -> bool:
         everywhere = nn.modules.module
-        hooked = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or any(self._hooks)
         # Lists, for each of these is asked hundreds of times before each token.
         return not (
-            hooked
+            everywhere._global_forward_hooks
+            or everywhere._global_forward_pre_hooks
+            or [list(hooks) for hooks in self._hooks] != self._hooked
             or any([own["training"] or "forward" in own for own in self._own])
             or any([held.get(name) is not part for held, name, part in self._parts])
             or [weight.data_ptr() for weight in self._weights] != self._places

@@ -115,6 +115,12 @@ def given(arguments: dict[str, Any]) -> set[str]:
     return {name for name, value in arguments.items() if value is not None}
 
 
+def collected_by(model: Any) -> dict[str, bool]:
+    """Arguments, such as `output_hidden_states`, that the configuration asks for where a call doesn't say."""
+    names = (f"output_{key}" for key in model._can_record_outputs)
+    return {name: True for name in names if getattr(model.config, name, False)}
+
+
 class _Shape(NamedTuple):
     heads: int
     kv_heads: int

@@ -86,6 +86,27 @@ def test_after_the_first_token_nothing_is_asked(monkeypatch, mode):
     assert taken(cache) == 5
 
 
+@pytest.mark.no_cover
+def test_hidden_states_come_from_the_modules_and_later_tokens_from_the_kernels(monkeypatch):
+    """Transformers' hooks, by which it collects them, stay on the model."""
+    model = model_of()
+    states = {"output_hidden_states": True}
+    with torch.no_grad():
+        assert len(model(ids_of(), **states).hidden_states) == 3
+    got, cache = talk(model)
+    assert taken(cache) == 4
+    with torch.no_grad():
+        ids = torch.full((1, 1), 1, device=DEVICE)
+        assert len(model(ids, **states, **{CACHE_NAME: cache}).hidden_states) == 3
+    assert taken(cache) == 4 and lengths(cache) == [PROMPT + 5] * 2
+    expected, _ = torch_alone(monkeypatch, lambda: talk(model))
+    assert error(got, expected) < BOUNDS[torch.float32]
+    model.transformer.h[0].register_forward_hook(lambda *given: None)
+    with torch.no_grad():
+        step(model, cache, 2)
+    assert taken(cache) == 4
+
+
 def crops(cache):
     for layer in cache.layers:
         layer.cumulative_length.sub_(3)

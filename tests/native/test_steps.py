@@ -141,6 +141,29 @@ def test_generate_and_its_cache(tiny_model, monkeypatch, steps):
         torch.testing.assert_close(mine.values, other.values, atol=3e-5, rtol=3e-5)
 
 
+@pytest.mark.parametrize("asked", ["argument", "configuration"])
+def test_hidden_states_come_from_the_modules_and_later_tokens_from_the_kernel(tiny_model, monkeypatch, steps, asked):
+    """Transformers' hooks, by which it collects them, stay on the model."""
+    model = tiny_model("sdpa")
+    cache, ids = new_cache(model.transformer), torch.arange(8)[None]
+    states = {} if asked == "configuration" else {"output_hidden_states": True}
+    with torch.no_grad():
+        model(ids, cache=cache)
+        model.config.output_hidden_states = asked == "configuration"
+        found = model(ids[:, :1], cache=cache, **states).hidden_states
+        assert len(found) == 1 + len(model.transformer.h) and not steps
+        again = model(ids[:, :1], cache=cache, **states).hidden_states
+        assert len(again) == len(found) and not steps
+        model.config.output_hidden_states = False
+        model(ids[:, :1], cache=cache)
+    assert len(steps) == 1
+    logits = logits_of(model, 2, padded=True)
+    assert len(steps) == 4
+    torch.testing.assert_close(
+        logits, without(monkeypatch, lambda: logits_of(model, 2, padded=True)), atol=3e-5, rtol=3e-5
+    )
+
+
 def hook(module, *args):
     return None
 
