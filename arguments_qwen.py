@@ -43,6 +43,8 @@ _DEBUGGING = ("debug_io", "debug_io_dir", "prune_layers")
 _GENERATION = ("tokenizer", "assistant_tokenizer")  # which `generate` hands down beside what the model reads
 # The published code took them and computed the same whatever they held.
 _WITHOUT_EFFECT = ("token_type_ids", "output_router_logits")
+UNREAD = frozenset((*_GENERATION, *_WITHOUT_EFFECT))
+"""Those that nothing in the model reads."""
 KNOWN_ARGUMENTS = frozenset(
     (*_PACKING, *_PAGED, *_ENGINES, *_LOSS, *_OUTPUTS, *_DEBUGGING, *_GENERATION, *_WITHOUT_EFFECT, "is_causal")
 )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .adapters_qwen import adapted_product, adapter_of, is_lora, with_adapter
-from .arguments_qwen import one_cache
+from .arguments_qwen import UNREAD, one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
 from .passes_qwen import runs_on
@@ -112,7 +112,7 @@ def steps_of_blocks(
 
 def given(arguments: dict[str, Any]) -> set[str]:
     """Names of arguments that ask for something."""
-    return {name for name, value in arguments.items() if value is not None}
+    return {name for name, value in arguments.items() if value is not None} - UNREAD
 
 
 def collected_by(model: Any) -> dict[str, bool]:

@@ -164,6 +164,17 @@ def test_hidden_states_come_from_the_modules_and_later_tokens_from_the_kernel(ti
     )
 
 
+def test_stop_strings_and_what_nobody_reads_leave_tokens_to_the_kernel(tiny_model, steps, byte_tokenizer):
+    model, ids = tiny_model("sdpa"), torch.arange(8)[None]
+    words = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = model.generate(ids, **words)
+    assert len(steps) == 3
+    assert torch.equal(model.generate(ids, stop_strings=["\0\1\2"], tokenizer=byte_tokenizer, **words), expected)
+    assert len(steps) == 6
+    logits_of(model, output_router_logits=False, token_type_ids=torch.zeros((1, 1), dtype=torch.long))
+    assert len(steps) == 9
+
+
 def hook(module, *args):
     return None
 
