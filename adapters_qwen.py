@@ -15,13 +15,27 @@ from torch import nn
 from .plain_qwen import is_bare, is_left_alone
 from .products_qwen import Adapter, Matrix, multiplies_all, place, product
 
-_LORA = "peft.tuners.lora.layer"
+_LORA, _SAVED = "peft.tuners.lora.layer", "peft.utils.other"
+"""Modules of peft."""
 
 
 def is_lora(module: nn.Module) -> bool:
     """Whether a module is a linear layer with adapters beside it, of the class that peft has for it."""
     peft = sys.modules.get(_LORA)  # no module is of a class that nobody has imported
     return peft is not None and type(module) is peft.Linear
+
+
+def used_of(module: Any) -> nn.Module:
+    """The module that an adapter has trained in the place of another, as the head of a base model is; else this one."""
+    peft = sys.modules.get(_SAVED)
+    if peft is None or type(module) is not peft.ModulesToSaveWrapper or not is_left_alone(module):
+        return module
+    if type(module).forward.__module__ != _SAVED or len(module.active_adapters) > 1:
+        return module
+    off = module.disable_adapters or any(name not in module.modules_to_save for name in module.active_adapters)
+    return (
+        module.original_module if off or not module.active_adapters else module.modules_to_save[module.active_adapter]
+    )
 
 
 def adapter_of(lora: Any, dtype: torch.dtype) -> Adapter | None:

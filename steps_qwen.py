@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from .adapters_qwen import adapted_product, adapter_of, is_lora, with_adapter
+from .adapters_qwen import adapted_product, adapter_of, is_lora, used_of, with_adapter
 from .arguments_qwen import UNREAD, one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
@@ -266,7 +266,7 @@ def product_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torc
 
 def logits_of_head(head: nn.Module, plain: Plain, states: torch.Tensor) -> torch.Tensor:
     """Logits, (B, T, E) -> (B, T, V): by the kernels where they can tell, else by the head itself."""
-    logits = product_of_head(head, plain, states)
+    logits = product_of_head(used_of(head), plain, states)
     return projected(head, states) if logits is None else logits
 
 

@@ -1,11 +1,13 @@
 """LoRA by the kernels of a CPU: the logits of peft's own layers, or where they can't run, by these."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from qwen1 import steps_qwen
 from qwen1.native_qwen import wait
 from qwen1.steps_qwen import product_of_linear
 
@@ -196,6 +198,28 @@ def test_products_of_a_prompt(tiny_model, monkeypatch, dtype, used):
         torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
         lora.base_layer.register_forward_hook(lambda module, given, result: result * 2)
         assert product_of_linear(lora, states) is None
+
+
+def test_a_head_that_was_trained_with_the_adapter(tiny_model, monkeypatch):
+    """As those of base models are, with the embedding."""
+    model = adapted(tiny_model("sdpa"), modules_to_save=["lm_head", "wte"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    products = []
+    product = steps_qwen.product_of_head
+    monkeypatch.setattr(
+        steps_qwen, "product_of_head", lambda *given: (products.append(product(*given)), products[-1])[1]
+    )
+    for used in (True, False):
+        with nullcontext() if used else model.disable_adapter():
+            expected = without(monkeypatch, lambda: logits_of(model))
+            products.clear()
+            torch.testing.assert_close(logits_of(model), expected, atol=5e-5, rtol=5e-5)
+            assert len(products) == 4 and not any(product is None for product in products)
+    model.base_model.model.lm_head.register_forward_hook(lambda module, given, result: result * 2)
+    products.clear()
+    torch.testing.assert_close(logits_of(model), without(monkeypatch, lambda: logits_of(model)), atol=5e-5, rtol=5e-5)
+    assert not any(product is not None for product in products)
 
 
 def test_an_adapter_of_another_size_is_told_by_torch(tiny_model, steps):
