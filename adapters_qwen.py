@@ -92,4 +92,4 @@ def adapted_product(native: ctypes.CDLL, matrix: Matrix, states: torch.Tensor) -
     if not multiplies_all(native, given):
         return None
     added = product(native, adapter.up, product(native, adapter.down, given))
-    return (product(native, matrix, states) + added.mul_(adapter.scale)).to(states.dtype)
+    return torch.add(product(native, matrix, states), added, alpha=adapter.scale, out=added).to(states.dtype)
