@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -262,7 +263,7 @@ class StaticKeys(Keys):
         super().__init__(count)
         self.room = 0
         self.places: list[Any] = []
-        self.counters: list[torch.Tensor] = []
+        self.counters: list[Callable[[], Any]] = []  # weak: the steps, and so these keys, hang on the first of them
 
     def serves(self, cache: Any, states: torch.Tensor, seen: Any) -> bool:
         layers, rows = cache.layers[: self.count], states.shape[0]
@@ -282,7 +283,7 @@ class StaticKeys(Keys):
 
     def claim(self, cache: Any, seen: Any) -> bool:
         layers = cache.layers[: self.count]
-        counted = all(layer.cumulative_length is one for layer, one in zip(layers, self.counters, strict=False))
+        counted = all(layer.cumulative_length is one() for layer, one in zip(layers, self.counters, strict=False))
         return counted and seen.shape[-1] == self.room and self._places_of(layers) == self.places
 
     def make_room(self, cache: Any, states: torch.Tensor, seen: Any, chunk: tuple[int, ...]) -> list[Any] | None:
@@ -294,18 +295,18 @@ class StaticKeys(Keys):
             return None
         if any(one.is_inference() for one in (*held, *counters)) and not torch.is_inference_mode_enabled():
             return None  # where nothing may write to them, which torch says
-        self.room, self.counters, self.places = shape[2], counters, self._places_of(layers)
+        self.room, self.counters, self.places = shape[2], list(map(weakref.ref, counters)), self._places_of(layers)
         addresses = [(one.data_ptr(), *one.stride()[:2]) for one in held]
         return [list(both) for both in zip(addresses[::2], addresses[1::2], strict=True)]
 
     def count_into(self, lengths: torch.Tensor) -> None:
-        counts = torch.stack([counter.view(()) for counter in self.counters])
+        counts = torch.stack([counter().view(()) for counter in self.counters])
         fitting = (counts >= 0) & (counts < self.room)
         torch._assert_async(fitting.all(), f"The static cache is full: max_cache_len={self.room}. Make a larger one.")
         lengths.copy_(counts.clamp(0, self.room - 1) + 1)
 
     def lengthen(self) -> None:
-        torch._foreach_add_(self.counters, 1)
+        torch._foreach_add_([counter() for counter in self.counters], 1)
 
     @staticmethod
     def _places_of(layers: Any) -> list[Any]:

@@ -1,7 +1,9 @@
 """A static cache through the kernels of a token on a GPU: where there is one, else as Triton interprets them."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -170,6 +172,25 @@ def test_chunks_and_copies(monkeypatch):
     assert error(got, expected) < BOUNDS[torch.float32]
     assert steps_of(other) is not steps_of(cache) and taken(other) == 1 and taken(cache) == 4
     assert steps_of(pickle.loads(pickle.dumps(cache))) is None
+
+
+@pytest.mark.parametrize("kind", [StaticCache, QWenCache])
+@pytest.mark.no_cover
+def test_what_nobody_holds_is_given_up_at_once(kind):
+    """The memory of steps, their graph, and the model itself, without waiting for Python to look for cycles."""
+    model = model_of()
+    cache = kind() if kind is QWenCache else None
+    step(model, cache or QWenCache(), 1)  # has the kernels compiled
+    gc.collect()
+    gc.disable()
+    try:
+        _, cache = talk(model, cache=cache)
+        steps = steps_of(cache) if kind is StaticCache else cache.steps
+        held = weakref.ref(steps), weakref.ref(model.transformer.h[0])
+        del model, cache, steps
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(ON_GPU, reason="there it ends all that the process does on the GPU, as torch does")
