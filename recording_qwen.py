@@ -5,7 +5,9 @@ Torch's recorder also seizes the generator of random numbers, so that other thre
 
 from __future__ import annotations
 
+import functools
 import importlib
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +18,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _DRIVER = "cuda.bindings.driver"
+_alone = threading.Lock()
+"""Held while something is recorded: what another thread starts on that stream would be recorded too."""
 
 
 class Recording:
@@ -66,22 +70,41 @@ def record(run: Callable[[], None], device: torch.device) -> Recording | None:
 
 
 def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Recording:
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        run()
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        _done(driver, driver.cuStreamBeginCapture(stream.cuda_stream, mode))
+    current = torch.cuda.current_stream(device)
+    with _alone:
+        stream, memory = _beside(device, current.cuda_stream)
+        stream.wait_stream(current)
         try:
-            run()
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(memory, device):
+                run()
+                graph = _captured(run, stream, driver)
         finally:
-            ended = driver.cuStreamEndCapture(stream.cuda_stream)
-    graph = _done(driver, ended)
-    current.wait_stream(stream)
+            current.wait_stream(stream)  # whatever was refused: `run` writes over what is read next
     try:
         return Recording(driver, graph, device)
     finally:
         driver.cuGraphDestroy(graph)
+
+
+@functools.cache
+def _beside(device: torch.device, current: int) -> tuple[Any, Any]:
+    """The stream on which is recorded what the current one will start, and memory that recordings keep.
+
+    There products put what they need beside their results: some releases of torch take it for each product, others
+    for each stream, 32 MB on the larger cards, and give it back while recordings still write to it.
+    """
+    with torch.cuda.device(device):
+        return torch.cuda.Stream(device), torch.cuda.MemPool()
+
+
+def _captured(run: Callable[[], None], stream: Any, driver: Any) -> Any:
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    _done(driver, driver.cuStreamBeginCapture(stream.cuda_stream, mode))
+    try:
+        run()
+    finally:
+        ended = driver.cuStreamEndCapture(stream.cuda_stream)
+    return _done(driver, ended)
 
 
 def _done(driver: Any, answer: tuple[Any, ...]) -> Any:

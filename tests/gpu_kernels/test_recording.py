@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import sys
+import threading
 import types
 
 import pytest
@@ -38,28 +39,58 @@ class Driver(types.ModuleType):
 class Stream:
     """A stream of a GPU that isn't there."""
 
-    cuda_stream = 7
-
-    def __init__(self, device=None):
-        self.waited = []
+    def __init__(self, device=None, number=7):
+        self.cuda_stream, self.waited = number, []
 
     def wait_stream(self, other):
         self.waited.append(other)
 
 
+class GPU:
+    """What torch does on one that isn't there: the current stream, those made beside it, memory, what is at work."""
+
+    def __init__(self):
+        self.current, self.made, self.pools, self.inside = Stream(number=1), [], 0, []
+
+    def stream(self, device):
+        self.made.append(Stream(number=7 + len(self.made)))
+        return self.made[-1]
+
+    def pool(self):
+        self.pools += 1
+        return f"pool {self.pools}"
+
+    @contextlib.contextmanager
+    def within(self, what, device=None):
+        self.inside.append(what)
+        yield
+        self.inside.remove(what)
+
+
 @pytest.fixture
-def recorded(monkeypatch):
+def gpu(monkeypatch):
+    made = GPU()
+    for name, value in {
+        "Stream": made.stream,
+        "current_stream": lambda device=None: made.current,
+        "stream": made.within,
+        "device": made.within,
+        "MemPool": made.pool,
+        "use_mem_pool": made.within,
+        "is_current_stream_capturing": lambda: False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recording_qwen._beside.cache_clear()
+    yield made
+    recording_qwen._beside.cache_clear()
+
+
+@pytest.fixture
+def recorded(monkeypatch, gpu):
     """Record a function with a driver: returns the recording, what the driver was told, how often the function ran."""
 
     def run(driver):
         ran = []
-        for name, value in {
-            "Stream": Stream,
-            "current_stream": lambda device=None: Stream(),
-            "stream": lambda stream: contextlib.nullcontext(),
-            "is_current_stream_capturing": lambda: False,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
         found = record(lambda: ran.append(len(driver.told) if driver else 0), torch.device("cuda"))
         return found, ran
@@ -80,8 +111,8 @@ def test_recorded_started_and_given_up(recorded):
         ("cuStreamEndCapture", 7),
         ("cuGraphInstantiate", "graph", 0),
         ("cuGraphDestroy", "graph"),
-        ("cuGraphLaunch", "executable", 7),
-        ("cuGraphLaunch", "executable", 7),
+        ("cuGraphLaunch", "executable", 1),
+        ("cuGraphLaunch", "executable", 1),
         ("cuGraphExecDestroy", "executable"),
     ]
 
@@ -96,6 +127,51 @@ def test_a_driver_that_refuses_is_done_without(monkeypatch, recorded, function):
     begun = sum(name == "cuStreamBeginCapture" for name, *_ in driver.told)
     ended = sum(name == "cuStreamEndCapture" for name, *_ in driver.told)
     assert ended == (begun if function != "cuStreamBeginCapture" else 0)
+
+
+@pytest.mark.parametrize("function", ["", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+def test_what_was_started_beside_is_waited_for(gpu, recorded, function):
+    """Also where the driver refuses: it writes over what the current stream goes on with."""
+    recorded(Driver(refusing=function))
+    (stream,) = gpu.made
+    assert stream.waited == [gpu.current] and gpu.current.waited == [stream]
+
+
+def test_recordings_beside_a_stream_share_one_and_its_memory(gpu, recorded):
+    """Torch keeps 32 MB for products on each stream on which there was one, as large as the cards are now."""
+    for _ in range(3):
+        recorded(Driver())
+    assert (len(gpu.made), gpu.pools) == (1, 1)
+    gpu.current = Stream(number=2)
+    recorded(Driver())
+    assert (len(gpu.made), gpu.pools) == (2, 2), "what runs at once may not write into the same memory"
+
+
+def test_what_products_need_beside_their_results_is_kept(monkeypatch, gpu):
+    """Recordings go on writing there, while torch gives it to others, or back."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Driver())
+    found = []
+    record(lambda: found.append(list(gpu.inside)), torch.device("cuda"))
+    assert ["pool 1" in inside and gpu.made[0] in inside for inside in found] == [True, True]
+
+
+def test_one_recording_at_a_time(monkeypatch, gpu):
+    """What another thread starts on a stream that is recorded would be recorded too."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Driver())
+    at_once, most = [], []
+
+    def run():
+        at_once.append(1)
+        most.append(len(at_once))
+        threading.Event().wait(0.05)
+        at_once.pop()
+
+    threads = [threading.Thread(target=record, args=(run, torch.device("cuda"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
 
 
 def test_a_replay_that_fails_says_so(recorded):
