@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from .cache_qwen import QWenCache, QWenGrowingLayer
-from .passes_qwen import chosen, is_beside
+from .passes_qwen import GATED, chosen, is_beside
 from .plain_qwen import Plain, Unchanged, is_plain_mask, length_held
 from .recording_qwen import Recording, is_recorded, record
 from .triton_qwen import (
@@ -41,7 +41,6 @@ _RECORDED_FROM = 4
 """Steps with a cache, after which they are recorded: a shorter reply would wait for that in vain."""
 _MASK_ROOM = 1024
 """Tokens that a mask may grow by until steps are recorded anew."""
-_GATED = 1024
 _KEYS, _KEY_WARPS = 16, 2
 """Keys that a program reads at once, and its warps."""
 _TILES = {"ROWS": 2, "BLOCK": 2048, "num_warps": 8}
@@ -499,7 +498,7 @@ class Steps:
         _linear(gate, self.normed, self.opened)
         _linear(up, self.normed, self.raised)
         count = self.inner.numel()
-        gate_states[(-(-count // _GATED),)](self.opened, self.raised, self.inner, count, BLOCK=_GATED)
+        gate_states[(-(-count // GATED),)](self.opened, self.raised, self.inner, count, BLOCK=GATED)
 
     def _norm(self, norm: Any) -> None:
         width = self.shape.width

@@ -27,8 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_TOKENS = 1024
 """Below which two of torch's kernels for the gates are started sooner than one of these is."""
 _LEAST_CAPABILITY = (8, 0)
-_GATED = 2048
-"""Numbers of a program."""
+GATED = 2048
+"""Numbers of a program for the gates."""
 
 
 def runs_on(states: torch.Tensor) -> bool:
@@ -125,7 +125,7 @@ def gate_prompt(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     result, size = torch.empty_like(gate), gate.numel()
     with chosen(gate.device):
-        gate_states[(-(-size // _GATED),)](gate, up, result, size, BLOCK=_GATED)
+        gate_states[(-(-size // GATED),)](gate, up, result, size, BLOCK=GATED)
     return result
 
 

@@ -21,7 +21,7 @@ except ImportError:
 PARTS = 32
 """Into which the keys of a text are cut, so that all of the GPU reads them."""
 
-_COUNTED = ("layer", "count", "seen_row")
+_COUNTED = ("layer", "count", "seen_row", "logn_row")
 """Arguments for whose values nothing is compiled anew."""
 
 

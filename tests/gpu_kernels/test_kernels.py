@@ -5,6 +5,7 @@ interprets the rounding to bfloat16 wrongly (towards zero), so float16 stands fo
 """
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -12,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from qwen1 import modeling_qwen, passes_qwen, preparing_qwen, rotary_qwen, warming_qwen
+from qwen1 import (
+    gpu_steps_qwen,
+    modeling_qwen,
+    passes_qwen,
+    preparing_qwen,
+    rotary_qwen,
+    triton_qwen,
+    warming_qwen,
+)
 from qwen1.cache_qwen import QWenCache
 from qwen1.rotary_qwen import apply_rotary_pos_emb
 
@@ -405,6 +414,48 @@ def test_until_they_are_compiled_torch_computes(monkeypatch):
     warming_qwen.wait()
     got, cache = talk(model)
     assert steps_of(cache) is not None and error(got, expected) < BOUNDS[torch.float32]
+
+
+class Started:
+    """A kernel that notes what Triton would compile for each start, and does nothing.
+
+    Args:
+        kernel: of `triton_qwen`.
+        found: gets its name, what is the same in all programs, and what its arguments are specialised for.
+    """
+
+    def __init__(self, kernel, found):
+        self.found, self.name = found, kernel.fn.__name__
+        self.names = list(inspect.signature(kernel.fn).parameters)
+
+    def __getitem__(self, grid):
+        return lambda *given, **settings: self.found.add(
+            (self.name, *map(self.kind, self.names, given), *sorted(settings.items()))
+        )
+
+    @staticmethod
+    def kind(name, given):
+        if isinstance(given, int):
+            return name in triton_qwen._COUNTED or (given == 1, given % 16 == 0)
+        return (given.dtype, given.data_ptr() % 16 == 0) if isinstance(given, torch.Tensor) else type(given)
+
+
+@pytest.mark.parametrize("shape", [{}, {"use_logn_attn": True, "seq_length": 8}], ids=["plain", "logn"])
+def test_nothing_is_compiled_for_a_batch_that_has_not_been(monkeypatch, shape):
+    found = set()
+    for name in ("attend_parts", "gate_states", "merge_parts", "multiply", "multiply_gated", "norm_rows", "turn_heads"):
+        started = Started(getattr(triton_qwen, name), found)
+        for module in (triton_qwen, gpu_steps_qwen):
+            monkeypatch.setattr(module, name, started, raising=False)
+    for name in ("_ready", "_begun", "_ended"):
+        monkeypatch.setattr(warming_qwen, name, set())
+    model = model_of(**shape)
+    talk(model, steps=0)  # has the kernels compiled
+    compiled = set(found)
+    assert {name for name, *_ in compiled} >= {"attend_parts", "multiply_gated", "gate_states", "norm_rows"}
+    for rows, padding in ((1, 0), (1, 2), (3, 2)):
+        _, cache = talk(model, rows, steps=1, padding=padding)
+        assert steps_of(cache).taken == 1 and found == compiled
 
 
 def test_compiled_once_on_a_machine(monkeypatch, tmp_path, caplog):
