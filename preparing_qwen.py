@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from .passes_qwen import LEAST_TOKENS, gate_prompt, kind, norm_prompt, turn_prompt
+from .recording_qwen import is_recorded
 from .warming_qwen import Key, begin, is_ready, may_come
 
 
 def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: Any) -> None:
-    """Have the kernels compiled that a model's blocks would have use of, if that hasn't been begun.
+    """Have the kernels compiled that a model's blocks would have use of, if that hasn't been begun; not while the call
+    is being recorded, for compiling waits for the GPU.
 
     Args:
         blocks: of a model, at least one.
@@ -23,6 +25,8 @@ def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: 
         states: (B, T, E), on a GPU that `runs_on` allows.
         position_embeddings: cosine, sine and LogN factors of a call.
     """
+    if is_recorded(states.device):
+        return
     attention, rotated = blocks[0].attn, position_embeddings[0].shape[-1]
     number, kv_number, size = attention.num_heads, attention.num_key_value_heads, attention.head_dim
     key = _key(blocks, states, rotated, position_embeddings[2] is not None)

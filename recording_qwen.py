@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -67,6 +68,22 @@ def record(run: Callable[[], None], device: torch.device) -> Recording | None:
     except (ImportError, RuntimeError) as error:  # slower, and as right
         logger.warning_once(f"Steps on the GPU aren't recorded, but started one by one: {error}")
         return None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let this thread take memory and wait for the GPU while another one records, which else ends what it records."""
+    try:
+        driver: Any = importlib.import_module(_DRIVER)
+    except ImportError:
+        yield
+        return
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    before = _done(driver, driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Recording:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .recording_qwen import apart
 from .translating_qwen import SWITCH, cache_folder
 
 logger = logging.get_logger(__name__)
@@ -98,9 +99,9 @@ def _warm(key: Key, warm: Callable[[], Iterable[Key]], device: torch.device, mar
 
 @contextmanager
 def _stream_of_its_own(device: torch.device) -> Iterator[None]:
-    """What is compiled is tried beside what the GPU is doing."""
+    """What is compiled is tried beside what the GPU is doing, and what others record of it."""
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), apart(), torch.cuda.stream(torch.cuda.Stream(device)):
         yield

@@ -458,6 +458,20 @@ def test_nothing_is_compiled_for_a_batch_that_has_not_been(monkeypatch, shape):
         assert steps_of(cache).taken == 1 and found == compiled
 
 
+@torch.no_grad()
+def test_nothing_is_compiled_while_the_caller_records(monkeypatch):
+    """Compiling waits for the GPU, which would end the recording."""
+    begun = []
+    monkeypatch.setattr(preparing_qwen, "begin", lambda *given: begun.append(given))
+    model = model_of()
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen1.preparing_qwen.is_recorded", lambda device: True)
+        model(ids_of())
+    assert not begun
+    model(ids_of())
+    assert begun
+
+
 def test_compiled_once_on_a_machine(monkeypatch, tmp_path, caplog):
     mark, made = tmp_path / "mark", []
     monkeypatch.setattr(warming_qwen, "_mark", lambda key, device: mark)

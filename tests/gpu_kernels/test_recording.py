@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from qwen1 import recording_qwen
+from qwen1 import recording_qwen, warming_qwen
 from qwen1.recording_qwen import record
 
 OK, REFUSED = "CUDA_SUCCESS", "CUDA_ERROR_NOT_SUPPORTED"
@@ -31,6 +31,7 @@ class Driver(types.ModuleType):
             "cuGraphDestroy": (),
             "cuGraphLaunch": (),
             "cuGraphExecDestroy": (),
+            "cuThreadExchangeStreamCaptureMode": ("global",),
         }.items():
             answer = (REFUSED, *[None for _ in results]) if name == refusing else (OK, *results)
             setattr(self, name, lambda *given, name=name, answer=answer: self.told.append((name, *given)) or answer)
@@ -178,6 +179,26 @@ def test_a_replay_that_fails_says_so(recorded):
     recording, _ = recorded(Driver(refusing="cuGraphLaunch"))
     with pytest.raises(RuntimeError, match=REFUSED):
         recording.replay()
+
+
+@pytest.mark.parametrize("driver", [Driver(), None], ids=["with bindings", "without"])
+def test_compiling_does_not_end_what_another_thread_records(monkeypatch, gpu, driver):
+    """By default it would: no thread may wait for the GPU, nor take memory from it, while another one records."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr(warming_qwen, "_begun", set())
+    monkeypatch.setattr(warming_qwen, "_mark", lambda key, device: None)
+    gpu.current.synchronize, told = lambda: None, []
+
+    def warm():
+        told.extend(driver.told if driver else [])
+        yield "apart", driver is None
+
+    warming_qwen.begin(("apart", driver is None), torch.device("cuda"), warm)
+    warming_qwen.wait()
+    assert warming_qwen.is_ready("apart", driver is None)
+    if driver:
+        assert told == [("cuThreadExchangeStreamCaptureMode", "thread")]
+        assert driver.told[1:] == [("cuThreadExchangeStreamCaptureMode", "global")]
 
 
 def test_without_the_bindings(monkeypatch, recorded):
