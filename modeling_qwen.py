@@ -80,7 +80,7 @@ from .qwen_generation_utils import make_context as make_context
 from .recording_qwen import record as record
 from .rotary_qwen import RotaryEmbedding as RotaryEmbedding
 from .rotary_qwen import apply_rotary_pos_emb as apply_rotary_pos_emb
-from .rotary_qwen import logn_scale
+from .rotary_qwen import both_turned, logn_scale
 from .saving_qwen import saved_as_published as saved_as_published
 from .scaling_qwen import RotaryScaling as RotaryScaling
 from .schemas_qwen import Tool as Tool
@@ -302,7 +302,7 @@ class QWenAttention(nn.Module):
         )
 
         cos, sin, logn = position_embeddings
-        query, key = apply_rotary_pos_emb(query, (cos, sin)), apply_rotary_pos_emb(key, (cos, sin))
+        query, key = both_turned(query, key, (cos, sin))
         if logn is not None:
             query = query * logn.type_as(query)
 

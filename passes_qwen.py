@@ -27,6 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_TOKENS = 1024
 """Below which two of torch's kernels for the gates are started sooner than one of these is."""
 _LEAST_CAPABILITY = (8, 0)
+_HEADS = 32
+"""Heads of a program at most."""
 GATED = 2048
 """Numbers of a program for the gates."""
 
@@ -90,6 +92,25 @@ def turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
     """Rotated heads, (B, T, H, D) by angles (B or 1, T, 1, R) float32; None where torch has to do it."""
     if not runs_on(heads) or heads.dim() != 4 or not heads.numel() or heads.stride(-1) != 1:
         return None
+    return _turned(heads, cosine, sine)
+
+
+def both_turned(
+    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """Rotated queries and keys, (B, T, H | K, D), which lie side by side, by one kernel; None where that can't be."""
+    if not runs_on(query) or query.dim() != 4 or not query.numel() or query.stride(-1) != 1:
+        return None
+    batch, count, number, size = query.shape
+    behind = query.data_ptr() + number * query.stride(2) * query.itemsize
+    if key.data_ptr() != behind or key.stride() != query.stride() or key.dtype != query.dtype:
+        return None
+    numbers = number, key.shape[2]
+    result = _turned(query.as_strided((batch, count, sum(numbers), size), query.stride()), cosine, sine)
+    return None if result is None else result.split(numbers, dim=2)
+
+
+def _turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor | None:
     batch, count, number, size = heads.shape
     rotated = cosine.shape[-1]
     if any((angle.dtype, angle.device) != (torch.float32, heads.device) for angle in (cosine, sine)):
@@ -138,12 +159,12 @@ def turn_prompt(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -
     cosine, sine = cosine.contiguous(), sine.contiguous()
     result = heads.new_empty(heads.shape)
     with chosen(heads.device):
-        turn_heads[(count, batch)](
+        turn_heads[(count, batch, -(-number // _HEADS))](
             *(heads, result, cosine, sine, *heads.stride()[:3], 0 if cosine.shape[0] == 1 else count * rotated),
             *(count, number),
             SIZE=size,
             ROTATED=rotated,
-            HEADS=power_of_two(number),
+            HEADS=min(_HEADS, power_of_two(number)),
             BLOCK=power_of_two(size),
         )
     return result

@@ -40,7 +40,7 @@ def prepare(blocks: Any, plain: Any, states: torch.Tensor, position_embeddings: 
         yield "norm", *kind(states), states.shape[-1]
         gate_prompt(prompt, prompt)
         yield "gate", *kind(states)
-        for heads in {number, kv_number}:
+        for heads in {number, kv_number, number + kv_number}:
             turn_prompt(states.new_zeros((1, LEAST_TOKENS, 3 * heads, size))[:, :, :heads], angles, angles)
             yield "turn", *kind(states), heads, size, rotated
         if warm_steps(blocks[0], plain, prompt[:, :1], angles[:, :1], position_embeddings[2] is not None):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .ntk_qwen import stretched_base
+from .passes_qwen import both_turned as both_turned_on_gpu
 from .passes_qwen import turned as turned_on_gpu
 from .positions_qwen import text_lengths
 from .scaling_qwen import RotaryScaling, dynamic_alpha, scaled_frequencies
@@ -100,3 +101,11 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
     channels = cos.shape[-1]
     rotated = _turned(t[..., :channels].float(), cos, sin).type_as(t)
     return rotated if channels == t.shape[-1] else torch.cat((rotated, t[..., channels:]), dim=-1)
+
+
+def both_turned(
+    query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Queries and keys of a product, (B, T, H | K, D), each as by `apply_rotary_pos_emb`; on a GPU by one kernel."""
+    result = both_turned_on_gpu(query, key, *angles)
+    return (apply_rotary_pos_emb(query, angles), apply_rotary_pos_emb(key, angles)) if result is None else result

@@ -68,9 +68,9 @@ def turn_heads(
     heads, result, cosine, sine, row, token, head, angle_row, count, number,
     SIZE: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the heads of a token, (B, T, H, D) with these strides -> (B, T, H, D) contiguous; a program a token."""
+    """Rotate the heads of a token, (B, T, H, D) with these strides -> (B, T, H, D) contiguous; a program `HEADS`."""
     batch, time = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    channel, lane = tl.arange(0, BLOCK)[None, :], tl.arange(0, HEADS)[:, None]
+    channel, lane = tl.arange(0, BLOCK)[None, :], tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
     inside = (channel < SIZE) & (lane < number)
     source = heads + batch * row + time * token + lane * head
     angles = batch * angle_row + time * ROTATED

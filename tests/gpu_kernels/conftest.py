@@ -22,7 +22,8 @@ def kernels(monkeypatch):
         monkeypatch.setattr("qwen1.gpu_steps_qwen.PARTS", 2)
         monkeypatch.setattr("qwen1.gpu_steps_qwen._TILES", {"ROWS": 64, "BLOCK": 64})
         monkeypatch.setattr(modeling_qwen, "normed", lambda *given: None)
-        monkeypatch.setattr(rotary_qwen, "turned_on_gpu", lambda *given: None)
+        for name in ("turned_on_gpu", "both_turned_on_gpu"):
+            monkeypatch.setattr(rotary_qwen, name, lambda *given: None)
     monkeypatch.setattr(preparing_qwen, "LEAST_TOKENS", 2)
     monkeypatch.setattr(warming_qwen, "_mark", lambda key, device: None)
     begin = warming_qwen.begin

@@ -55,6 +55,11 @@ def steps_of(cache):
     return getattr(cache, "steps", None)
 
 
+def turns_by_kernels(monkeypatch):
+    monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
+    monkeypatch.setattr(rotary_qwen, "both_turned_on_gpu", passes_qwen.both_turned)
+
+
 # --- a prompt's passes ---
 
 
@@ -77,7 +82,7 @@ def test_gate(dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, size, rotated", [(4, 16, 16), (3, 24, 8), (1, 20, 20)])
+@pytest.mark.parametrize("heads, size, rotated", [(4, 16, 16), (3, 24, 8), (1, 20, 20), (37, 4, 4)])
 @pytest.mark.parametrize("rows, angle_rows", [(1, 1), (2, 1), (2, 2)])
 def test_rotation(monkeypatch, dtype, heads, size, rotated, rows, angle_rows):
     product = torch.randn((rows, 5, 3 * heads, size), device=DEVICE, dtype=dtype)
@@ -92,7 +97,7 @@ def test_rotation(monkeypatch, dtype, heads, size, rotated, rows, angle_rows):
 def test_what_a_prompt_goes_through(monkeypatch, long):
     monkeypatch.setattr(passes_qwen, "LEAST_TOKENS", PROMPT if long else PROMPT + 1)
     monkeypatch.setattr(modeling_qwen, "normed", passes_qwen.normed)
-    monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
+    turns_by_kernels(monkeypatch)
     called = []
     for name in ("norm_prompt", "gate_prompt", "turn_prompt"):
         kernel = getattr(passes_qwen, name)
@@ -106,12 +111,12 @@ def test_what_a_prompt_goes_through(monkeypatch, long):
     expected, _ = torch_alone(monkeypatch, lambda: talk(model, steps=0))
     assert error(got, expected) < BOUNDS[torch.float32]
     counts = [called.count(name) for name in ("norm_prompt", "gate_prompt", "turn_prompt")]
-    assert counts == [2 * 2 + 1, 2 * long, 2 * 2]
+    assert counts == [2 * 2 + 1, 2 * long, 2]
 
 
 def test_a_token_whose_blocks_are_not_plain_is_normed_and_turned_by_kernels(monkeypatch):
     monkeypatch.setattr(modeling_qwen, "normed", passes_qwen.normed)
-    monkeypatch.setattr(rotary_qwen, "turned_on_gpu", passes_qwen.turned)
+    turns_by_kernels(monkeypatch)
     model, turned = model_of(), []
     talk(model, rows=2, steps=0, padding=3)  # begins to compile, which waits here
     model.transformer.h[0].register_forward_hook(lambda *given: None)
@@ -120,7 +125,28 @@ def test_a_token_whose_blocks_are_not_plain_is_normed_and_turned_by_kernels(monk
     monkeypatch.setattr(passes_qwen, "turn_prompt", lambda *given: turned.append(given[0].shape[1]) or kernel(*given))
     got, cache = talk(model, rows=2, steps=2, padding=3)
     assert error(got, expected) < BOUNDS[torch.float32]
-    assert steps_of(cache) is None and turned[-8:] == [1] * 8, "queries and keys of two blocks in two tokens"
+    assert steps_of(cache) is None and turned[-4:] == [1] * 4, "two blocks in two tokens, queries and keys at once"
+
+
+@pytest.mark.parametrize("shape", ["grouped", "plain", "partly rotated"])
+@pytest.mark.parametrize("beside", [True, False])
+@torch.no_grad()
+def test_queries_and_keys_are_turned_at_once_where_they_lie_side_by_side(monkeypatch, shape, beside):
+    turns_by_kernels(monkeypatch)
+    model, called = model_of(**SHAPES[shape]), []
+    model(ids_of(2))  # begins to compile, which waits here
+    kernel = passes_qwen.turn_prompt
+    monkeypatch.setattr(passes_qwen, "turn_prompt", lambda *given: called.append(given[0].shape[2]) or kernel(*given))
+    attention = model.transformer.h[0].attn
+    numbers, size = (attention.num_heads, attention.num_key_value_heads), attention.head_dim
+    product = torch.randn((2, 5, sum(numbers) + numbers[1], size), device=DEVICE)
+    query, key = product[:, :, : numbers[0]], product[:, :, numbers[0] : sum(numbers)]
+    angles = torch.randn((1, 5, 1, model.config.rotary_dim // 2), device=DEVICE).repeat(1, 1, 1, 2)
+    got = rotary_qwen.both_turned(query, key if beside else key.clone(), (angles.cos(), angles.sin()))
+    assert called == ([sum(numbers)] if beside else list(numbers))
+    for ours, heads in zip(got, (query, key), strict=True):
+        theirs = torch_alone(monkeypatch, lambda heads=heads: apply_rotary_pos_emb(heads, (angles.cos(), angles.sin())))
+        assert ours.shape == heads.shape and error(ours, theirs) < BOUNDS[torch.float32]
 
 
 def test_nothing_at_all_is_left_to_torch():
