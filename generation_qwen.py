@@ -372,7 +372,8 @@ class QWenGenerationMixin(_GenerativeModel):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, which takes no cache beside the name of one, not even beside its own."""
-        wanted = cache_of_settings(self, GenerationSettings(self, generation_config))
+        named = generation_config.cache_implementation is not None
+        wanted = cache_of_settings(self, GenerationSettings(self, generation_config)) if named else None
         if wanted is not None and continues(model_kwargs.get(CACHE_NAME), wanted):
             generation_config.cache_implementation = None
         generation_config.cache_config = copy.copy(generation_config.cache_config)  # 5.4 takes keys out of the caller's

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from qwen1 import generation_qwen
 from qwen1.cache_qwen import QWenCache, QWenGrowingLayer
 from qwen1.translating_qwen import SWITCH
 
@@ -133,6 +134,14 @@ def test_a_cache_made_of_states_grows_too():
     assert [type(layer) for layer in cache.layers] == [QWenGrowingLayer] * 2
     keys, _ = cache.update(chunk(1), chunk(1), layer_idx=0)
     assert torch.equal(keys[..., :3, :], states[0][0])
+
+
+def test_generate_makes_one(tiny_model, monkeypatch):
+    """Of which each asks the configuration about every layer, which takes as long as starting all that a block does."""
+    made, make = [], generation_qwen.new_cache
+    monkeypatch.setattr(generation_qwen, "new_cache", lambda model: made.append(make(model)) or made[-1])
+    tiny_model().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, pad_token_id=0)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("settings", [{"use_cache": True}, {"cache_implementation": "dynamic"}, {"num_beams": 3}])
