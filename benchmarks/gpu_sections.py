@@ -427,7 +427,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], int]] = {
     "batch": (batch, 90),
     "golden": (golden, 60),
     "chat": (chat, 90),
-    "tests": (tests, 90),
+    "tests": (tests, 150),
     "profile": (profile, 60),
     "int4": (int4, 120),
     "vllm": (vllm, 240),

@@ -12,6 +12,7 @@ from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingC
 from qwen1 import ending_qwen
 from qwen1.arguments_qwen import CACHE_NAME
 from qwen1.cache_qwen import QWenCache
+from qwen1.recording_qwen import Recording
 
 from .conftest import BOUNDS, DEVICE, ON_GPU, PROMPT, error, ids_of, model_of, torch_alone
 
@@ -305,12 +306,40 @@ def test_a_mask_of_each_head_is_left_to_the_modules(monkeypatch, kind):
     assert error(masked(), torch_alone(monkeypatch, masked)) < BOUNDS[torch.float32]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.no_cover
+def test_recorded_steps_go_on_when_memory_is_given_back(monkeypatch, rows):
+    """And where others work on the cache between them: they read where its tokens end each time."""
+    replay, replayed = Recording.replay, []
+    monkeypatch.setattr(Recording, "replay", lambda recording: (replayed.append(1), replay(recording)))
+    model = model_of(torch.bfloat16)
+
+    def both():
+        logits, cache = talk(model, rows, steps=8, padding=2)
+        if ON_GPU:
+            torch.cuda.empty_cache()
+        crops(cache)
+        mask = torch.ones((rows, PROMPT + 7), dtype=torch.long, device=DEVICE)
+        mask[0, :2] = 0
+        with torch.no_grad():
+            after = [step(model, cache, 1, mask[:, :-1]), step(model, cache, 2, mask)]
+        return torch.cat([logits, *after], dim=1), cache
+
+    expected, _ = torch_alone(monkeypatch, both)
+    got, cache = both()
+    assert error(got, expected) < BOUNDS[torch.bfloat16] and lengths(cache) == [PROMPT + 7] * 2
+    assert taken(cache) == 10 and len(replayed) == 6
+
+
 # --- generate ---
 
 
 def write(model, monkeypatch=None, rows=1, **options):
     def run():
         settings = dict(cache_implementation="static", max_new_tokens=6, do_sample=False, pad_token_id=0)
+        if monkeypatch is not None:  # on a GPU it would be compiled, for each length of a reply
+            settings["disable_compile"] = True
         return model.generate(ids_of(rows), **settings | options)
 
     return run() if monkeypatch is None else torch_alone(monkeypatch, run)
@@ -318,9 +347,8 @@ def write(model, monkeypatch=None, rows=1, **options):
 
 @pytest.mark.parametrize("asked_late", [False, True])
 @pytest.mark.parametrize("end", [None, "by itself"])
-def test_generate(monkeypatch, request, asked_late, end):
-    if asked_late:
-        request.getfixturevalue("late")
+def test_generate(monkeypatch, asked_late, end):
+    monkeypatch.setattr(ending_qwen, "DEVICE", DEVICE if asked_late else "none")
     model = model_of()
     written = write(model, monkeypatch, eos_token_id=None)[0, PROMPT:].tolist()
     options = {"eos_token_id": None if end is None else written[2]}
