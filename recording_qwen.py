@@ -9,7 +9,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,7 +92,7 @@ def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Rec
         stream, memory = _beside(device, current.cuda_stream)
         stream.wait_stream(current)
         try:
-            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(memory, device):
+            with torch.cuda.stream(stream), memory():
                 run()
                 graph = _captured(run, stream, driver)
         finally:
@@ -104,14 +104,17 @@ def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Rec
 
 
 @functools.cache
-def _beside(device: torch.device, current: int) -> tuple[Any, Any]:
-    """The stream on which is recorded what the current one will start, and memory that recordings keep.
+def _beside(device: torch.device, current: int) -> tuple[Any, Callable[[], AbstractContextManager[object]]]:
+    """The stream on which is recorded what the current one will start, and memory that recordings keep, to be entered.
 
     There products put what they need beside their results: some releases of torch take it for each product, others
     for each stream, 32 MB on the larger cards, and give it back while recordings still write to it.
     """
     with torch.cuda.device(device):
-        return torch.cuda.Stream(device), torch.cuda.MemPool()
+        stream = torch.cuda.Stream(device)
+        if torch.cuda.get_allocator_backend() != "native":  # others know no pools, and CUDA's records what it takes
+            return stream, nullcontext
+        return stream, functools.partial(torch.cuda.use_mem_pool, torch.cuda.MemPool(), device)
 
 
 def _captured(run: Callable[[], None], stream: Any, driver: Any) -> Any:

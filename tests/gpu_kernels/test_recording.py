@@ -52,6 +52,7 @@ class GPU:
 
     def __init__(self):
         self.current, self.made, self.pools, self.inside = Stream(number=1), [], 0, []
+        self.allocator = "native"
 
     def stream(self, device):
         self.made.append(Stream(number=7 + len(self.made)))
@@ -78,6 +79,7 @@ def gpu(monkeypatch):
         "device": made.within,
         "MemPool": made.pool,
         "use_mem_pool": made.within,
+        "get_allocator_backend": lambda: made.allocator,
         "is_current_stream_capturing": lambda: False,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -154,6 +156,14 @@ def test_what_products_need_beside_their_results_is_kept(monkeypatch, gpu):
     found = []
     record(lambda: found.append(list(gpu.inside)), torch.device("cuda"))
     assert ["pool 1" in inside and gpu.made[0] in inside for inside in found] == [True, True]
+
+
+@pytest.mark.parametrize("allocator", ["cudaMallocAsync", "pluggable"])
+def test_allocators_that_know_no_pools(monkeypatch, gpu, recorded, allocator):
+    gpu.allocator = allocator
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pytest.fail("it has none"))
+    recording, ran = recorded(Driver())
+    assert recording is not None and len(ran) == 2
 
 
 def test_one_recording_at_a_time(monkeypatch, gpu):
