@@ -1,6 +1,7 @@
 """What is recorded for a GPU, with a driver that notes what it is told; the real one is at work in `test_kernels`."""
 
 import contextlib
+import functools
 import gc
 import sys
 import threading
@@ -83,9 +84,8 @@ def gpu(monkeypatch):
         "is_current_stream_capturing": lambda: False,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    recording_qwen._beside.cache_clear()
-    yield made
-    recording_qwen._beside.cache_clear()
+    monkeypatch.setattr(recording_qwen, "_beside", functools.cache(recording_qwen._beside.__wrapped__))
+    return made
 
 
 @pytest.fixture
