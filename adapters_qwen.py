@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .plain_qwen import is_bare, is_left_alone
-from .products_qwen import Adapter, Matrix, multiplies_all, place, product
+from .products_qwen import Adapter, Matrix, multiplies_all, numbers_matrix, product
 
 _LORA, _SAVED = "peft.tuners.lora.layer", "peft.utils.other"
 """Modules of peft."""
@@ -32,10 +32,8 @@ def used_of(module: Any) -> nn.Module:
         return module
     if type(module).forward.__module__ != _SAVED or len(module.active_adapters) > 1:
         return module
-    off = module.disable_adapters or any(name not in module.modules_to_save for name in module.active_adapters)
-    return (
-        module.original_module if off or not module.active_adapters else module.modules_to_save[module.active_adapter]
-    )
+    names = [] if module.disable_adapters else module.active_adapters
+    return module.modules_to_save[names[0]] if names and names[0] in module.modules_to_save else module.original_module
 
 
 def adapter_of(lora: Any, dtype: torch.dtype) -> Adapter | None:
@@ -43,11 +41,13 @@ def adapter_of(lora: Any, dtype: torch.dtype) -> Adapter | None:
 
     Returns:
         None where that is another thing than the products of two plain matrices, (R, I) and (O, R), of this dtype or
-        in float32: several adapters at once, another variant than LoRA's own, a hook.
+        in float32: several adapters at once, another variant than LoRA's own, a hook, a merge to be undone.
     """
     if type(lora).forward.__module__ != _LORA or not is_left_alone(lora):
         return None
-    unused = lora.disable_adapters or lora.merged
+    if lora.merged and lora.disable_adapters:  # peft takes it out of the weights then
+        return None
+    unused = lora.merged or lora.disable_adapters
     names = [] if unused else [name for name in lora.active_adapters if name in lora.lora_A]
     if not names:
         return Adapter()
@@ -60,18 +60,10 @@ def adapter_of(lora: Any, dtype: torch.dtype) -> Adapter | None:
     held = down.weight.dtype
     if held != dtype and not (held == torch.float32 and lora.cast_input_dtype_enabled):
         return None
-    matrices = [_matrix(linear, held) for linear in (down, up)]
+    matrices = [numbers_matrix(linear.weight, linear.bias, held) for linear in (down, up)]
     if None in matrices:
         return None
     return Adapter(*matrices, held == torch.float32, lora.scaling[name])
-
-
-def _matrix(linear: Any, dtype: torch.dtype) -> Matrix | None:
-    bias = None if linear.bias is None else place(linear.bias, dtype)
-    weight = place(linear.weight, dtype)
-    if weight is None or not linear.weight.numel() or (linear.bias is not None and bias is None):
-        return None
-    return Matrix(weight, None, None, bias, *linear.weight.shape, 0, 1)
 
 
 def with_adapter(matrix: Matrix, adapter: Adapter) -> Matrix | None:

@@ -152,6 +152,16 @@ def place(weight: torch.Tensor, dtype: torch.dtype) -> int | None:
     return weight.data_ptr() if weight.is_contiguous() else None
 
 
+def numbers_matrix(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matrix | None:
+    """A product's weights, (O, I) and (O,), as the kernels take them, or None where they lie otherwise."""
+    places = place(weight, dtype), None if bias is None else place(bias, dtype)
+    if places[0] is None or not weight.numel():
+        return None
+    if bias is not None and (places[1] is None or bias.numel() != weight.shape[0]):
+        return None
+    return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
+
+
 def product(native: ctypes.CDLL, matrix: Matrix, states: torch.Tensor) -> torch.Tensor:
     """(..., I) -> (..., O), of so many tokens as `multiplies_all` says."""
     states = states.contiguous()

@@ -29,6 +29,7 @@ from .products_qwen import (
     is_widened,
     kernels_for_any,
     kernels_for_steps,
+    numbers_matrix,
     place,
     product,
     wide_product,
@@ -184,18 +185,7 @@ def matrix_of(module: nn.Module, plain: Plain, states: torch.Tensor) -> Matrix |
         return None
     if isinstance(module, QWenBitsLinear):
         return module.matrix(states.dtype)
-    return _matrix(cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"], states.dtype)
-
-
-def _matrix(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matrix | None:
-    places = place(weight, dtype), bias if bias is None else place(bias, dtype)
-    if (
-        places[0] is None
-        or not weight.numel()
-        or (bias is not None and (places[1] is None or bias.numel() != weight.shape[0]))
-    ):
-        return None
-    return Matrix(places[0], None, None, places[1], *weight.shape, 0, 1)
+    return numbers_matrix(cast(torch.Tensor, module._parameters["weight"]), module._parameters["bias"], states.dtype)
 
 
 def takes_static_cache(model: Any) -> bool:
@@ -291,7 +281,7 @@ def product_of_linear(linear: nn.Module, states: torch.Tensor) -> torch.Tensor |
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     if native is None:
         return wide_product(states, cast(torch.Tensor, weight), bias)
-    matrix = _matrix(cast(torch.Tensor, weight), bias, states.dtype)
+    matrix = numbers_matrix(cast(torch.Tensor, weight), bias, states.dtype)
     return None if matrix is None or matrix.columns != states.shape[-1] else product(native, matrix, states)
 
 
@@ -299,7 +289,7 @@ def _product_of_lora(native: ctypes.CDLL, lora: Any, states: torch.Tensor) -> to
     base, adapter = lora.base_layer, adapter_of(lora, states.dtype)
     if adapter is None or not is_bare(base, nn.Linear):
         return None
-    matrix = _matrix(base.weight, base.bias, states.dtype)
+    matrix = numbers_matrix(base.weight, base.bias, states.dtype)
     if matrix is None or with_adapter(matrix, adapter) is None or matrix.columns != states.shape[-1]:
         return None
     return adapted_product(native, matrix, states) if matrix.adapter else product(native, matrix, states)

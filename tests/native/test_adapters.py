@@ -85,6 +85,16 @@ def test_what_is_off_or_merged_adds_nothing_more(tiny_model, monkeypatch, steps)
     assert len(steps) == 5 * 3
 
 
+def test_what_is_merged_and_then_off_is_taken_out_by_peft(tiny_model, steps):
+    model = adapted(tiny_model("sdpa"))
+    alone = logits_of(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model), logits_of(tiny_model("sdpa")), atol=1e-4, rtol=1e-4)
+        assert not any(lora.merged for lora in model.modules() if isinstance(lora, peft.tuners.lora.Linear))
+    torch.testing.assert_close(logits_of(model), alone, atol=1e-4, rtol=1e-4)
+
+
 def test_a_change_of_adapters_counts_from_the_next_token_on(tiny_model, monkeypatch, steps):
     model = adapted(tiny_model("sdpa"))
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=LAYERS[2:], init_lora_weights=False))
