@@ -64,6 +64,13 @@ def steps_may_come(blocks: Any, states: torch.Tensor, rotated: int, grown: bool)
 
 
 def _key(blocks: Any, states: torch.Tensor, rotated: int, grown: bool) -> Key:
-    attention = blocks[0].attn
+    attention, mlp = blocks[0].attn, blocks[0].mlp
     heads = attention.num_heads, attention.num_key_value_heads, attention.head_dim
-    return (*kind(states), states.shape[-1], *heads, rotated, grown)
+    parts = tuple(_kind_of(part) for part in (*attention.children(), *mlp.children()))
+    return (*kind(states), states.shape[-1], *heads, rotated, grown, parts)
+
+
+def _kind_of(part: Any) -> tuple[Any, ...]:
+    """What kernels depend on; and its class, for a block with an adapter has no kernels until that is merged."""
+    sizes = (getattr(part, name, None) for name in ("in_features", "out_features"))
+    return type(part), *sizes, getattr(part, "bias", None) is not None
