@@ -21,14 +21,17 @@ _LORA, _SAVED = "peft.tuners.lora.layer", "peft.utils.other"
 
 def is_lora(module: nn.Module) -> bool:
     """Whether a module is a linear layer with adapters beside it, of the class that peft has for it."""
-    peft = sys.modules.get(_LORA)  # no module is of a class that nobody has imported
-    return peft is not None and type(module) is peft.Linear
+    return type(module) is _class_of_peft(_LORA, "Linear")
+
+
+def _class_of_peft(module: str, name: str) -> Any:
+    """None where nobody has imported it, so that nothing is of it; or where another thread is about to."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def used_of(module: Any) -> nn.Module:
     """The module that an adapter has trained in the place of another, as the head of a base model is; else this one."""
-    peft = sys.modules.get(_SAVED)
-    if peft is None or type(module) is not peft.ModulesToSaveWrapper or not is_left_alone(module):
+    if type(module) is not _class_of_peft(_SAVED, "ModulesToSaveWrapper") or not is_left_alone(module):
         return module
     if type(module).forward.__module__ != _SAVED or len(module.active_adapters) > 1:
         return module
