@@ -196,11 +196,11 @@ template <class T> void attend_block(const Prompt &a, const Block<T> &b, int64_t
         float top;
         totals[r] = shares_of<W>(b.scores + r * b.padded, limit - start, padded, visible - start, its, (float)a.scale,
                                  top);
-        if (a.logsums) {  // to what sees nothing, as torch has it, nothing comes back
-            const bool blind = its && !std::memchr(its, 1, visible - start);
+        // What sees nothing is given nothing, as torch has it, and nothing comes back to it.
+        const bool blind = its && !std::memchr(its, 1, visible - start);
+        if (a.logsums)
             a.logsums[(row * a.heads + head) * a.count + first + r] = blind ? 3.0e38f : top + std::log(totals[r]);
-            if (blind) totals[r] = INFINITY;
-        }
+        if (blind) totals[r] = INFINITY;
     }
     T *to = (T *)a.result + row * a.result_row + head * a.result_head + first * a.result_token;
     const int64_t steps = (limit - start + W::EACH - 1) / W::EACH;

@@ -76,7 +76,7 @@ def test_it_computes_what_that_of_torch_does(kernel_alone, shape, kind, dtype):
     fused, _ = sdpa_attention_forward(module_of(shape), *states, mask, scaling=0.3)
     seen = torch.ones(truth.shape[:3], dtype=torch.bool) if mask is None else mask.any(-1)
     seen = seen if seen.shape == truth.shape[:3] else seen.transpose(1, 2).expand(truth.shape[:3])
-    assert output.isfinite().all()  # where nothing is seen too
+    assert output.isfinite().all() and (output[~seen] == 0).all() and (fused[~seen] == 0).all()
     error, other = ((found.double() - truth)[seen].norm() for found in (output, fused))
     assert error <= 1.5 * other + 1e-6 * truth[seen].norm()
 
