@@ -117,6 +117,7 @@ class TokenClassification(GenericForTokenClassification, _Model):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            padding_is_read=labels is not None,
             **cache_argument(one_cache(past_key_values, cache)),
             **kwargs,
         )
@@ -159,6 +160,7 @@ class QuestionAnswering(GenericForQuestionAnswering, _Model):
             inputs_embeds=inputs_embeds,
             start_positions=start_positions,
             end_positions=end_positions,
+            padding_is_read=True,  # tokens are weighed against all others of their row
             **cache_argument(one_cache(past_key_values, cache)),
             **kwargs,
         )

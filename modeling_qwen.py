@@ -549,8 +549,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
             logits_to_keep: compute logits of the last so many tokens only, 0 for all; or indices, (N,).
             skip_logits: compute the loss without logits, which take most of the memory of a training step, and return
                 none. None: in training with a plain head so too, and the logits when somebody reads them.
-            kwargs: also `num_items_in_batch`, which the summed loss is divided by, and what a loss of the caller's own
-                names.
+            kwargs: also `num_items_in_batch`, a divisor of the summed loss, and what a loss of the caller's own names.
 
         Raises:
             ValueError: as `QWenModel.forward` and `skips_logits`.
@@ -566,6 +565,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin, C
             use_cache=use_cache,
             ntk_alpha=ntk_alpha,
             cache=cache,
+            padding_is_read=labels is not None,  # a row's first token is guessed from the padding before it
             return_dict=True,  # whatever the configuration says of what is returned here
             **{name: value for name, value in kwargs.items() if name not in of_loss},
         )

@@ -34,12 +34,14 @@ def through_blocks(
 
     Args:
         plain: of the classes of block, attention, MLP and norm.
-        arguments: keyword arguments of each block.
+        arguments: keyword arguments of each block; with `padding_is_read` no padding is left out.
     """
+    whole = arguments.get("padding_is_read")
+    arguments = {name: value for name, value in arguments.items() if name != "padding_is_read"}
     stepped = steps_of_blocks(blocks, plain, states, arguments)
     if stepped is not None:
         return stepped
-    texts = _texts(blocks, plain, states, arguments)
+    texts = None if whole else _texts(blocks, plain, states, arguments)
     if texts is None:
         for block in blocks:
             states = block(states, **arguments)

@@ -5,7 +5,13 @@ import torch
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import DynamicCache
 
-from qwen1 import QWenBitsConfig, QWenLMHeadModel, unpadded_qwen
+from qwen1 import (
+    QWenBitsConfig,
+    QWenForQuestionAnswering,
+    QWenForTokenClassification,
+    QWenLMHeadModel,
+    unpadded_qwen,
+)
 from qwen1.attention_qwen import eager_attention_forward
 from qwen1.cache_qwen import QWenInt8Cache, new_cache
 from qwen1.native_qwen import wait
@@ -157,6 +163,24 @@ def test_a_class_of_somebodys_own_is_given_whole_rows(tiny_model, laid, somebody
 def test_other_calls_are_given_whole_rows(tiny_model, laid, call):
     model = tiny_model("sdpa")
     model(**CALLS[call](model))
+    assert not laid
+
+
+def test_heads_that_read_padding(tiny_model, laid):
+    """A loss, and what a token is weighed against, are the same whether gradients are wanted or not."""
+    calls = batch(tiny_model("sdpa"))
+    labels = calls["input_ids"].masked_fill(calls["attention_mask"] == 0, -100)
+    heads = {
+        QWenLMHeadModel: dict(labels=labels),  # the first token of a row is guessed from the padding before it
+        QWenForTokenClassification: dict(labels=torch.zeros_like(labels)),
+        QWenForQuestionAnswering: {},
+    }
+    for head, given in heads.items():
+        model = tiny_model("sdpa", head)
+        with_gradients = model(**calls, **given)
+        with torch.no_grad():
+            found = model(**calls, **given)
+        torch.testing.assert_close(found[0], with_gradients[0].detach(), atol=1e-5, rtol=1e-5)
     assert not laid
 
 
