@@ -257,12 +257,29 @@ class EncodingMixin(LengthsMixin):
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
         """As in transformers, which takes longer to see that a list has only ids than to decode them. See `_decode`."""
         if type(token_ids) is list and set(map(type, token_ids)) == {int}:
-            return self._decode(token_ids, skip_special_tokens, **kwargs)
+            return self._text_of(token_ids, skip_special_tokens, **kwargs)
         return super().decode(token_ids, skip_special_tokens, **kwargs)
 
-    def _decode(
+    def _decode(  # type: ignore[override]
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str:
+        """The text of ids, see `_text_of`.
+
+        Raises:
+            TypeError: what is no id; tokens, say, which would count as ids that no token has.
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        wrong = [one for one in ids if not isinstance(one, int)]
+        if wrong:
+            raise TypeError(
+                f"Only ids can be decoded, whole numbers, not {wrong[0]!r:.80}: those of tokens come from "
+                "convert_tokens_to_ids."
+            )
+        return self._text_of(ids, skip_special_tokens, **kwargs)
+
+    def _text_of(
         self,
-        token_ids: int | list[int],
+        ids: list[int],
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         errors: str | None = None,
@@ -278,7 +295,6 @@ class EncodingMixin(LengthsMixin):
         Raises:
             ValueError: with "strict", for invalid bytes or an id that no token has.
         """
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
         errors = errors or self.errors
         skipped = self._special_ids if skip_special_tokens else frozenset()
         known = self._token_bytes

@@ -38,6 +38,15 @@ def test_ids_without_a_token_count_as_invalid_bytes(small):
         small.decode([97, 5000], errors="strict")
 
 
+@pytest.mark.parametrize("wrong", [["hello"], [97, None], [97.0], "a"])
+def test_what_is_no_id(small, wrong):
+    """Swallowed, a token would be a character that can't be read."""
+    with pytest.raises(TypeError, match="Only ids can be decoded, whole numbers, not "):
+        small.decode(wrong)
+    with pytest.raises(TypeError, match="Only ids can be decoded"):
+        small.batch_decode([wrong])
+
+
 def test_kinds_of_input(small):
     torch = pytest.importorskip("torch")
     assert small.decode(97) == "a"
