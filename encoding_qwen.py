@@ -335,8 +335,13 @@ def _pair_examples(text: Any, text_pair: Any, is_split_into_words: bool) -> list
     """The (first, second) sequences of a batch.
 
     Raises:
-        ValueError: `text_pair` has another length than `text`.
+        ValueError: `text_pair` has another length than `text`, or there is None in place of a text.
     """
+    missing = [place for place, item in enumerate(text) if item is None]
+    if missing:
+        raise ValueError(
+            f"Text {missing[0]} of the batch is None: give it a text, if only an empty one, or leave it out."
+        )
     if text_pair is not None:
         if isinstance(text_pair, str) or len(text_pair) != len(text):
             raise ValueError(f"`text_pair` must be a batch of {len(text)} texts, like `text`")

@@ -324,6 +324,13 @@ def test_text_is_cut_where_the_pattern_cuts(slow, monkeypatch):
     assert not any(CUT.search(token + "<|endoftext|>") for token in SPECIAL_TOKENS)
 
 
+@pytest.mark.parametrize("options", [{}, {"allowed_special": set()}, {"text_pair": ["c", "d"]}])
+def test_a_text_that_is_missing_from_a_batch(small, options):
+    """Such as an empty cell of a table; it was taken for an empty text."""
+    with pytest.raises((ValueError, TypeError), match="Text 1 of the batch is None|must be"):
+        small(["a", None], **options)
+
+
 def test_texts_that_hold_every_special_token(small):
     """None is left to join texts with."""
     texts = ["".join(SPECIAL_TOKENS), "a"]
