@@ -95,7 +95,7 @@ def head_loss(
     """Cross entropy of each next token, the mean over those that count, float32; as transformers' `ForCausalLMLoss`.
 
     The gradients are computed in the forward pass, together with the loss; a second backward pass through the same
-    loss is an error of torch's. Tokens that don't count cost nothing.
+    loss is an error of torch's, a second derivative one of ours. Tokens that don't count cost nothing.
 
     Args:
         states: (B, T, E), of the last layer.
@@ -145,7 +145,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of states and weight, scaled by that of the loss."""
+        """Gradients of states and weight, scaled by that of the loss.
+
+        Raises:
+            RuntimeError: they are to be differentiated again, and would pass for constants.
+        """
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "The loss of a training step without logits is differentiated once, not with create_graph=True: call "
+                "the model with skip_logits=False."
+            )
         # Not before: in float16 what is divided by the count would vanish before a gradient scaler has enlarged it.
         scale = grad_outputs[0] / ctx.count
         gradients = (None if grad is None else grad.mul_(scale) for grad in ctx.saved_tensors)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qwen1 import loss_qwen
 from qwen1.loss_qwen import head_loss, holds_its_weight
@@ -103,6 +104,25 @@ def test_a_second_backward_pass_is_refused(tiny_model, ids):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused_or_right(tiny_model, ids):
+    """Without logits the gradients would pass for constants, as in a penalty of them."""
+    model = tiny_model(vocab_size=VOCABULARY).train()
+
+    def penalty(**arguments):
+        model.zero_grad()
+        loss = model(ids, labels=ids, **arguments).loss
+        gradients = torch.autograd.grad(loss, model.transformer.ln_f.weight, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+        return model.lm_head.weight.grad
+
+    with pytest.raises(RuntimeError, match="not with create_graph=True: call the model with skip_logits=False"):
+        penalty()
+    found = penalty(skip_logits=False)
+    model.loss_function = ForCausalLMLoss  # of the caller's own, as far as the model knows
+    assert found.norm() > 0
+    torch.testing.assert_close(penalty(), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
