@@ -22,6 +22,7 @@ from torch import nn
 
 from .arguments_qwen import KNOWN_ARGUMENTS, QWenCausalLMOutput, cache_argument
 from .loss_qwen import gives_its_weight, logits_behind_loss, loss_of_head
+from .products_qwen import is_transformed
 from .shards_qwen import local_part
 
 _LOOKS = 1024  # values of the head that are compared before it is used again
@@ -293,10 +294,10 @@ def skips_logits(
             "skip_logits=True needs labels, no logits_to_keep, and a head that is a plain matrix at hand, without "
             f"adapter, quantisation, offloading or sharding ({type(model.lm_head).__name__} here): leave it out."
         )
-    if wanted is None:  # a loss of the caller's own, or a compiler, gets the logits
+    if wanted is None:  # a loss of the caller's own, a compiler or `torch.func` gets the logits
         own_loss = model.loss_type == "ForCausalLM" and getattr(model, "_loss_function", None) is None
-        training = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return plain and own_loss and training
+        training = model.training and torch.is_grad_enabled()
+        return plain and own_loss and training and not torch.compiler.is_compiling() and not is_transformed()
     return wanted
 
 

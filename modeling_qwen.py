@@ -73,6 +73,7 @@ from .plain_qwen import Plain, is_bare
 from .positions_qwen import positions_of_call
 from .preparing_qwen import prepare as prepare
 from .products_qwen import checksums as checksums
+from .products_qwen import is_transformed
 from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens
 from .qwen_generation_utils import get_stop_words_ids as get_stop_words_ids
@@ -101,7 +102,7 @@ if TYPE_CHECKING:  # read when they are wanted, for Triton takes its time
 
 def kept_for_backward() -> bool:
     """Whether what an operation needs for its gradient is kept now; a compiler chooses for itself what that is."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def done_again(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,12 @@ def kernels_for(
 
 def is_watched() -> bool:
     """Whether somebody wants to see each operation of torch: a mode, `torch.func`, derivatives in forward mode."""
-    return is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_in_torch_dispatch_mode() or is_transformed() or forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms what is computed, which takes neither checkpoints nor functions of our own."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def kernels_for_steps(states: torch.Tensor) -> ctypes.CDLL | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 
 
 @pytest.fixture
@@ -41,6 +42,23 @@ def test_gradients_agree_with_finite_differences(tiny_model):
             weight -= step * direction
     # Rotary angles and norms are float32 by definition, so the loss is exact to about 1e-7 only.
     torch.testing.assert_close((losses[0] - losses[1]).double() / 2e-4, slope, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_each_text_by_torch_func(tiny_model, ids, training):
+    """Which takes no checkpoints and none of the loss without logits."""
+    model = tiny_model("sdpa").train(training)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, text):
+        return functional_call(model, weights, (text[None],), dict(labels=text[None], use_cache=False)).loss
+
+    found = vmap(grad(loss), in_dims=(None, 0), randomness="different")(weights, ids)
+    for row, text in enumerate(ids):
+        model.zero_grad()
+        model(text[None], labels=text[None], use_cache=False).loss.backward()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(found[name][row], weight.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["embd_pdrop", "attn_pdrop"])
