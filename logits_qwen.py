@@ -292,7 +292,7 @@ def skips_logits(
     if wanted and not plain:
         raise ValueError(
             "skip_logits=True needs labels, no logits_to_keep, and a head that is a plain matrix at hand, without "
-            f"adapter, quantisation, offloading or sharding ({type(model.lm_head).__name__} here): leave it out."
+            f"adapter, hook, quantisation, offloading or sharding ({type(model.lm_head).__name__} here): leave it out."
         )
     if wanted is None:  # a loss of the caller's own, a compiler or `torch.func` gets the logits
         own_loss = model.loss_type == "ForCausalLM" and getattr(model, "_loss_function", None) is None

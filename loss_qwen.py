@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from .plain_qwen import is_bare
 from .shards_qwen import gathers_its_weight, is_partitioned
 
 _PIECE = 256  # tokens whose logits are held at once, in the dtype of the head
@@ -26,7 +27,7 @@ _SLICE = 2**13  # rows of the head whose gradient is added up together
 
 def holds_its_weight(head: nn.Module) -> bool:
     """Whether a head is a plain matrix at hand: without an adapter or a hook, not in few bits, not in shards."""
-    if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
+    if not is_bare(head, nn.Linear) or head.bias is not None or hasattr(head, "_hf_hook"):
         return False
     return type(head.weight) is nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
 

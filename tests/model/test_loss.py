@@ -210,6 +210,32 @@ def test_skipping_what_is_needed_is_refused(tiny_model, ids, arguments):
         tiny_model(vocab_size=VOCABULARY)(ids, skip_logits=True, **arguments)
 
 
+WATCHERS = {
+    "forward": lambda head, seen: head.register_forward_hook(
+        lambda module, given, output: seen.append(1) or output * 2
+    ),
+    "before it": lambda head, seen: head.register_forward_pre_hook(
+        lambda module, given: seen.append(1) or given[0] * 2
+    ),
+    "backward": lambda head, seen: head.register_full_backward_hook(lambda *gradients: seen.append(1)),
+    "in its place": lambda head, seen: setattr(head, "forward", lambda x: seen.append(1) or x @ head.weight.t() * 2),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_what_watches_or_changes_a_head_is_called(tiny_model, ids, watcher):
+    """As where logits are asked for: once, with what it makes of them."""
+    model, seen = tiny_model(vocab_size=VOCABULARY).train(), []
+    WATCHERS[watcher](model.lm_head, seen)
+    output, expected = (model(ids, labels=ids, skip_logits=skip) for skip in (None, False))
+    output.loss.backward()
+    expected.loss.backward()
+    assert seen == [1, 1]
+    torch.testing.assert_close((output.loss, output.logits), (expected.loss, expected.logits))
+    with pytest.raises(ValueError, match="without adapter, hook, "):
+        model(ids, labels=ids, skip_logits=True)
+
+
 def test_heads_that_are_more_than_a_matrix(tiny_model, ids):
     class Adapted(nn.Linear):
         pass
