@@ -198,6 +198,15 @@ def _backend_around(model: Any, special_tokens: Iterable[str]) -> Tokenizer:
     return backend
 
 
+def refuse_tokens_around(backend: Tokenizer, wanted: bool) -> None:
+    """Refuse a call that wants what a backend puts around whole texts and goes past it, by lists of ids."""
+    if wanted and backend.num_special_tokens_to_add(False):
+        raise ValueError(
+            "`add_bos_token` and `add_eos_token` need calls with the default `allowed_special` and "
+            "`disallowed_special`, or with `add_special_tokens=False`."
+        )
+
+
 def copy_backend(backend: Tokenizer) -> Tokenizer:
     """A backend with settings of its own and the same model, which isn't copied."""
     copy = Tokenizer(backend.model)

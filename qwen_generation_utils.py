@@ -67,11 +67,11 @@ def make_context(
     Source: `golden/tokenizer/chat_context.json`.
     """
     if chat_format == "raw":
-        return _text_of("user", query), tokenizer.encode(query)
+        return _text_of("user", query), _ids_of(tokenizer, query)
     if chat_format != "chatml":
         raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")
     window = checked_window(max_window_size)
-    newline = tokenizer.encode("\n")
+    newline = _ids_of(tokenizer, "\n")
     text = ""
     ids: TokensType = []
     system_text, system_ids = _turn(tokenizer, newline, "system", system)
@@ -83,7 +83,7 @@ def make_context(
             break
         text, ids = f"\n{asked}\n{answered}{text}", added + ids
     query_text, query_ids = _turn(tokenizer, newline, "user", query)
-    opening = newline + [tokenizer.im_start_id] + tokenizer.encode("assistant") + newline
+    opening = newline + [tokenizer.im_start_id] + _ids_of(tokenizer, "assistant") + newline
     text = f"{system_text}{text}\n{query_text}\n<|im_start|>assistant\n"
     return text, system_ids + ids + newline + query_ids + opening
 
@@ -102,9 +102,14 @@ def checked_window(given: Any, configured: Any = None) -> int:
     return int(window)
 
 
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> TokensType:
+    """Token ids of a piece of a prompt, without what a tokenizer may have been told to put around whole texts."""
+    return tokenizer.encode(text, add_special_tokens=False, **options)
+
+
 def _turn(tokenizer: PreTrainedTokenizerBase, newline: TokensType, role: str, content: str) -> tuple[str, TokensType]:
     """What one side says, as text and as token ids, with the control tokens around it."""
-    ids = tokenizer.encode(role) + newline + tokenizer.encode(_text_of(role, content), allowed_special=set())
+    ids = _ids_of(tokenizer, role) + newline + _ids_of(tokenizer, _text_of(role, content), allowed_special=set())
     return f"<|im_start|>{role}\n{content}<|im_end|>", [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
 
 
@@ -210,7 +215,7 @@ def fitting_context(
     Raises:
         ValueError: as `make_context`.
     """
-    begun_ids = tokenizer.encode(begun, allowed_special=set()) if begun else []
+    begun_ids = _ids_of(tokenizer, begun, allowed_special=set()) if begun else []
     _, alone = make_context(tokenizer, query, None, system)
     room = max_window_size - len(begun_ids)
     if len(alone) > room:
@@ -232,7 +237,7 @@ def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> 
     Source: `golden/tokenizer/facts.json`.
     """
     if chat_format == "raw":
-        return [tokenizer.encode("Human:"), [tokenizer.eod_id]]
+        return [_ids_of(tokenizer, "Human:"), [tokenizer.eod_id]]
     if chat_format == "chatml":
         return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
     raise ValueError(f"chat_format={chat_format!r} is unknown: use 'chatml' or 'raw'.")

@@ -52,6 +52,7 @@ from .backends_qwen import (
     learn_ranks,
     ranks_of_backend,
     read_backend,
+    refuse_tokens_around,
     special_added_token,
 )
 from .chat_template_qwen import CHAT_TEMPLATE
@@ -224,6 +225,8 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):  # type: ignore[mi
         extra_vocab_file: str | os.PathLike | None = None,
         **kwargs: Any,
     ):
+        if kwargs.get("add_bos_token") or kwargs.get("add_eos_token"):
+            raise ValueError("`add_bos_token` and `add_eos_token` need QWenTokenizerFast: leave them out.")
         self.mergeable_ranks, self.special_tokens = load_vocabulary(vocab_file, extra_vocab_file)
         self.errors = errors
         tokens: dict[int, bytes | str] = {i: token for token, i in self.mergeable_ranks.items()}
@@ -317,7 +320,7 @@ class QWenTokenizer(QWenTokenizerMixin, PreTrainedTokenizer):  # type: ignore[mi
 
 _FOR_IDS = (  # what a call may have that wants ids only
     *("padding_strategy", "truncation_strategy", "max_length", "pad_to_multiple_of", "padding_side"),
-    *("return_tensors", "return_attention_mask", "return_length", "verbose"),
+    *("return_tensors", "return_attention_mask", "return_length", "verbose", "add_special_tokens"),
 )
 _CUTS_ONE = ("do_not_truncate", "longest_first", "only_first")  # what these do to single texts is the same
 
@@ -438,11 +441,11 @@ class QWenTokenizerFast(QWenTokenizerMixin, _CheckedIds):  # type: ignore[misc]
         allowed_special: str | Collection[str] = "all",
         disallowed_special: str | Collection[str] = (),
         split_special_tokens: bool | None = None,
-        add_special_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchEncoding:
         allowed = self._resolve_allowed(allowed_special, split_special_tokens)
         if len(allowed) < len(self.special_tokens) or disallowed_special or text == []:
+            refuse_tokens_around(self._tokenizer, bool(text) and kwargs.pop("add_special_tokens", True))
             return self._encode_to_ids(
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )

@@ -65,9 +65,9 @@ class Encoder:
             raise ValueError(f"max_length={max_length} must be at least 2, or None for any length.")
         self.tokenizer: Any = tokenizer
         self.max_length = max_length
-        newline = list(tokenizer.encode("\n"))
+        newline = list(tokenizer.encode("\n", add_special_tokens=False))
         self._openings = {
-            role: [self.tokenizer.im_start_id, *tokenizer.encode(role), *newline]
+            role: [self.tokenizer.im_start_id, *tokenizer.encode(role, add_special_tokens=False), *newline]
             for role in ("system", "user", "assistant")
         }
         self._newline = newline
@@ -146,7 +146,8 @@ class Encoder:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.tokenizer(texts, allowed_special=set(), return_attention_mask=False)
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False}
+        encoded = self.tokenizer(texts, allowed_special=set(), **options)
         return list(encoded["input_ids"])
 
     @staticmethod

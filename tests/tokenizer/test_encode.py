@@ -10,6 +10,7 @@ import pytest
 import tiktoken
 
 from qwen1 import backends_qwen, pieces_qwen
+from qwen1.qwen_generation_utils import make_context
 from qwen1.tokenization_qwen import (
     CHUNK,
     CUT,
@@ -19,6 +20,7 @@ from qwen1.tokenization_qwen import (
     SPECIAL_TOKENS,
     UNSTABLE,
     QWenTokenizer,
+    QWenTokenizerFast,
     cut_text,
     has_long_blank,
     split_long_blanks,
@@ -322,6 +324,26 @@ def test_text_is_cut_where_the_pattern_cuts(slow, monkeypatch):
     ]
     assert [slow.decode(ids) for ids in slow._tiktoken.encode_chunks(cut_text(text), frozenset())] == cut_text(text)
     assert not any(CUT.search(token + "<|endoftext|>") for token in SPECIAL_TOKENS)
+
+
+def test_tokens_around_a_text(small_vocabulary):
+    """Only where they are wanted: no part of a prompt gets them."""
+    plain, around = (
+        QWenTokenizerFast(small_vocabulary, bos_token="<|extra_0|>", add_bos_token=wanted, add_eos_token=wanted)
+        for wanted in (False, True)
+    )
+    bos, eos = around.bos_token_id, around.eos_token_id
+    long = "hello" * 3000  # where ids come from tiktoken, else
+    assert around("hello").input_ids == [bos, 259, eos]
+    assert around(["hello", long]).input_ids[1] == [bos, *plain(long).input_ids, eos]
+    for text in ("hello", ["hello", long]):
+        assert around(text, add_special_tokens=False).input_ids == plain(text).input_ids
+    assert around("hello", allowed_special=set(), add_special_tokens=False).input_ids == [259]
+    assert make_context(around, "hello", [("a", "b")], "c") == make_context(plain, "hello", [("a", "b")], "c")
+    with pytest.raises(ValueError, match="need calls with the default `allowed_special`"):
+        around("hello", allowed_special=set())
+    with pytest.raises(ValueError, match="need QWenTokenizerFast"):
+        QWenTokenizer(small_vocabulary, add_eos_token=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"allowed_special": set()}, {"text_pair": ["c", "d"]}])

@@ -109,6 +109,13 @@ def test_batches_equal_single_ones(tokenizer):
     assert Encoder(tokenizer).texts([]) == []
 
 
+def test_a_tokenizer_that_ends_texts_by_itself(tokenizer, byte_vocabulary):
+    """Ends none of the pieces that a conversation is made of, and texts once, as always."""
+    ending = QWenTokenizerFast(str(byte_vocabulary), add_eos_token=True)
+    assert encode_conversation(ending, CONVERSATION) == encode_conversation(tokenizer, CONVERSATION)
+    assert encode_text(ending, "some text") == encode_text(tokenizer, "some text")
+
+
 def test_slow_and_fast_agree(byte_tokenizer, byte_vocabulary):
     items = [CONVERSATION, chat("  \n\n 12345 '你好' don't", "<|im_end|> \u00a0x")]
     slow, fast = (encode_all(t, items, 60) for t in (byte_tokenizer, QWenTokenizerFast(str(byte_vocabulary))))
