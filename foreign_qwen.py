@@ -49,7 +49,7 @@ FOREIGN: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "per_layer_config": (lambda value, _: not value, "all layers are alike"),
     "num_kv_shared_layers": (lambda value, _: not value, "each layer has keys and values of its own"),
     "kv_sharing_modes": (lambda value, _: not value, "each layer has keys and values of its own"),
-    "is_causal": (lambda value, _: value is True, "a token attends to no token behind it"),
+    "is_causal": (lambda value, _: isinstance(value, bool), "a text is read forwards (true) or both ways (false)"),
     "use_bidirectional_attention": (lambda value, _: not value, "a token attends to no token behind it"),
     "query_pre_attn_scalar": (
         lambda value, values: value == values["kv_channels"] and bool(values["scale_attn_weights"]),

@@ -54,8 +54,9 @@ def check_qwen2(config: Mapping[str, Any]) -> list[str]:
         ("apply_residual_connection_post_layernorm", False),
         ("scale_attn_weights", True),
         ("rotary_pct", 1.0),
+        ("is_causal", True),
     ):
-        if getattr(values, name) != wanted:
+        if getattr(values, name, None) not in (None, wanted):
             raise CheckpointError(f"{name}={getattr(values, name)} has no counterpart in Qwen2, only {wanted} has.")
     notes = []
     stretch = [word for word, on in (("NTK", values.use_dynamic_ntk), ("LogN", values.use_logn_attn)) if on]

@@ -408,6 +408,7 @@ def test_llama_biases_move_to_where_qwen_has_them():
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"rotary_pct": 0.5}, "rotary_pct=0.5"),
+        ({"is_causal": False}, "is_causal=False"),
     ],
 )
 def test_what_qwen2_cannot_represent_is_refused_by_name(tiny_config, changes, named):

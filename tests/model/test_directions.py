@@ -45,6 +45,18 @@ def test_without_causality_as_qwen2(tiny_model, qwen2_twin, ids, implementation,
     assert not torch.allclose(found[0][0][shown], causal[shown], atol=0.1)
 
 
+@torch.no_grad()
+def test_saved_it_stays_without_causality(tiny_model, ids, tmp_path):
+    model = tiny_model("sdpa", **PLAIN)
+    model.save_pretrained(tmp_path / "causal")
+    given = type(model).from_pretrained(tmp_path / "causal", is_causal=False)
+    given.save_pretrained(tmp_path / "both ways")
+    expected = model(ids, is_causal=False).logits
+    assert not torch.allclose(expected, model(ids).logits, atol=0.1)
+    for loaded in (given, type(model).from_pretrained(tmp_path / "both ways")):
+        torch.testing.assert_close(loaded(ids).logits, expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_without_causality_empty_slots_of_a_static_cache_stay_unseen(tiny_model, ids, implementation):
