@@ -201,6 +201,11 @@ class EncodingMixin(LengthsMixin):
             raise ValueError(
                 "`return_offsets_mapping` needs QWenTokenizerFast, called on text with the default `allowed_special`"
             )
+        if not batched and not any(sequences[0]):  # which transformers doesn't pad, except in a batch
+            rows = self._from_ids(sequences, True, **options)
+            return BatchEncoding(
+                {key: row[0] for key, row in rows.items()}, tensor_type=return_tensors, prepend_batch_axis=True
+            )
         options["truncation"] = options.pop("truncation_strategy", False)
         padding = options.pop("padding_strategy", False)
         options["add_special_tokens"] = False  # this model adds none

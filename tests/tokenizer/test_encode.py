@@ -353,6 +353,17 @@ def test_a_text_that_is_missing_from_a_batch(small, options):
         small(["a", None], **options)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_empty_text_is_padded_as_any(small, side):
+    options = dict(padding="max_length", max_length=3, padding_side=side)
+    pad = small.pad_token_id
+    assert dict(small("", **options)) == {"input_ids": [pad] * 3, "attention_mask": [0] * 3}
+    assert small("", return_tensors="pt", **options)["input_ids"].tolist() == [[pad] * 3]
+    assert small("", allowed_special=set(), pad_to_multiple_of=4, **options)["input_ids"] == [pad] * 4
+    assert dict(small("")) == {"input_ids": [], "attention_mask": []}
+    assert small("", return_tensors="pt")["input_ids"].shape == (1, 0)
+
+
 def test_texts_that_hold_every_special_token(small):
     """None is left to join texts with."""
     texts = ["".join(SPECIAL_TOKENS), "a"]
