@@ -216,8 +216,9 @@ class QWenBitsQuantizer(HfQuantizer):
         """Nothing depends on values."""
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = dtype or model.dtype
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # transformers takes that of the configuration, of which a model that was saved has the name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         names = [
             name for name, module in model.named_modules() if isinstance(module, (QWenBitsLinear, QWenBitsEmbedding))
         ]

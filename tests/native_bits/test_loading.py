@@ -149,6 +149,15 @@ def test_dequantised_it_is_an_ordinary_model(whole, load, tmp_path, tied):
     torch.testing.assert_close(logits_of(QWenLMHeadModel.from_pretrained(tmp_path / "saved").eval()), expected)
 
 
+def test_what_was_saved_can_be_dequantised(whole, load, tmp_path):
+    model = load(whole(torch.float32), 4)
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path / "saved")
+    model.dequantize()
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(logits_of(model), expected)
+
+
 def test_settings_as_a_dictionary_are_those_of_the_class(whole, load):
     folder = whole()
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config={"quant_method": "qwen_bits", "bits": 4})
