@@ -132,6 +132,11 @@ class QWenBitsQuantizer(HfQuantizer):
         settings = self.quantization_config
         size = settings.group_size = settings.group_size or COLUMNS
         left_out = set(_chosen(model, settings.modules_to_not_convert))
+        if settings.packed and (inner := [name for name in sorted(left_out) if name.rpartition(".")[2] in _LAYERS]):
+            raise ValueError(
+                f"modules_to_not_convert={settings.modules_to_not_convert}: {inner[0]} can't stay whole, as this "
+                f"folder has it in {settings.bits} bits only: name none but {' and '.join(_OUTER)}."
+            )
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         left_out |= tied if left_out & tied else set()
         for name, module in list(model.named_modules()):
@@ -415,6 +420,7 @@ def chosen_settings(asked: Any, stored: Any, device_map: Any) -> QWenBitsConfig 
     if method == METHOD:
         found = QWenBitsConfig(**_values(stored))
         _check_wish(wish, found.bits, found.group_size)
+        _check_layers(wish, found)
         return found
     if method in PACKED and (wish is not None or (asked is None and _reads_alone(method, device_map))):
         return _of_packed(_values(stored), method, wish)
@@ -446,6 +452,20 @@ def _check_wish(wish: QWenBitsConfig | None, bits: int, group_size: int | None) 
         )
     if wish.group_size not in (None, group_size):
         raise ValueError(f"group_size={wish.group_size}, but this folder has groups of {group_size}: leave it out.")
+
+
+def _check_layers(wish: QWenBitsConfig | None, found: QWenBitsConfig) -> None:
+    """Refuse other bits of the head, and layers that are to stay whole, than those that the codes were made with."""
+    if wish is None:
+        return
+    asked = {"head_bits": wish.head_bits, "modules_to_not_convert": wish.modules_to_not_convert}
+    stored = {"head_bits": found.head_bits or found.bits, "modules_to_not_convert": found.modules_to_not_convert or []}
+    for name, value in asked.items():
+        if value is not None and value != stored[name]:
+            raise ValueError(
+                f"{name}={value!r}, but this folder was rounded with {stored[name]!r}: leave it out, or take whole "
+                "weights."
+            )
 
 
 def missing_packages(method: str | None) -> list[str]:

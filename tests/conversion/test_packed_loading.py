@@ -93,6 +93,12 @@ def test_head_and_embedding_are_rounded_where_it_is_asked_for(rounded):
     assert torch.equal(model.transformer.h[0].mlp.w1.dequantised(), numbers["transformer.h.0.mlp.w1.weight"])
 
 
+def test_layers_that_a_folder_has_in_few_bits_only_cannot_stay_whole(rounded):
+    settings = QWenBitsConfig(bits=4, modules_to_not_convert=["transformer.h.1"])
+    with pytest.raises(ValueError, match=r"h\.1\.attn\.c_attn can't stay whole, as this folder has it in 4"):
+        QWenLMHeadModel.from_pretrained(rounded() / "packed", quantization_config=settings)
+
+
 def test_a_middle_zero_in_one_layer_only_is_kept_with_the_others(rounded, tmp_path):
     folder = rounded()
     edit(folder / "packed", lambda values: values["transformer.h.1.mlp.w2.qzeros"].fill_(0x33333333))

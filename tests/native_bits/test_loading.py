@@ -186,6 +186,11 @@ def test_other_settings_than_those_of_the_folder_are_refused(whole, load, tmp_pa
         load(tmp_path / "saved", 4)
     with pytest.raises(ValueError, match="group_size=64, but this folder has groups of 32"):
         load(tmp_path / "saved", 8, group_size=64)
+    with pytest.raises(ValueError, match="head_bits=4, but this folder was rounded with 8"):
+        load(tmp_path / "saved", 8, head_bits=4)
+    with pytest.raises(ValueError, match=r"modules_to_not_convert=\['lm_head'\], but .* rounded with \[\]"):
+        load(tmp_path / "saved", 8, modules_to_not_convert=["lm_head"])
+    assert load(tmp_path / "saved", 8, head_bits=8).lm_head.bits == 8
     assert load(tmp_path / "saved", 8).transformer.wte.bits == 8
 
 
