@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -254,8 +255,8 @@ def load_complete(name: str | os.PathLike[str], **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(str(name)) is not None:  # of which transformers 5.4 can't tell
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+    if find_adapter_config_file(str(name)) is not None:
+        return _load_adapted(str(name), **options)
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     model, found = loaded
     is_whole = not getattr(model, "is_quantized", False)  # else libraries differ in what they store beside the weights
@@ -266,6 +267,29 @@ def load_complete(name: str | os.PathLike[str], **options: Any) -> Any:
             "config.json (number of layers), or download the weights again."
         )
     return model
+
+
+def _load_adapted(name: str, **options: Any) -> Any:
+    """A base with an adapter in it, put there by peft.
+
+    transformers looks for some of it under other names, and leaves that at random: 5.4 for all of it, as no model of
+    ours is called `model`, 5.24 for the magnitudes of DoRA.
+    """
+    from peft import PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(name)
+    if settings.is_prompt_learning:
+        raise ModelError(
+            f"{name} is an adapter of the kind {settings.peft_type.value}, which has no layers in the model: open it "
+            "with peft (AutoPeftModelForCausalLM)."
+        )
+    base: Any = load_complete(settings.base_model_name_or_path, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, name).get_base_model()
+        except UserWarning as lacking:
+            raise ModelError(f"{name} lacks tensors that {ADAPTER} asks for: download it again. {lacking}") from None
 
 
 def check_vocabulary(place: str | os.PathLike[str], tokenizer: Any, config: Any, generation: Any = None) -> None:

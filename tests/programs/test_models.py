@@ -5,6 +5,9 @@ import shutil
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qwen1 import QWenBitsConfig
 from qwen1.programs import models
@@ -186,10 +189,7 @@ def test_an_adapter_on_the_hub(monkeypatch, here, installed):
     monkeypatch.setattr(models, "find_spec", lambda name: installed or None)
     opened = []
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened.append)
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda name: opened.append(name) or Model(),
-    )
+    monkeypatch.setattr(models, "_load_adapted", lambda name: opened.append(name) or Model())
     if installed:
         open_model("me/adapter")
         assert opened == ["me/adapter"] * 2
@@ -205,16 +205,53 @@ class Model:
         return self
 
 
-def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
+def adapted(base, target, **settings):
+    """A model with an adapter, which is saved."""
     peft = pytest.importorskip("peft", reason="peft isn't installed")
-    from transformers import AutoModelForCausalLM
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    for name, weight in model.named_parameters():
+        if "magnitude" in name:
+            weight.data *= 2
+    model.save_pretrained(target)
+    return model
 
-    base = AutoModelForCausalLM.from_pretrained(checkpoint_folder)
-    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
-    peft.get_peft_model(base, config).save_pretrained(folder("adapter"))
+
+def test_an_adapter_takes_the_vocabulary_of_its_base(checkpoint_folder, folder):
+    adapted(checkpoint_folder, folder("adapter"))
     model, tokenizer = open_model("adapter")
     assert type(model).__name__ == "QWenLMHeadModel" and not model.training
     assert tokenizer("hello").input_ids == open_model(checkpoint_folder)[1]("hello").input_ids
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(checkpoint_folder, here):
+    adapted(checkpoint_folder, here / "adapter")
+    file = here / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"adapter lacks tensors .*transformer\.h\.1\.attn\.c_attn\.lora_B"):
+        open_model("adapter")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_the_one_that_was_trained(checkpoint_folder, here, dora):
+    trained = adapted(checkpoint_folder, here / "adapter", use_dora=dora, init_lora_weights=False)
+    model, _ = open_model("adapter", dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    with trained.disable_adapter():
+        before = trained(ids).logits
+    assert not torch.allclose(trained(ids).logits, before, atol=0.01)
+    torch.testing.assert_close(model(ids).logits, trained(ids).logits)
+
+
+def test_an_adapter_without_layers_is_refused(checkpoint_folder, here):
+    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    base = AutoModelForCausalLM.from_pretrained(checkpoint_folder)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(base, config).save_pretrained(here / "adapter")
+    with pytest.raises(ModelError, match="adapter of the kind PROMPT_TUNING, .*AutoPeftModelForCausalLM"):
+        open_model("adapter")
 
 
 # --- files that don't belong together ---
