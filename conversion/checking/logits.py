@@ -52,9 +52,13 @@ def compare(
         progress: told what is done next.
 
     Raises:
-        CheckpointError: see `load_model`; an id that a model doesn't have.
+        CheckpointError: see `load_model`; an id that a model doesn't have; `params` that neither needs.
     """
     sources = [open_for_comparison(path, params) for path in (first, second)]
+    if params is not None and all(source.kind is not Kind.LLAMA_ORIGINAL for source in sources):
+        raise CheckpointError(
+            f"--params is for LLaMA's original format, but {first} and {second} have a config.json: leave it out."
+        )
     shapes = [_shape(source) for source in sources]
     vocabulary, length = min(shape.rows for shape in shapes), min(shape.length for shape in shapes)
     if ids is None:

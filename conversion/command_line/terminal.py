@@ -176,7 +176,7 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # a number, which "meta" has none of
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"Device {name!r} can't be used ({reason}): use cpu, or one that torch finds.") from error

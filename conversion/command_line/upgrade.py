@@ -35,6 +35,8 @@ def upgrade_command(
 
     if in_place == (target is not None):
         raise typer.BadParameter("Name DST, or use --in-place.")
+    if in_place and copy:
+        raise typer.BadParameter("--copy is for a new folder, and --in-place writes none: leave one out.")
     with progress_bars() as progress:
         if target is None:
             plan, changed = upgrade_in_place(source, max_shard_size, progress)

@@ -27,7 +27,7 @@ def verify_command(
     second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint to compare with it.")],
     ids: Annotated[str | None, typer.Option(help="Token ids, 1,2,3, or a JSON file of them; else random ones.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Number of random tokens in a row.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the random tokens; else 0.")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a logit that passes.")] = TOLERANCE,
     dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = Dtype.float32,
     round_to: Annotated[Dtype | None, typer.Option(help="Round A's weights to this first.")] = None,
@@ -39,13 +39,17 @@ def verify_command(
     from ..checking.logits import compare
     from ..checking.token_ids import parse_ids
 
+    if ids is not None:
+        for name, value in {"--tokens": tokens, "--seed": seed}.items():
+            if value is not None:
+                raise typer.BadParameter(f"{name} is for random tokens, and --ids names them: leave one out.")
     check_device(device)
     comparison = compare(
         first,
         second,
         ids=None if ids is None else parse_ids(ids),
         tokens=tokens,
-        seed=seed,
+        seed=seed or 0,
         tolerance=tolerance,
         dtype=torch_dtype(dtype),
         device=device,

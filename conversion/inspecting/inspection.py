@@ -16,6 +16,7 @@ from ..files.access import check_exists
 from ..files.weights import ADAPTER_CONFIG
 from ..formats.lenient import kind_name
 from ..formats.names import TABLE, hf_shapes
+from ..opening.sources import check_params
 from ..sizing.devices import Sizing, answer
 from ..sizing.question import Question
 from ..sizing.shape import Shape
@@ -48,10 +49,11 @@ def inspect(
         question: how many devices it needs; then the weights may be missing.
 
     Raises:
-        CheckpointError: nothing is at this path, or the question has no answer. A checkpoint that is broken is
-            reported on instead.
+        CheckpointError: nothing is at this path, it needs no `params`, or the question has no answer. A checkpoint that
+            is broken is reported on instead.
     """
     check_exists(path)
+    check_params(path, params)
     subject = Subject(path, params, without_weights=question is not None)
     read_configuration(subject)
     check_configuration(subject)

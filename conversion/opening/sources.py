@@ -260,6 +260,12 @@ def read_source_config(path: Path) -> tuple[Kind, dict[str, Any]] | None:
     return None
 
 
+def check_params(path: Path, params: Path | None) -> None:
+    """Refuse a `params.json` for a checkpoint with a configuration of its own."""
+    if params is not None and (path / "config.json").is_file():
+        raise CheckpointError(f"--params is for LLaMA's original format, but {path} has a config.json: leave it out.")
+
+
 def open_source(path: Path, params: Path | None = None, any_links: bool = False) -> Source:
     """Open a checkpoint: a folder, or the single file of a LLaMA training.
 
@@ -276,8 +282,7 @@ def open_source(path: Path, params: Path | None = None, any_links: bool = False)
         check_links(path)
     if (path / WORK_FOLDER / MOVES_FILE).is_file():
         raise CheckpointError(f"An upgrade of {path} was interrupted: run upgrade --in-place again, which finishes it.")
-    if params is not None and (path / "config.json").is_file():
-        raise CheckpointError(f"--params is for LLaMA's original format, but {path} has a config.json: leave it out.")
+    check_params(path, params)
     found = read_source_config(path) if path.is_dir() and params is None else None
     if found is None:
         return _open_llama(path, params)

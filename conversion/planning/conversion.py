@@ -45,6 +45,8 @@ def plan_conversion(
     check_quantised(source, dequantize, dtype)
     if scaling is not None and to != "qwen2":
         raise CheckpointError("--rope-scaling is for --to qwen2 only: QWen has its own stretch, use_dynamic_ntk.")
+    if length is not None and to != "qwen":
+        raise CheckpointError("--seq-length is for --to qwen only: QWen tells its trained length itself.")
     if to == "qwen" and source.kind.is_qwen and dequantize:
         if length is not None:
             raise CheckpointError(f"--seq-length: {source.path} tells its trained length itself. Leave the option out.")

@@ -39,6 +39,7 @@ _ALIASES = {
 }
 """Spellings that programs outside read from the file itself, and the published ones of the same values."""
 
+_SHARD = "5GB"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TRAINING = re.compile(r"(checkpoint-\d+|global_step\d+|runs)/|(trainer_state|adapter_config)\.json$")
 _LEFTOVER = re.compile(r"__pycache__/|\.bak\d*$")
@@ -53,7 +54,7 @@ def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def plan_upgrade(source: Source, max_shard_size: str = "5GB", link: bool = True) -> Plan:
+def plan_upgrade(source: Source, max_shard_size: str = _SHARD, link: bool = True) -> Plan:
     """Decide what becomes of each file of a QWen folder.
 
     Args:
@@ -83,6 +84,8 @@ def _plan_weights(plan: Plan, source: Source, max_shard_size: str, link: bool) -
         plan.files += [CopiedFile(file.name, file, link, counts[file]) for file in weights.files]
         if (folder / f"{SAFETENSORS}.index.json").is_file():
             plan.files.append(CopiedFile(f"{SAFETENSORS}.index.json", folder / f"{SAFETENSORS}.index.json"))
+        if max_shard_size != _SHARD:  # no error, so that a run in place can be repeated
+            plan.notes.append("--max-shard-size is for pickles that become safetensors: those that are there stay.")
         return
     surplus = ("lm_head.weight",) if source.config.get("tie_word_embeddings") else ()
     names = [name for name in weights.infos if not IGNORED.fullmatch(name) and name not in surplus]

@@ -82,6 +82,17 @@ def test_upgrade_in_place_and_to_a_folder_exclude_each_other(run, tmp_path):
     assert result.exit_code == 2 and "--in-place" in result.stderr
 
 
+def test_a_copy_is_not_made_in_place(run, tmp_path):
+    result = run("upgrade", tmp_path, "--in-place", "--copy")
+    assert result.exit_code == 2 and "--copy is for a new folder" in result.stderr
+
+
+def test_a_shard_size_that_nothing_is_cut_by_is_noted(run, checkpoint_folder, tmp_path):
+    result = run("upgrade", checkpoint_folder, tmp_path / "new", "--max-shard-size", "1KB")
+    assert result.exit_code == 0 and "--max-shard-size is for pickles" in result.stderr
+    assert "--max-shard-size" not in run("upgrade", checkpoint_folder, tmp_path / "new").stderr
+
+
 def test_refusals_end_with_1_and_name_the_value_on_stderr(run, golden, tmp_path):
     result = run("convert", golden / "model" / "aug_partial_rotary", tmp_path / "new", "--to", "qwen2")
     assert result.exit_code == 1 and result.stdout == ""
@@ -212,7 +223,14 @@ def test_verify_takes_given_ids(run, golden, tmp_path):
     assert run("verify", source, source, "--ids", "1,320").exit_code == 1
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize("option", ["--tokens", "--seed"])
+def test_options_of_random_ids_are_refused_beside_given_ones(run, golden, option):
+    source = golden / "model" / "aug_plain"
+    result = run("verify", source, source, "--ids", "1,2,3", option, 0 if option == "--seed" else 3)
+    assert result.exit_code == 2 and f"{option} is for random tokens" in result.stderr
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_refused(run, golden, device):
     source = golden / "model" / "aug_plain"
     result = run("verify", source, source, "--device", device)
@@ -223,6 +241,19 @@ def test_params_are_refused_where_there_is_a_configuration(run, golden, tmp_path
     params = golden / "llama_meta" / "mp1" / "params.json"
     result = run("convert", golden / "model" / "aug_plain", tmp_path / "new", "--to", "qwen2", "--params", params)
     assert result.exit_code == 1 and "--params is for LLaMA" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_params_are_refused_by_commands_that_only_read(run, golden, command):
+    source = golden / "model" / "aug_plain"
+    folders = [source, source] if command == "verify" else [source]
+    result = run(command, *folders, "--params", golden / "llama_meta" / "mp1" / "params.json")
+    assert result.exit_code == 1 and "--params is for LLaMA" in result.stderr
+
+
+def test_a_trained_length_is_for_qwen_only(run, golden, tmp_path):
+    result = run("convert", golden / "model" / "aug_plain", tmp_path / "new", "--to", "qwen2", "--seq-length", 64)
+    assert result.exit_code == 1 and "--seq-length is for --to qwen only" in result.stderr
 
 
 def test_push_lists_files_and_card_without_a_network(run, checkpoint_folder):
