@@ -16,6 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
+from ...few_bits_qwen import PACKED
 from ..errors import CheckpointError
 from ..files.access import read_json
 from ..formats.configurations import quantization_method
@@ -23,6 +24,9 @@ from ..formats.endings import end_ids
 from ..formats.kinds import Kind
 from .folder import README, Checkpoint, examine
 from .instructions import renew
+
+_READERS = {**PACKED, **{name: (name,) for name in ("bitsandbytes", "compressed-tensors", "torchao")}}
+"""What transformers reads weights in few bits with, by method."""
 
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,6 +138,10 @@ def _card_text(checkpoint: Checkpoint, repo_id: str) -> str:
 
 def _instructions(checkpoint: Checkpoint, repo_id: str) -> str:
     packages = '"transformers>=5.4" accelerate tiktoken' if checkpoint.kind.is_qwen else "transformers accelerate"
+    method = quantization_method(checkpoint.config)
+    for package in _READERS.get(method or "", ()):
+        if package not in packages:
+            packages += f" {package}"
     return f"```bash\npip install {packages}\n```\n\n```python\n{_usage(checkpoint, repo_id)}```"
 
 

@@ -492,6 +492,14 @@ def test_packed_weights_are_not_counted(small_folder, offline):
 
 
 @pytest.mark.parametrize(
+    ("method", "packages"), [("gptq", "gptqmodel optimum"), ("awq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")]
+)
+def test_what_reads_weights_in_few_bits_is_installed(small_folder, offline, method, packages):
+    card = model_card(small_folder(quantization_config={"quant_method": method, "bits": 4}), REPO)
+    assert f"pip install transformers accelerate {packages}\n" in card
+
+
+@pytest.mark.parametrize(
     "name, text, licence",
     [
         ("LICENSE", b"\n   Some LICENCE Agreement, 1.0\nmore", "some-licence-agreement-1-0"),
