@@ -129,6 +129,11 @@ class QWenBitsQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if model.config.model_type != "qwen":  # whose head alone has a name that is known here
+            raise ValueError(
+                f"qwen_bits is for models of QWen, and {type(model).__name__} is of the type "
+                f"{model.config.model_type!r}: take another library, such as bitsandbytes."
+            )
         settings = self.quantization_config
         size = settings.group_size = settings.group_size or COLUMNS
         left_out = set(_chosen(model, settings.modules_to_not_convert))

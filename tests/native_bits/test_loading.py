@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen1 import QWenBitsConfig, QWenForSequenceClassification, QWenLMHeadModel, QWenModel
 from qwen1.bits_qwen import QWenBitsEmbedding, QWenBitsLinear, quantised
@@ -178,6 +178,17 @@ def test_settings_as_a_dictionary_are_those_of_the_class(whole, load):
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         QWenBitsConfig(**settings)
+
+
+def test_another_model_is_refused(tmp_path):
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="qwen_bits is for models of QWen, and Qwen2ForCausalLM is of the type 'qwen2'"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QWenBitsConfig(bits=4))
 
 
 def test_other_settings_than_those_of_the_folder_are_refused(whole, load, tmp_path):
