@@ -142,6 +142,9 @@ class QWenBitsQuantizer(HfQuantizer):
                 f"modules_to_not_convert={settings.modules_to_not_convert}: {inner[0]} can't stay whole, as this "
                 f"folder has it in {settings.bits} bits only: name none but {' and '.join(_OUTER)}."
             )
+        for pattern in () if self.from_codes or settings.packed else settings.modules_to_not_convert or ():
+            if not any(_chosen(model, [pattern])):
+                logger.warning(f"modules_to_not_convert: {pattern!r} is the name of no layer that is rounded.")
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         left_out |= tied if left_out & tied else set()
         for name, module in list(model.named_modules()):

@@ -128,6 +128,13 @@ def test_widths_that_do_not_divide_stay_whole_with_a_warning(whole, load, caplog
     assert "transformer.h.0.mlp.c_proj stays whole: its width of 80" in caplog.text
 
 
+def test_names_that_keep_no_layer_whole_are_told(whole, load, caplog):
+    folder = whole()
+    with caplog.at_level(logging.WARNING):
+        load(folder, 8, modules_to_not_convert=["lm_head", r"transformer\.h\.\d+\.mlp", "lm_haed"])
+    assert caplog.text.count("modules_to_not_convert") == 1 and "'lm_haed' is the name of no layer" in caplog.text
+
+
 def test_head_and_embedding_may_have_more_bits(whole, load, tmp_path):
     model = load(whole(), 4, head_bits=8)
     assert (model.lm_head.bits, model.transformer.wte.bits, model.transformer.h[0].mlp.w1.bits) == (8, 8, 4)
