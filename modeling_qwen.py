@@ -72,7 +72,6 @@ from .peft_qwen import ChatAdapterMixin
 from .plain_qwen import Plain, is_bare
 from .positions_qwen import positions_of_call
 from .preparing_qwen import prepare as prepare
-from .products_qwen import checksums as checksums
 from .products_qwen import is_transformed
 from .prompt_qwen import prompt_attention as prompt_attention
 from .qwen_generation_utils import decode_tokens as decode_tokens

@@ -19,8 +19,6 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _DRIVER = "cuda.bindings.driver"
-_alone = threading.Lock()
-"""Held while something is recorded: what another thread starts on that stream would be recorded too."""
 
 
 class Recording:
@@ -88,8 +86,8 @@ def apart() -> Iterator[None]:
 
 def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Recording:
     current = torch.cuda.current_stream(device)
-    with _alone:
-        stream, memory = _beside(device, current.cuda_stream)
+    stream, memory, alone = _beside(device, current.cuda_stream)
+    with alone:
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream), memory():
@@ -104,8 +102,11 @@ def _recorded(run: Callable[[], None], device: torch.device, driver: Any) -> Rec
 
 
 @functools.cache
-def _beside(device: torch.device, current: int) -> tuple[Any, Callable[[], AbstractContextManager[object]]]:
-    """The stream on which is recorded what the current one will start, and memory that recordings keep, to be entered.
+def _beside(
+    device: torch.device, current: int
+) -> tuple[Any, Callable[[], AbstractContextManager[object]], threading.Lock]:
+    """The stream on which is recorded what the current one will start; memory that recordings keep, to be entered; and
+    what is held meanwhile, for what another thread starts on that stream would be recorded too.
 
     There products put what they need beside their results: some releases of torch take it for each product, others
     for each stream, 32 MB on the larger cards, and give it back while recordings still write to it.
@@ -113,8 +114,9 @@ def _beside(device: torch.device, current: int) -> tuple[Any, Callable[[], Abstr
     with torch.cuda.device(device):
         stream = torch.cuda.Stream(device)
         if torch.cuda.get_allocator_backend() != "native":  # others know no pools, and CUDA's records what it takes
-            return stream, nullcontext
-        return stream, functools.partial(torch.cuda.use_mem_pool, torch.cuda.MemPool(), device)
+            return stream, nullcontext, threading.Lock()
+        memory = functools.partial(torch.cuda.use_mem_pool, torch.cuda.MemPool(), device)
+        return stream, memory, threading.Lock()
 
 
 def _captured(run: Callable[[], None], stream: Any, driver: Any) -> Any:
