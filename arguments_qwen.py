@@ -41,24 +41,13 @@ _LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 _DEBUGGING = ("debug_io", "debug_io_dir", "prune_layers")
 _GENERATION = ("tokenizer", "assistant_tokenizer")  # which `generate` hands down beside what the model reads
-_BLOCKS = ("padding_is_read",)  # by which a head says that it reads the states of padding
 # The published code took them and computed the same whatever they held.
 _WITHOUT_EFFECT = ("token_type_ids", "output_router_logits")
 UNREAD = frozenset((*_GENERATION, *_WITHOUT_EFFECT))
 """Those that nothing in the model reads."""
+_HERE = ("is_causal", "padding_is_read")  # the latter tells the blocks that a head reads the states of padding
 KNOWN_ARGUMENTS = frozenset(
-    (
-        *_PACKING,
-        *_PAGED,
-        *_ENGINES,
-        *_LOSS,
-        *_OUTPUTS,
-        *_DEBUGGING,
-        *_GENERATION,
-        *_BLOCKS,
-        *_WITHOUT_EFFECT,
-        "is_causal",
-    )
+    (*_PACKING, *_PAGED, *_ENGINES, *_LOSS, *_OUTPUTS, *_DEBUGGING, *_GENERATION, *_WITHOUT_EFFECT, *_HERE)
 )
 """Keyword arguments of `forward` beside its own: each is read by an attention implementation, an engine's cache, the
 loss, the blocks together or a decorator of transformers."""

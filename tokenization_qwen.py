@@ -445,7 +445,8 @@ class QWenTokenizerFast(QWenTokenizerMixin, _CheckedIds):  # type: ignore[misc]
     ) -> BatchEncoding:
         allowed = self._resolve_allowed(allowed_special, split_special_tokens)
         if len(allowed) < len(self.special_tokens) or disallowed_special or text == []:
-            refuse_tokens_around(self._tokenizer, bool(text) and kwargs.pop("add_special_tokens", True))
+            around = kwargs.pop("add_special_tokens", True)
+            refuse_tokens_around(self._tokenizer, around and bool(text))
             return self._encode_to_ids(
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )
