@@ -248,4 +248,5 @@ template <class T> int gradients(const Gradients &a) {
 
 extern "C" int qwen_gradients_float32(const Gradients *a) { return gradients<float>(*a); }
 extern "C" int qwen_gradients_bfloat16(const Gradients *a) { return gradients<bf16>(*a); }
+extern "C" int qwen_gradients_float16(const Gradients *a) { return gradients<f16>(*a); }
 """

@@ -277,19 +277,15 @@ void panel_product(const Matrix &m, const typename Steps<T>::Number *x, T *y, in
     }
 }
 
-template <class T> struct Widened {  // whether vectors become float before they are multiplied
-    static const bool VALUE = sizeof(T) != sizeof(typename Steps<T>::Number);
-};
+template <class T> inline const float *numbers_of(const T *, const float *wide) { return wide; }
 inline const float *numbers_of(const float *x, const float *) { return x; }
 #ifdef __AVX512BF16__
 inline const bf16 *numbers_of(const bf16 *x, const float *) { return x; }
-#else
-inline const float *numbers_of(const bf16 *, const float *wide) { return wide; }
 #endif
 
 // As `product`.
 template <class T> Part product_of_many(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t batch) {
-    for (int64_t n = 0; Widened<T>::VALUE && n < batch * m.columns; n++) made.wide[n] = up(x[n]);
+    for (int64_t n = 0; WIDENED<T> && n < batch * m.columns; n++) made.wide[n] = up(x[n]);
     const Part part = share(m.rows, PANEL);
     for (int64_t row = part.first; row < part.end; row += PANEL)
         panel_product(m, numbers_of(x, made.wide), y, row, batch, row + PANEL < part.end ? row + PANEL : m.rows,
@@ -304,7 +300,7 @@ template <class T> int many(const Matrix &m, const T *x, T *y, int64_t batch, in
     int64_t chunks = (batch + fit - 1) / fit;
     while (panels * chunks < 8 * threads && batch / (chunks + 1) >= 48) chunks++;  // something to do for each
     const int64_t most = (batch + chunks - 1) / chunks;
-    Room shared(Widened<T>::VALUE ? batch * m.columns * sizeof(float) : 0);
+    Room shared(WIDENED<T> ? batch * m.columns * sizeof(float) : 0);
     float *wide = shared.take<float>(0);
     bool short_of_memory = !shared.there();
     #pragma omp parallel num_threads(threads)
@@ -318,7 +314,7 @@ template <class T> int many(const Matrix &m, const T *x, T *y, int64_t batch, in
         }
         #pragma omp barrier
         if (!short_of_memory) {
-            const Part numbers = share(Widened<T>::VALUE ? batch * m.columns : 0, LANES);
+            const Part numbers = share(WIDENED<T> ? batch * m.columns : 0, LANES);
             for (int64_t n = numbers.first; n < numbers.end; n++) wide[n] = up(x[n]);
             #pragma omp barrier
             const Part mine = share(panels * chunks, 1);
@@ -342,6 +338,9 @@ template <class T> int many(const Matrix &m, const T *x, T *y, int64_t batch, in
 MANY_OF(float32, float)
 #ifndef __AMX_BF16__  // whose products torch knows, and which are several times as fast as those of vectors
 MANY_OF(bfloat16, bf16)
+#endif
+#ifndef __AVX512FP16__  // likewise
+MANY_OF(float16, f16)
 #endif
 #endif
 """

@@ -41,7 +41,17 @@ inline void dots(const W *rows, const float *x, int64_t columns, float (&result)
             for (int64_t n = column; n < columns; n++) result[r][b] += up(rows[r * columns + n]) * x[b * columns + n];
         }
 }
-// What `dots` takes of a product's vectors, and how it is made.
+// What `dots` takes of a product's vectors, and how it is made: once, and not for every row of the matrix.
+template <class T> inline void prepare(const T *x, int64_t columns, float *wide) {
+    int64_t column = 0;
+    for (; column + BLOCK <= columns; column += BLOCK) {
+        vec block[PIECES];
+        load_block(x + column, block);
+        for (int p = 0; p < PIECES; p++) store(wide + column + p * LANES, block[p]);
+    }
+    for (; column < columns; column++) wide[column] = up(x[column]);
+}
+template <class T> inline const float *prepared(const T *, const float *wide) { return wide; }
 inline void prepare(const float *, int64_t, float *) {}
 inline const float *prepared(const float *x, const float *) { return x; }
 #ifdef __AVX512BF16__
@@ -80,17 +90,13 @@ template <int R, int B> inline void dots(const bf16 *rows, const bf16 *x, int64_
             result[r][b] = _mm512_reduce_add_ps(acc[r][b][0]);
         }
 }
+#endif
+
+// Whether vectors become float before they are multiplied.
+#ifdef __AVX512BF16__
+template <class T> const bool WIDENED = std::is_same<T, f16>::value;
 #else
-inline void prepare(const bf16 *x, int64_t columns, float *wide) {  // once, and not for every row of the matrix
-    int64_t column = 0;
-    for (; column + BLOCK <= columns; column += BLOCK) {
-        vec block[PIECES];
-        load_block(x + column, block);
-        for (int p = 0; p < PIECES; p++) store(wide + column + p * LANES, block[p]);
-    }
-    for (; column < columns; column++) wide[column] = up(x[column]);
-}
-inline const float *prepared(const bf16 *, const float *wide) { return wide; }
+template <class T> const bool WIDENED = sizeof(T) != sizeof(float);
 #endif
 
 struct Part { int64_t first, end; };
@@ -130,9 +136,7 @@ template <class T> inline int64_t least_many(int64_t kind) {
 #elif defined(__AVX512VNNI__)  // which multiplies codes as they are
     if (kind) return kind == 8 ? 12 : 16;
 #endif
-#ifndef __AVX512BF16__
-    if (kind == 0 && sizeof(T) != sizeof(float)) return 12;
-#endif
+    if (kind == 0 && WIDENED<T>) return 12;
     return LEAST_MANY;
 }
 
@@ -148,27 +152,7 @@ struct Inputs {
 };
 template <class T> Part product_of_many(const Matrix &m, const T *x, const Inputs &made, T *y, int64_t batch);
 
-inline float half(uint16_t bits) {
-    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff, word;
-    float result;
-    if (rest < 0x400) {  // below the normal numbers, exact in float
-        result = rest * 5.9604645e-8f;
-        return sign ? -result : result;
-    }
-    word = sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000u : (rest << 13) | 0x7f800000u);
-    std::memcpy(&result, &word, 4);
-    return result;
-}
-inline vec load_halves(const uint16_t *place) {
-    vec result;
-#ifdef __AVX512F__
-    __m512 values = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)place));
-    std::memcpy(&result, &values, sizeof result);
-#else
-    for (int lane = 0; lane < LANES; lane++) result[lane] = half(place[lane]);
-#endif
-    return result;
-}
+inline vec load_halves(const uint16_t *place) { return load((const f16 *)place); }
 
 template <class T> void encode(const T *x, int64_t count, const Inputs &to) {
     for (int64_t unit = 0; unit < count / UNIT; unit++) {
@@ -455,7 +439,7 @@ template <int BITS, class T> void decode_row(const Matrix &m, int64_t block, int
     for (int64_t unit = 0; unit < units; unit++, codes += unit_bytes, y += UNIT) {
         if (unit * UNIT % m.group == 0) {
             const int64_t place = (block * groups + unit * UNIT / m.group) * BLOCK + lane;
-            scale = half(m.scales[place]);
+            scale = up(f16{m.scales[place]});
             if (m.zeros) zero = m.zeros[place];
         }
         uint8_t some[UNIT];  // four columns of the row in every 64 bytes
@@ -491,6 +475,7 @@ template <class T> void decode(const Matrix &m, T *y, int64_t first, int64_t blo
     }
 PRODUCTS(float32, float)
 PRODUCTS(bfloat16, bf16)
+PRODUCTS(float16, f16)
 
 // Of pieces of memory, each a whole number of words and less than one more: the sum of their words, each brought down
 // onto itself and times an odd number of its own. All are read once, from one end to the other, by each thread a part.

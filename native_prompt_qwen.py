@@ -278,4 +278,5 @@ template <class T> void turn(const Turn &a) {
     extern "C" void qwen_turn_##NAME(const Turn *a) { turn<T>(*a); }
 PROMPT(float32, float)
 PROMPT(bfloat16, bf16)
+PROMPT(float16, f16)
 """

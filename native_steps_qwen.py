@@ -117,12 +117,14 @@ template <class T> struct Own {
 };
 
 template <class T> const T *given(const T *x, T *, int64_t) { return x; }
-inline const float *given(const bf16 *x, float *wide, int64_t count) {
+template <class T> const float *widened(const T *x, float *wide, int64_t count) {
     int64_t n = 0;
     for (; n + LANES <= count; n += LANES) store(wide + n, load(x + n));
     for (; n < count; n++) wide[n] = up(x[n]);
     return wide;
 }
+inline const float *given(const bf16 *x, float *wide, int64_t count) { return widened(x, wide, count); }
+inline const float *given(const f16 *x, float *wide, int64_t count) { return widened(x, wide, count); }
 
 // A product with what its adapter adds, which is computed and rounded in W.
 template <class W, class T>
@@ -264,4 +266,5 @@ template <class T> int steps(const Call &a) {
 #define STEPS(NAME, T) extern "C" int qwen_steps_##NAME(const Call *a) { return steps<T>(*a); }
 STEPS(float32, float)
 STEPS(bfloat16, bf16)
+STEPS(float16, f16)
 """

@@ -12,6 +12,7 @@ VECTORS = r"""
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -35,6 +36,7 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 const int BLOCK = 16, PIECES = BLOCK / LANES;
 
 struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
 
 inline float up(float value) { return value; }
 inline float up(bf16 value) {
@@ -43,7 +45,44 @@ inline float up(bf16 value) {
     std::memcpy(&result, &word, 4);
     return result;
 }
+inline float up(f16 value) {
+#ifdef __F16C__
+    return _cvtsh_ss(value.bits);
+#else
+    uint32_t sign = (uint32_t)(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff, word;
+    float result;
+    if (rest < 0x400) {  // below the normal numbers, exact in float
+        result = rest * 5.9604645e-8f;
+        return sign ? -result : result;
+    }
+    word = sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000u : (rest << 13) | 0x7f800000u);
+    std::memcpy(&result, &word, 4);
+    return result;
+#endif
+}
 inline void put(float *place, float value) { *place = value; }
+inline void put(f16 *place, float value) {  // to the nearest, of two the even one
+#ifdef __F16C__
+    place->bits = _cvtss_sh(value, 0);
+#else
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    const uint32_t sign = word >> 16 & 0x8000, size = word & 0x7fffffff;
+    if (size > 0x7f800000)
+        place->bits = 0x7e00;  // no number
+    else if (size >= 0x477ff000)  // halfway from the greatest to the next
+        place->bits = sign | 0x7c00;
+    else if (size >= 0x38800000)
+        place->bits = sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+    else {  // below the normal numbers: adding a half leaves their bits at the end, rounded
+        float small;
+        std::memcpy(&small, &size, 4);
+        small += 0.5f;
+        std::memcpy(&word, &small, 4);
+        place->bits = sign | (word - 0x3f000000);
+    }
+#endif
+}
 inline void put(bf16 *place, float value) {  // to the nearest, of two the even one
     uint32_t word;
     std::memcpy(&word, &value, 4);
@@ -68,7 +107,29 @@ inline vec load(const bf16 *place) {
     std::memcpy(&result, &words, sizeof result);
     return result;
 }
+inline vec load(const f16 *place) {
+    vec result;
+#if defined(__AVX512F__)
+    const __m512 values = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)place));
+    std::memcpy(&result, &values, sizeof result);
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)place));
+    std::memcpy(&result, &values, sizeof result);
+#else
+    for (int lane = 0; lane < LANES; lane++) result[lane] = up(place[lane]);
+#endif
+    return result;
+}
 inline void store(float *place, vec value) { std::memcpy(place, &value, sizeof value); }
+inline void store(f16 *place, vec value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)place, _mm512_cvtps_ph((__m512)value, 0));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128((__m128i *)place, _mm256_cvtps_ph((__m256)value, 0));
+#else
+    for (int lane = 0; lane < LANES; lane++) put(place + lane, value[lane]);
+#endif
+}
 inline void store(bf16 *place, vec value) {
     words bits, odd;
     std::memcpy(&bits, &value, sizeof bits);
@@ -116,10 +177,10 @@ inline float sum_block(const bf16 *, const vec (&value)[PIECES]) {  // of produc
     return APART ? fold(value[0]) + fold(value[PIECES - 1]) : sum(value);
 }
 #endif
-inline void load_block(const float *place, vec (&block)[PIECES]) {
+template <class T> inline void load_block(const T *place, vec (&block)[PIECES]) {
     for (int p = 0; p < PIECES; p++) block[p] = load(place + p * LANES);
 }
-inline float sum_block(const float *, const vec (&value)[PIECES]) { return sum(value); }
+template <class T> inline float sum_block(const T *, const vec (&value)[PIECES]) { return sum(value); }
 inline vec exponential(vec x) {  // to 2 units in the last place; 0 and infinity become the least and the greatest
     x = x < -87.0f ? vec{} - 87.0f : x;
     x = x > 88.0f ? vec{} + 88.0f : x;

@@ -21,7 +21,7 @@ from qwen1.cache_qwen import new_cache
 from qwen1.fingerprint_qwen import fingerprint
 from qwen1.qwen_generation_utils import DEFAULT_SYSTEM
 
-AIMS = {torch.bfloat16: (0.85, None), torch.float32: (0.97, 0.85)}
+AIMS = {torch.bfloat16: (0.85, None), torch.float32: (0.97, 0.85), torch.float16: (None, None)}
 """dtype -> what a prompt and a token should at most take, as a share of Qwen2's time."""
 
 TINY_CHAT = Path(__file__).parent.parent / "qwen-tiny-chat"
@@ -120,7 +120,8 @@ def prefill(rounds: Rounds = 8, dtype: Dtype = "bfloat16", results: Results = RE
         ids = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(2))
         runs = [partial(model.generate, ids, max_new_tokens=1) for model in (ours, theirs)]
         found = compare(f"prefill, {length} tokens, {ours.dtype}", *runs, rounds, aim=AIMS[ours.dtype][0])
-        found.limit = work(ours, length) / matrix_rate(ours.dtype, length, WIDTH)
+        if ours.dtype != torch.float16:  # in which the processor here multiplies nothing
+            found.limit = work(ours, length) / matrix_rate(ours.dtype, length, WIDTH)
         report(found, results)
 
 

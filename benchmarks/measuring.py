@@ -22,7 +22,7 @@ import typer
 RESULTS = Path(__file__).with_name("speed.json")
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds of both sides in turn.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 Results = Annotated[Path, typer.Option(help="JSON file to add the figures to.")]
 
 

@@ -56,15 +56,16 @@ def test_logits_in_float32(tiny_model, monkeypatch, steps, lora, rows, at_once):
         assert not torch.allclose(logits_of(model, **words), expected, atol=0.1)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("float_adapter", [True, False])
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (3, 5)])
-def test_bfloat16_errs_no_more_than_pefts_layers(tiny_model, monkeypatch, steps, float_adapter, rows, at_once):
-    def made(dtype=torch.bfloat16):
-        model = adapted(tiny_model("sdpa").bfloat16(), autocast_adapter_dtype=float_adapter)
-        return model if dtype == torch.bfloat16 else model.to(dtype)
+def test_half_precision_errs_no_more_than_pefts(tiny_model, monkeypatch, steps, float_adapter, rows, at_once, half):
+    def made(dtype=half):
+        model = adapted(tiny_model("sdpa").to(half), autocast_adapter_dtype=float_adapter)
+        return model if dtype == half else model.to(dtype)
 
     model, words = made(), dict(rows=rows, tokens=12 * at_once, at_once=at_once)
-    assert first_lora(model).lora_A["default"].weight.dtype == (torch.float32 if float_adapter else torch.bfloat16)
+    assert first_lora(model).lora_A["default"].weight.dtype == (torch.float32 if float_adapter else half)
     exact = without(monkeypatch, lambda: logits_of(made(torch.float32), **words))
     modules = without(monkeypatch, lambda: logits_of(model, **words))
     kernel = logits_of(model, **words)
@@ -192,7 +193,7 @@ def test_adapters_beside_few_bits(tiny_model, monkeypatch, steps, tmp_path):
     assert len(steps) == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("used", [True, False])
 def test_products_of_a_prompt(tiny_model, monkeypatch, dtype, used):
     model = adapted(tiny_model("sdpa").to(dtype))

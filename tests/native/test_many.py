@@ -12,7 +12,8 @@ from qwen1.native_qwen import wait
 from qwen1.products_qwen import multiplies_all, place
 from qwen1.steps_qwen import projected
 
-DTYPES = [torch.float32, torch.bfloat16]
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
 
 pytestmark = [
     pytest.mark.skipif(wait() is None, reason="needs g++ or clang++ on Linux"),
@@ -76,15 +77,16 @@ def test_float32_errs_no_more_than_torch(counted, bias, tokens, inputs, outputs)
 
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
 @torch.no_grad()
-def test_bfloat16_is_rounded_once(counted, bias, tokens, inputs, outputs):
-    skip_without(torch.bfloat16)
-    linear, states = layer(inputs, outputs, torch.bfloat16, bias), torch.randn(tokens, inputs).bfloat16()
+def test_half_precision_is_rounded_once(counted, bias, tokens, inputs, outputs, dtype):
+    skip_without(dtype)
+    linear, states = layer(inputs, outputs, dtype, bias), torch.randn(tokens, inputs).to(dtype)
     found, expected = projected(linear, states), exact(linear, states)
-    assert counted == [torch.bfloat16] and found.dtype == torch.bfloat16
+    assert counted == [dtype] and found.dtype == dtype
     # Half of the last place where the sum in float32 lies between two numbers.
-    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-4).all()
-    assert (found == expected.bfloat16()).float().mean() > 0.98
+    assert ((found.double() - expected).abs() <= expected.abs() * torch.finfo(dtype).eps + 1e-4).all()
+    assert (found == expected.to(dtype)).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +98,9 @@ def test_strides_and_offsets(counted, dtype):
         counted.clear()
         found = projected(linear, states)
         assert counted and torch.equal(found, projected(linear, states.contiguous()))
-        torch.testing.assert_close(found, linear(states), atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+        torch.testing.assert_close(
+            found, linear(states), atol={torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5), rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,7 +166,7 @@ def test_codes_give_what_their_numbers_give(counted, kind, dtype):
     found, weights = few(states), few.dequantised(torch.float64)
     expected = nn.functional.linear(states.double(), weights, few.bias.double())
     errors = (found.double() - expected).abs() / (states.double().abs() @ weights.abs().T)
-    assert counted == [dtype] and errors.max() < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert counted == [dtype] and errors.max() < {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(dtype, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

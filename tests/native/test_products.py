@@ -76,11 +76,13 @@ def test_without_kernels_for_many_tokens_codes_become_numbers_for_torch(monkeypa
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 64])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bfloat16(monkeypatch, bits, rows):
-    few = layer(128, 256, 32, bits, dtype=torch.bfloat16)
-    x = torch.randn((rows, 256), generator=torch.Generator().manual_seed(rows)).bfloat16()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_half_precision(monkeypatch, kernel, bits, rows, dtype, bound):
+    few = layer(128, 256, 32, bits, dtype=dtype)
+    x = torch.randn((rows, 256), generator=torch.Generator().manual_seed(rows)).to(dtype)
     with torch.no_grad():
-        assert error(few, x, few(x), by_torch(monkeypatch, few, x)) < 4e-3
+        assert error(few, x, few(x), by_torch(monkeypatch, few, x)) < bound
+    assert kernel
 
 
 @pytest.mark.parametrize("bits", [8, 4])

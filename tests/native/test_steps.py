@@ -45,11 +45,13 @@ def test_logits_in_float32(tiny_model, monkeypatch, steps, shape, rows):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_errs_no_more_than_the_modules(tiny_model, monkeypatch, steps, shape, rows):
-    model = tiny_model("sdpa", **SHAPES[shape]).bfloat16()
-    exact = without(monkeypatch, lambda: logits_of(tiny_model("sdpa", **SHAPES[shape]).bfloat16().float(), rows))
-    modules = without(monkeypatch, lambda: logits_of(model, rows))
-    kernel = logits_of(model, rows)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_the_modules(tiny_model, monkeypatch, steps, shape, rows, dtype):
+    model, settings = tiny_model("sdpa", **SHAPES[shape]).to(dtype), dict(rows=rows, tokens=12)  # of few, chance tells
+    wide = tiny_model("sdpa", **SHAPES[shape]).to(dtype).float()
+    exact = without(monkeypatch, lambda: logits_of(wide, **settings))
+    modules = without(monkeypatch, lambda: logits_of(model, **settings))
+    kernel = logits_of(model, **settings)
     assert steps
     errors = [float((logits.float() - exact).norm() / exact.norm()) for logits in (kernel, modules)]
     assert errors[0] < 1.1 * errors[1]
@@ -71,9 +73,10 @@ def test_several_tokens_of_a_row_in_float32(tiny_model, monkeypatch, steps, shap
 
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 4), (1, 11), (3, 5)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_several_tokens_of_a_row_in_bfloat16(tiny_model, monkeypatch, steps, shape, rows, at_once):
-    model = tiny_model("sdpa", **SHAPES[shape]).bfloat16()
-    wide = tiny_model("sdpa", **SHAPES[shape]).bfloat16().float()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_tokens_of_a_row_in_half_precision(tiny_model, monkeypatch, steps, shape, rows, at_once, dtype):
+    model = tiny_model("sdpa", **SHAPES[shape]).to(dtype)
+    wide = tiny_model("sdpa", **SHAPES[shape]).to(dtype).float()
     settings = dict(rows=rows, tokens=12 * at_once, at_once=at_once)  # of few, chance would tell
     exact = without(monkeypatch, lambda: logits_of(wide, **settings))
     modules = without(monkeypatch, lambda: logits_of(model, **settings))

@@ -79,9 +79,10 @@ def test_states_and_cache(tiny_model, monkeypatch, laid, shape):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_bfloat16(tiny_model, monkeypatch, laid):
-    model = tiny_model("sdpa").bfloat16()
+def test_half_precision(tiny_model, monkeypatch, laid, dtype):
+    model = tiny_model("sdpa").to(dtype)
     calls = batch(model)
     real = calls["attention_mask"].bool()
     expected = with_padding(monkeypatch, lambda: model(**calls).logits[real])
