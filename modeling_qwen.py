@@ -28,7 +28,6 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_qwen import is_lora as is_lora
 from .arguments_qwen import CACHE_NAMES, QWenCausalLMOutput, QWenModelOutput, cache_argument, check_arguments, one_cache
 from .attention_qwen import (
     FLASH_IMPLEMENTATION,
@@ -57,6 +56,7 @@ from .heads_qwen import QuestionAnswering, SequenceClassification, TokenClassifi
 from .kept_qwen import KeptCache as KeptCache
 from .loading_qwen import LEFTOVERS, LoadingMixin, choose_softmax
 from .logits_qwen import arguments_of_loss, beside_logits, keep_states, skips_logits, training_output
+from .lora_qwen import is_lora as is_lora
 from .loss_qwen import head_loss as head_loss
 from .native_gradients_qwen import GRADIENTS as GRADIENTS
 from .native_many_qwen import MANY as MANY
@@ -302,7 +302,7 @@ class QWenAttention(nn.Module):
         )
 
         cos, sin, logn = position_embeddings
-        query, key = both_turned(query, key, (cos, sin))
+        query, key = both_turned(query, key, (cos, sin), apply_rotary_pos_emb)
         if logn is not None:
             query = query * logn.type_as(query)
 

@@ -8,6 +8,7 @@ Source: `qwen-7b.md` for names, signatures and arithmetic; `golden/model` for th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -104,8 +105,13 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor | tuple[torch.Tens
 
 
 def both_turned(
-    query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    turn: Callable[..., torch.Tensor] = apply_rotary_pos_emb,
 ) -> tuple[torch.Tensor, ...]:
-    """Queries and keys of a product, (B, T, H | K, D), each as by `apply_rotary_pos_emb`; on a GPU by one kernel."""
-    result = both_turned_on_gpu(query, key, *angles)
-    return (apply_rotary_pos_emb(query, angles), apply_rotary_pos_emb(key, angles)) if result is None else result
+    """Queries and keys of a product, (B, T, H | K, D), each as by `turn`; on a GPU by one kernel, unless somebody has
+    put a function of their own in the place of `apply_rotary_pos_emb`.
+    """
+    result = both_turned_on_gpu(query, key, *angles) if turn is apply_rotary_pos_emb else None
+    return (turn(query, angles), turn(key, angles)) if result is None else result

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from .adapters_qwen import adapted_product, adapter_of, is_lora, used_of, with_adapter
 from .arguments_qwen import UNREAD, one_cache
 from .bits_qwen import QWenBitsLinear
 from .cache_qwen import QWenCache, QWenGrowingLayer
+from .lora_qwen import adapted_product, adapter_of, is_lora, used_of, with_adapter
 from .passes_qwen import runs_on
 from .plain_qwen import Plain, is_bare, length_held, sdpa_is_torchs
 from .preparing_qwen import prepare, steps_may_come, steps_ready

@@ -149,6 +149,16 @@ def test_queries_and_keys_are_turned_at_once_where_they_lie_side_by_side(monkeyp
         assert ours.shape == heads.shape and error(ours, theirs) < BOUNDS[torch.float32]
 
 
+@torch.no_grad()
+def test_a_rotation_of_the_users_own_is_obeyed(monkeypatch):
+    turns_by_kernels(monkeypatch)
+    model = model_of()
+    expected = model(ids_of()).logits
+    rotate = modeling_qwen.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_qwen, "apply_rotary_pos_emb", lambda t, freqs: rotate(t, (freqs[0], 0.5 * freqs[1])))
+    assert error(model(ids_of()).logits, expected) > 0.01
+
+
 def test_nothing_at_all_is_left_to_torch():
     states, angles = torch.randn((0, 5, 48), device=DEVICE), torch.randn((1, 5, 1, 16), device=DEVICE)
     with torch.no_grad():
