@@ -445,8 +445,7 @@ class QWenTokenizerFast(QWenTokenizerMixin, _CheckedIds):  # type: ignore[misc]
     ) -> BatchEncoding:
         allowed = self._resolve_allowed(allowed_special, split_special_tokens)
         if len(allowed) < len(self.special_tokens) or disallowed_special or text == []:
-            around = kwargs.pop("add_special_tokens", True)
-            refuse_tokens_around(self._tokenizer, around and bool(text))
+            refuse_tokens_around(self._tokenizer, kwargs.pop("add_special_tokens", True) and bool(text))
             return self._encode_to_ids(
                 text, text_pair, allowed_special=allowed, disallowed_special=disallowed_special, **kwargs
             )

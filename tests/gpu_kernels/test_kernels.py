@@ -156,7 +156,7 @@ def test_a_rotation_of_the_users_own_is_obeyed(monkeypatch):
     expected = model(ids_of()).logits
     rotate = modeling_qwen.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_qwen, "apply_rotary_pos_emb", lambda t, freqs: rotate(t, (freqs[0], 0.5 * freqs[1])))
-    assert error(model(ids_of()).logits, expected) > 0.01
+    assert error(model(ids_of()).logits, expected) > 1e-3  # without it, some 1e-7
 
 
 def test_nothing_at_all_is_left_to_torch():
