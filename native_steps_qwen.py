@@ -73,7 +73,8 @@ void attend(const T *query, const T *keys, int64_t key_stride, const T *values, 
         }
     float total = sum(totals);
     for (; token < length; token++) total += scores[token] = std::exp(scores[token] - greatest);
-    float factor = 1.0f / total;
+    const bool blind = seen && !std::memchr(seen, 1, length);  // what sees nothing is given nothing, as torch has it
+    const float factor = blind ? 0.0f : 1.0f / total;
     int64_t c = 0;
     for (; c + 8 * LANES <= size; c += 8 * LANES) weigh<T, 8>(values + c, value_stride, scores, length, factor, y + c);
     for (; c + LANES <= size; c += LANES) weigh<T, 1>(values + c, value_stride, scores, length, factor, y + c);

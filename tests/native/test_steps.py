@@ -87,10 +87,11 @@ def test_several_tokens_of_a_row_in_half_precision(tiny_model, monkeypatch, step
 
 
 def test_a_mask_of_the_callers_own_for_several_tokens(tiny_model, monkeypatch, steps):
-    """One in which tokens see others behind them, and not all of those before."""
+    """One in which tokens see others behind them, not all of those before, or, as padding, nothing."""
     model = tiny_model("sdpa")
     seen = torch.rand((2, 1, 4, LENGTH + 4), generator=torch.Generator().manual_seed(3)) < 0.7
     seen[..., -1] = True
+    seen[1, :, :2] = False
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH + 4))
 
     def run():
