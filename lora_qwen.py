@@ -86,5 +86,5 @@ def adapted_product(native: ctypes.CDLL, matrix: Matrix, states: torch.Tensor) -
     given = states.float() if adapter.wide else states
     if not multiplies_all(native, given):
         return None
-    added = product(native, adapter.up, product(native, adapter.down, given))
-    return torch.add(product(native, matrix, states), added, alpha=adapter.scale, out=added).to(states.dtype)
+    added = product(native, adapter.up, product(native, adapter.down, given)).mul_(adapter.scale)
+    return torch.add(product(native, matrix, states), added, out=added).to(states.dtype)

@@ -211,6 +211,23 @@ def test_products_of_a_prompt(tiny_model, monkeypatch, dtype, used):
         assert product_of_linear(lora, states) is None
 
 
+@pytest.mark.skipif(not hasattr(wait(), "qwen_many_float32"), reason="needs AVX2")
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("float_adapter", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_rounded_as_by_peft(tiny_model, dtype, float_adapter, tokens):
+    """Of small whole numbers, whose sums are exact in float32 in any order."""
+    model = adapted(tiny_model("sdpa").to(dtype), lora_alpha=1.3 * RANK, autocast_adapter_dtype=float_adapter)
+    lora = first_lora(model)
+    with torch.no_grad():
+        for weight in lora.parameters():
+            weight.copy_(torch.randint(-2, 3, weight.shape))
+        states = torch.randint(-3, 4, (tokens, 64)).to(dtype)
+        found = product_of_linear(lora, states)
+        assert found is not None or not hasattr(wait(), f"qwen_many_{str(dtype)[6:]}")
+        assert found is None or torch.equal(found, lora(states))
+
+
 def test_a_head_that_was_trained_with_the_adapter(tiny_model, monkeypatch):
     """As those of base models are, with the embedding."""
     model = adapted(tiny_model("sdpa"), modules_to_save=["lm_head", "wte"])
