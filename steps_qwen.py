@@ -2,7 +2,7 @@
 
 Such a step is reading weights, keys and values; torch's products read them at half of the memory's speed, and each
 small operation between them costs as much as reading 300 KB. What is computed is the same: numbers are rounded where
-the modules round them, and added up in float32. Whatever isn't plain (hooks, adapters, other classes, another
+the modules round them, and added up in float32. Whatever isn't plain (hooks, adapters but LoRA, other classes, another
 attention, autocast, training, compiling) goes through the modules.
 
 Shapes: B batch, T tokens, E width, K key/value heads, D head size, S keys, V rows of the vocabulary.
