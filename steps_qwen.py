@@ -113,7 +113,9 @@ def steps_of_blocks(
 
 def given(arguments: dict[str, Any]) -> set[str]:
     """Names of arguments that ask for something."""
-    return {name for name, value in arguments.items() if value is not None} - UNREAD
+    wanted = {name for name, value in arguments.items() if value is not None}
+    unasked = {name for name in wanted if name.startswith("output_") and arguments[name] is False}
+    return wanted - unasked - UNREAD
 
 
 def collected_by(model: Any) -> dict[str, bool]:

@@ -175,7 +175,7 @@ def test_stop_strings_and_what_nobody_reads_leave_tokens_to_the_kernel(tiny_mode
     assert len(steps) == 3
     assert torch.equal(model.generate(ids, stop_strings=["\0\1\2"], tokenizer=byte_tokenizer, **words), expected)
     assert len(steps) == 6
-    logits_of(model, output_router_logits=False, token_type_ids=torch.zeros((1, 1), dtype=torch.long))
+    logits_of(model, output_hidden_states=False, token_type_ids=torch.zeros((1, 1), dtype=torch.long))
     assert len(steps) == 9
 
 
